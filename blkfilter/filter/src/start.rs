@@ -1,0 +1,589 @@
+//! Starting a volume: what do the state file, the log and surviving memory say, and what must be read again before the history is whole?
+//!
+//! | state file | log | memory | then |
+//! |---|---|---|---|
+//! | nothing | nothing | – | new volume: base copy |
+//! | log speaks | its epoch, or a child of it | survived | warm: redo what was in flight; nothing is lost, nothing is read again |
+//! | log speaks | its epoch, or a child of it | gone | resync of the open regions; a gap is declared |
+//! | clean | closed cleanly, same fingerprint | – | go on |
+//! | bypass | any | survived | catch-up of the marked blocks |
+//! | anything else | anything else | – | unverified: everything is read again |
+//!
+//! Crash scenarios (at any operation of this file; the next start sees):
+//! * Before the new epoch's header is durable: what this start saw.
+//! * New epoch durable, state file not yet: the log's epoch is a child of the state file's; its checkpoint carries all that was open.
+//! * Memory stays as it survived, and claimed by the old epoch, until the log holds its records and the origin was given what it lacked: a kill in
+//!   between finds it again (claimed by the parent of the log's newest epoch), and doing all of it twice is harmless, because nobody wrote meanwhile.
+//! * Records that survived are made durable in the log before they are written to the origin again (invariant 2).
+
+use crate::bitmap::Bitmap;
+use crate::close::fingerprint;
+use crate::config::{Rules, VolumeConfig};
+use crate::copy::Copier;
+use crate::flush::OriginFlusher;
+use crate::heal::{Healer, OldEpoch};
+use crate::locks::RangeLocks;
+use crate::regions::OpenRegions;
+use crate::state_file::{StateError, StateFile, StateWord};
+use crate::surviving::SurvivingMemory;
+use crate::volume::{Active, Counters, Phase, TOKEN_LOG, TOKEN_STATE, Volume};
+use std::collections::VecDeque;
+use std::fmt;
+use std::marker::PhantomData;
+use varve_format::{
+    Checkpoint, EpochId, Fingerprint, FormatError, Hash128, Lsn, Record, RecordKind, SegmentSequence, SpanKind, StateKind, StateSlot,
+    VolumeState, WallTime,
+};
+use varve_log::{
+    BatchBuffer, Buffer, Disk, IoError, LogGeometry, LogWriter, Medium, Memory, Operation, SLOT_BYTES, ScanResult, SegmentError, SegmentOpening,
+    SurvivingRecord, note_record, run_blocking, scan,
+};
+
+/// If the log is lost, numbering goes on this far above what the state file remembers: more records than any epoch writes.
+const LSN_JUMP: u64 = 1 << 40;
+const SEQUENCE_JUMP: u64 = 1 << 20;
+/// Slots of the buffer that a start writes from.
+const START_SLOTS: usize = 4;
+
+/// Asks for a rewind span instead of normal work: the volume takes writes of the rewind only.
+#[derive(Clone, Copy, Debug)]
+pub struct RewindRequest {
+    /// The instant that is written back.
+    pub target: Lsn,
+}
+
+/// What a start found and did.
+#[derive(Clone, Debug, Default)]
+pub struct StartReport {
+    /// In words.
+    pub summary: String,
+    /// Bytes that are being read again.
+    pub reread_bytes: u64,
+    /// Records that survived in memory and were not in the log.
+    pub records_survived: u64,
+    /// Records that were written to the origin again.
+    pub records_redone: u64,
+    /// A rewind was interrupted: it must be finished before the device is offered.
+    pub rewind_target: Option<Lsn>,
+    /// The log could not be used: the volume is in bypass, and records that only memory held are lost (a gap says so once the log is back).
+    pub in_bypass: bool,
+    /// The state file could not be written: a bypass would leave no trace.
+    pub state_error: Option<IoError>,
+}
+
+/// Why a volume cannot start.
+#[derive(Debug)]
+pub enum StartError {
+    /// A disk failed.
+    Io(&'static str, IoError),
+    /// Log or state file hold another's bytes, or a newer version's.
+    Format(&'static str, FormatError),
+    /// The origin's size is not what the history says.
+    Size {
+        /// By the history.
+        expected: u64,
+        /// Of the device.
+        found: u64,
+    },
+    /// No memory.
+    Memory(std::io::Error),
+}
+
+impl fmt::Display for StartError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            StartError::Io(what, error) => write!(f, "B001: {what} cannot be read or written: {error}. Nothing was changed. Check the disk"),
+            StartError::Format(what, error) => write!(f, "B002: {what} cannot be used: {error}. Nothing was changed"),
+            StartError::Size { expected, found } => write!(
+                f,
+                "B003: the device is {found} bytes, its history says {expected}. Nothing was changed. Was it resized, or is it another device? \
+                 `varve unprotect` and `varve protect` begin a new history"
+            ),
+            StartError::Memory(error) => write!(f, "B004: no memory for the volume: {error}"),
+        }
+    }
+}
+
+impl std::error::Error for StartError {}
+
+/// What the volume begins with.
+struct Plan {
+    summary: String,
+    checkpoint: Checkpoint,
+    /// New span, unless the checkpoint has one that goes on.
+    span: Option<SpanKind>,
+    gap: bool,
+    mark: Mark,
+    records: Vec<SurvivingRecord>,
+    epoch_detail: u8,
+}
+
+/// What the bitmap begins with.
+enum Mark {
+    /// As it survived.
+    Kept,
+    /// What the checkpoint leaves open, and ranges of failed writes.
+    Open(Vec<(u64, u64)>),
+    /// Everything.
+    All,
+}
+
+struct Found {
+    slot: Option<StateSlot>,
+    scan: Option<ScanResult>,
+    log_error: Option<IoError>,
+}
+
+impl<R: Rules> Volume<R> {
+    /// Starts a volume; blocks until its new epoch is durable. `kernel`: the device's write counter and boot, for the fingerprint.
+    pub fn start(
+        medium: &mut dyn Medium,
+        config: VolumeConfig,
+        surviving: SurvivingMemory,
+        kernel: Fingerprint,
+        rewind: Option<RewindRequest>,
+    ) -> Result<(Volume<R>, StartReport), StartError> {
+        let (state_file, slot) = StateFile::open(medium, config.volume, TOKEN_STATE).map_err(|error| match error {
+            StateError::Io(error) => StartError::Io("the state file", error),
+            StateError::Format(error) => StartError::Format("the state file", error),
+        })?;
+        let geometry = config.geometry();
+        let (scan, log_error) = match scan(medium, &geometry) {
+            Ok(scan) => (scan, None),
+            Err(SegmentError::Io(error)) => (None, Some(IoError(error.raw_os_error().unwrap_or(libc::EIO)))),
+            Err(SegmentError::Format(error)) => return Err(StartError::Format("the log", error)),
+        };
+        if let Some(scan) = &scan
+            && scan.volume_bytes != config.volume_bytes
+        {
+            return Err(StartError::Size { expected: scan.volume_bytes, found: config.volume_bytes });
+        }
+        let found = Found { slot, scan, log_error };
+        let buffer = BatchBuffer::new(surviving.memory(), SurvivingMemory::slots_base(), config.slots);
+        let mut plan = plan(medium, &config, &surviving, &buffer, &found, kernel)?;
+        // The start itself writes out of memory of its own, so that what survived stays as it is until it is safe.
+        let own = Memory::anonymous(START_SLOTS * SLOT_BYTES).map_err(StartError::Memory)?;
+        let own = BatchBuffer::new(&own, 0, START_SLOTS);
+        let mut volume = Volume::<R>::assemble(config, surviving, state_file, own, geometry).map_err(StartError::Memory)?;
+        if let Some(request) = rewind {
+            plan.checkpoint.span.get_or_insert((SpanKind::Rewind, Lsn(0), request.target.0));
+        }
+        let report = volume.carry_out(medium, &found, plan, rewind)?;
+        volume.writer.replace_buffer(buffer);
+        volume.surviving.claim(volume.writer.epoch());
+        Ok((volume, report))
+    }
+
+    fn assemble(
+        config: VolumeConfig,
+        surviving: SurvivingMemory,
+        state_file: StateFile,
+        buffer: BatchBuffer,
+        geometry: LogGeometry,
+    ) -> std::io::Result<Volume<R>> {
+        let bitmap = Bitmap::new(surviving.memory(), SurvivingMemory::bitmap_base(&config), config.volume_bytes);
+        let places = config.depth + 8;
+        let idle = || Active {
+            request: None,
+            phase: Phase::Free,
+            writes: Vec::with_capacity(16),
+            outstanding: 0,
+            lsn_first: Lsn(0),
+            lock: None,
+            error: None,
+            logged: false,
+            since_ns: 0,
+        };
+        Ok(Volume {
+            surviving,
+            writer: LogWriter::new(geometry, buffer, TOKEN_LOG)?,
+            state: VolumeState::Synchronising,
+            state_file,
+            epoch_start: (Lsn::FIRST, SegmentSequence(1)),
+            span: None,
+            span_end: None,
+            regions: OpenRegions::new(config.region_bytes, config.open_regions_max),
+            bitmap,
+            locks: RangeLocks::new(places + 4),
+            flusher: OriginFlusher::default(),
+            copier: Copier::new(config.copy_bytes)?,
+            healer: Healer::new(config.heal_interval_ns),
+            table: (0..places).map(|_| idle()).collect(),
+            free: (0..places as u16).rev().collect(),
+            pending: VecDeque::with_capacity(places),
+            answers: VecDeque::with_capacity(places),
+            last_write_end: 0,
+            regions_wanted: false,
+            stable_lsn: Lsn(0),
+            stable_before: Lsn(0),
+            stable_bytes_mark: 0,
+            stable_time_ns: 0,
+            last_record_time: WallTime(0),
+            counters: Counters::default(),
+            rules: PhantomData,
+            config,
+        })
+    }
+
+    fn carry_out(
+        &mut self,
+        medium: &mut dyn Medium,
+        found: &Found,
+        mut plan: Plan,
+        rewind: Option<RewindRequest>,
+    ) -> Result<StartReport, StartError> {
+        let mut report = StartReport { summary: plan.summary.clone(), ..StartReport::default() };
+        if !matches!(plan.mark, Mark::Kept) {
+            self.surviving.disclaim();
+        }
+        let now = medium.now();
+        self.stable_time_ns = now.monotonic_ns;
+        self.last_record_time = found.scan.as_ref().map_or(now.wall, |scan| scan.tail.time);
+        let old = old_epoch(found);
+        match &plan.mark {
+            // Marked blocks without a span: a start in bypass was cut short. Its records are lost, its marks are not.
+            Mark::Kept if !self.bitmap.is_empty() && plan.checkpoint.span.is_none() => {
+                plan.span = Some(SpanKind::CatchUp);
+                plan.gap = true;
+            }
+            Mark::Kept => {}
+            Mark::All => self.bitmap.set(0, self.config.volume_bytes),
+            Mark::Open(failed) => {
+                self.bitmap.clear_all();
+                mark_open(&mut self.bitmap, &plan.checkpoint, failed, &self.config);
+            }
+        }
+        let checkpoint = &plan.checkpoint;
+        let mut opened = checkpoint.clone();
+        if plan.span.is_some() && opened.span.is_none() {
+            // Until the span's begin record is durable the header itself must say that things are open.
+            opened.copy_cursor = if matches!(plan.mark, Mark::All | Mark::Kept) { 0 } else { u64::MAX };
+            opened.span = plan.span.map(|kind| (kind, old.next, 0));
+        }
+        let opening = SegmentOpening {
+            epoch: EpochId(medium.random_id()),
+            parent_epoch: old.epoch,
+            sequence: SegmentSequence(old.sequence.0 + 1),
+            lsn_start: old.next,
+            previous_lsn_end: old.durable,
+            previous_bytes: old.bytes,
+            previous_hash: old.hash,
+        };
+        if let Some(error) = found.log_error {
+            self.start_in_bypass(medium, old, error, &mut report);
+            return Ok(report);
+        }
+        if !self.writer_has_place(&old, opening.sequence) {
+            self.start_in_bypass(medium, old, IoError(libc::ENOSPC), &mut report);
+            return Ok(report);
+        }
+        self.writer.begin_epoch(medium, opening, old.oldest_held, &opened);
+        self.epoch_start = (opening.lsn_start, opening.sequence);
+        self.flusher.reset(old.next);
+        self.stable_lsn = old.next;
+        self.stable_before = old.next;
+        for region in &checkpoint.regions {
+            self.regions.reopen(*region, old.next);
+        }
+        for survivor in plan.records.iter().filter(|survivor| survivor.lsn >= old.next) {
+            report.records_survived += 1;
+            self.make_room(medium)?;
+            let record = Record { payload_offset: 0.into(), payload_bytes: 0.into(), payload_crc: 0.into(), ..survivor.record };
+            self.append(medium, record, &survivor.payload);
+            self.regions.touch(record.offset.get(), record.length.get(), survivor.lsn);
+        }
+        self.append_beginning(medium, &plan, rewind)?;
+        if let Err(error) = self.settle_log(medium) {
+            self.start_in_bypass(medium, old, error, &mut report);
+            return Ok(report);
+        }
+        let word = self.word(StateKind::LogSpeaks);
+        report.state_error = self.state_file.write_blocking(medium, &word).err();
+        for survivor in plan.records.iter().filter(|survivor| !survivor.done) {
+            report.records_redone += u64::from(redo(medium, survivor).map_err(|e| StartError::Io("the device", e))?);
+        }
+        report.reread_bytes = self.bitmap.bytes();
+        if let Some((SpanKind::Rewind, _, target)) = self.span
+            && rewind.is_none()
+        {
+            report.rewind_target = Some(Lsn(target));
+        }
+        Ok(report)
+    }
+
+    fn writer_has_place(&mut self, old: &OldEpoch, sequence: SegmentSequence) -> bool {
+        sequence.0 - old.oldest_held.0.min(sequence.0) < self.config.segment_count
+    }
+
+    /// The epoch's first records of its own: epoch, gap, span.
+    fn append_beginning(&mut self, medium: &mut dyn Medium, plan: &Plan, rewind: Option<RewindRequest>) -> Result<(), StartError> {
+        self.make_room(medium)?;
+        let gap_since = self.last_record_time;
+        self.append(medium, Record::new(RecordKind::Epoch, 0, 0, 0).with_detail(plan.epoch_detail), &[]);
+        if plan.gap {
+            self.append(medium, Record::new(RecordKind::Gap, 0, 0, gap_since.0 as u64), &[]);
+        }
+        self.state = plan.checkpoint.state;
+        self.span = plan.checkpoint.span;
+        if let Some(request) = rewind
+            && self.span.is_some_and(|span| span.1 == Lsn(0))
+        {
+            let begin = Record::new(RecordKind::SpanBegin, 0, 0, request.target.0).with_detail(SpanKind::Rewind as u8);
+            let (lsn, _) = self.append(medium, begin, &[]);
+            self.span = Some((SpanKind::Rewind, lsn, request.target.0));
+            self.state = VolumeState::Rewinding;
+        } else if let (Some(kind), None) = (plan.span, self.span) {
+            let (lsn, _) = self.append(medium, Record::new(RecordKind::SpanBegin, 0, 0, 0).with_detail(kind as u8), &[]);
+            self.span = Some((kind, lsn, 0));
+        }
+        self.state = match self.span {
+            Some((SpanKind::BaseCopy, ..)) => VolumeState::Synchronising,
+            Some((SpanKind::Resync | SpanKind::CatchUp, ..)) => VolumeState::Healing,
+            Some((SpanKind::Verify, ..)) => VolumeState::Unverified,
+            Some((SpanKind::Rewind, ..)) => VolumeState::Rewinding,
+            None => VolumeState::Protected,
+        };
+        Ok(())
+    }
+
+    /// Runs the log until there is room again (many survivors, few slots).
+    fn make_room(&mut self, medium: &mut dyn Medium) -> Result<(), StartError> {
+        while !self.writer.has_room(4, varve_format::RECORD_PAYLOAD_BYTES_MAX as usize, true) {
+            self.settle_log(medium).map_err(|error| StartError::Io("the log", error))?;
+        }
+        Ok(())
+    }
+
+    /// Makes everything appended so far durable, waiting for it.
+    pub(crate) fn settle_log(&mut self, medium: &mut dyn Medium) -> Result<(), IoError> {
+        let target = self.writer.next_lsn();
+        self.writer.want_durable(target);
+        while self.writer.durable_lsn() < target {
+            if let Some(error) = self.writer.failure() {
+                while !self.writer.is_quiet() {
+                    let completion = medium.poll(true).ok_or(IoError(libc::ESHUTDOWN))?;
+                    self.writer.complete(completion.token, completion.result);
+                }
+                return Err(error);
+            }
+            self.writer.pump(medium);
+            if self.writer.wants_roll() {
+                let checkpoint = self.checkpoint();
+                self.writer.roll(medium, &checkpoint);
+                self.writer.pump(medium);
+            }
+            if self.writer.is_full() && self.writer.is_quiet() {
+                return Err(IoError(libc::ENOSPC));
+            }
+            let completion = medium.poll(true).ok_or(IoError(libc::ESHUTDOWN))?;
+            self.writer.complete(completion.token, completion.result);
+        }
+        Ok(())
+    }
+
+    /// The log cannot be used: production must start all the same. Everything is marked.
+    fn start_in_bypass(&mut self, medium: &mut dyn Medium, old: OldEpoch, error: IoError, report: &mut StartReport) {
+        self.writer.stand_by(old.epoch, old.sequence, old.oldest_held, old.next);
+        self.writer.poison(error);
+        self.state = VolumeState::Bypass;
+        self.bitmap.set(0, self.config.volume_bytes);
+        self.span = None;
+        self.epoch_start = (old.next, SegmentSequence(old.sequence.0 + 1));
+        let word = StateWord { kind: StateKind::Bypass, epoch: old.epoch, start: self.epoch_start, fingerprint: Fingerprint::default() };
+        report.state_error = self.state_file.write_blocking(medium, &word).err();
+        self.healer.start_bypassed(old, error, self.last_record_time, medium.now().monotonic_ns);
+        self.counters.bypasses += 1;
+        report.in_bypass = true;
+        report.reread_bytes = self.bitmap.bytes();
+        report.summary = format!("the log cannot be used ({error}): started in bypass; everything is read again once it can");
+    }
+}
+
+impl VolumeConfig {
+    /// The shape of this volume's log.
+    #[must_use]
+    pub fn geometry(&self) -> LogGeometry {
+        LogGeometry {
+            volume: self.volume,
+            segment_bytes: self.segment_bytes,
+            segment_count: self.segment_count,
+            volume_bytes: self.volume_bytes,
+            sector_bytes: self.sector_bytes,
+            region_bytes: self.region_bytes,
+        }
+    }
+}
+
+fn old_epoch(found: &Found) -> OldEpoch {
+    match (&found.scan, &found.slot) {
+        (Some(scan), _) => OldEpoch {
+            sequence: scan.tail.sequence,
+            epoch: scan.tail.epoch,
+            durable: scan.tail.lsn_end,
+            next: scan.tail.lsn_end,
+            bytes: scan.tail.bytes,
+            hash: scan.tail.hash,
+            oldest_held: scan.oldest,
+        },
+        (None, slot) => {
+            // The log is gone or out of reach. What the state file remembers keeps numbers from being used twice.
+            let (epoch, lsn, sequence) = slot.as_ref().map_or((EpochId::default(), Lsn::FIRST, SegmentSequence(0)), |slot| {
+                (EpochId(slot.epoch), Lsn(slot.lsn_start.get() + LSN_JUMP), SegmentSequence(slot.sequence.get() + SEQUENCE_JUMP))
+            });
+            OldEpoch {
+                sequence,
+                epoch,
+                durable: lsn,
+                next: lsn,
+                bytes: 0,
+                hash: Hash128::default(),
+                oldest_held: SegmentSequence(sequence.0 + 1),
+            }
+        }
+    }
+}
+
+fn mark_open(bitmap: &mut Bitmap, checkpoint: &Checkpoint, failed: &[(u64, u64)], config: &VolumeConfig) {
+    let region_bytes = u64::from(config.region_bytes);
+    for region in &checkpoint.regions {
+        let offset = u64::from(*region) * region_bytes;
+        if offset < config.volume_bytes {
+            bitmap.set(offset, region_bytes.min(config.volume_bytes - offset));
+        }
+    }
+    for (offset, length) in failed {
+        if *offset < config.volume_bytes {
+            bitmap.set(*offset, (*length).min(config.volume_bytes - offset));
+        }
+    }
+    if checkpoint.copy_cursor < config.volume_bytes {
+        bitmap.set(checkpoint.copy_cursor, config.volume_bytes - checkpoint.copy_cursor);
+    }
+}
+
+fn plan(
+    medium: &mut dyn Medium,
+    config: &VolumeConfig,
+    surviving: &SurvivingMemory,
+    buffer: &BatchBuffer,
+    found: &Found,
+    kernel: Fingerprint,
+) -> Result<Plan, StartError> {
+    let nothing = Checkpoint { stable_lsn: Lsn(0), span: None, copy_cursor: u64::MAX, state: VolumeState::Protected, regions: Vec::new() };
+    let whole = |summary: &str, kind: SpanKind, gap: bool| Plan {
+        summary: summary.to_owned(),
+        checkpoint: Checkpoint { copy_cursor: 0, ..nothing.clone() },
+        span: Some(kind),
+        gap,
+        mark: Mark::All,
+        records: Vec::new(),
+        epoch_detail: 0,
+    };
+    let (Some(slot), Some(scan)) = (&found.slot, &found.scan) else {
+        return Ok(match (&found.slot, &found.scan) {
+            (None, None) => whole("new volume: its first full copy begins", SpanKind::BaseCopy, false),
+            (None, Some(_)) => whole("the state file is lost: everything is read again", SpanKind::Verify, true),
+            _ => whole("the log is lost: everything is read again", SpanKind::Verify, true),
+        });
+    };
+    let kind = slot.kind().map_err(|e| StartError::Format("the state file", e))?;
+    let same_epoch = slot.epoch == scan.tail.epoch.0;
+    let descends = same_epoch || slot.epoch == scan.tail.parent_epoch.0;
+    let claimed = surviving.epoch();
+    let believed = claimed == Some(scan.tail.epoch) || claimed == Some(scan.tail.parent_epoch);
+    let warm = if believed { survivors(buffer, scan) } else { None };
+    match (kind, warm) {
+        (StateKind::LogSpeaks, Some(records)) if descends => {
+            let mut checkpoint = scan.checkpoint.clone();
+            let region_bytes = u64::from(config.region_bytes);
+            for survivor in records.iter().filter(|survivor| survivor.lsn >= scan.tail.lsn_end) {
+                if let Ok(kind) = survivor.record.kind() {
+                    note_record(&mut checkpoint, kind, survivor.lsn, &survivor.record, &survivor.payload, region_bytes);
+                }
+            }
+            Ok(Plan {
+                summary: "restarted: nothing was lost".to_owned(),
+                checkpoint,
+                span: None,
+                gap: false,
+                mark: Mark::Kept,
+                records,
+                epoch_detail: 2,
+            })
+        }
+        (StateKind::Bypass, Some(_)) if descends => Ok(Plan {
+            summary: "restarted in bypass: blocks that changed meanwhile are copied".to_owned(),
+            checkpoint: scan.checkpoint.clone(),
+            span: Some(SpanKind::CatchUp),
+            gap: true,
+            mark: Mark::Kept,
+            records: Vec::new(),
+            epoch_detail: 2,
+        }),
+        (StateKind::LogSpeaks, None) if descends => {
+            let open = !scan.checkpoint.regions.is_empty() || !scan.failed.is_empty();
+            Ok(Plan {
+                summary: "not closed cleanly: open regions are read again".to_owned(),
+                checkpoint: scan.checkpoint.clone(),
+                span: open.then_some(SpanKind::Resync),
+                gap: true,
+                mark: Mark::Open(scan.failed.clone()),
+                records: Vec::new(),
+                epoch_detail: 0,
+            })
+        }
+        (StateKind::Clean, _) if same_epoch && scan.clean_close => {
+            let now = fingerprint(medium, config.volume_bytes, kernel).map_err(|e| StartError::Io("the device", e))?;
+            let then = slot.fingerprint();
+            let counted = now.boot != then.boot || now.kernel_writes == then.kernel_writes;
+            if now.content != then.content || now.volume_bytes != then.volume_bytes || !counted {
+                return Ok(whole("the device was written without Varve: everything is read again", SpanKind::Verify, true));
+            }
+            Ok(Plan {
+                summary: "closed cleanly before: nothing to do".to_owned(),
+                checkpoint: scan.checkpoint.clone(),
+                span: None,
+                gap: false,
+                mark: Mark::Open(Vec::new()),
+                records: Vec::new(),
+                epoch_detail: 1,
+            })
+        }
+        (StateKind::Bypass, _) => Ok(whole("power was lost in bypass: everything is read again", SpanKind::Verify, true)),
+        (StateKind::Clean, _) => Ok(whole("the log is not the one that was closed cleanly: everything is read again", SpanKind::Verify, true)),
+        _ => Ok(whole("log and state file do not belong together: everything is read again", SpanKind::Verify, true)),
+    }
+}
+
+/// What survived in memory, if what is not in the log follows it without a break. Older records matter too: the origin may not have them.
+fn survivors(buffer: &BatchBuffer, scan: &ScanResult) -> Option<Vec<SurvivingRecord>> {
+    let all = buffer.survivors();
+    let first = scan.tail.lsn_end;
+    let mut expected = first;
+    for record in all.iter().filter(|record| record.lsn >= first) {
+        if record.lsn != expected {
+            return None;
+        }
+        expected = expected.plus(1);
+    }
+    Some(all)
+}
+
+/// Writes a surviving record to the origin again. Whether it had anything to write.
+fn redo(medium: &mut dyn Medium, survivor: &SurvivingRecord) -> Result<bool, IoError> {
+    let (offset, length) = (survivor.record.offset.get(), survivor.record.length.get());
+    let copied = survivor.record.flags & varve_format::RecordFlags::COPIED != 0;
+    let operation = match survivor.record.kind() {
+        _ if copied => return Ok(false),
+        Ok(RecordKind::Write) => {
+            let buffer = Buffer::anonymous(survivor.payload.len()).map_err(|e| IoError(e.raw_os_error().unwrap_or(libc::ENOMEM)))?;
+            buffer.write_with(|target| target.copy_from_slice(&survivor.payload));
+            Operation::Write { offset, buffer }
+        }
+        Ok(RecordKind::Zero) => Operation::Zero { offset, length },
+        Ok(RecordKind::Discard) => Operation::Discard { offset, length },
+        _ => return Ok(false),
+    };
+    run_blocking(medium, Disk::Origin, operation)?;
+    Ok(true)
+}

@@ -1,0 +1,36 @@
+//! Checksums: CRC-32C for every block that is read back, a 128-bit BLAKE3 prefix for the chain of batches.
+
+use crate::{EpochId, Lsn};
+use crc_fast::{CrcAlgorithm, Digest};
+
+/// CRC-32C (Castagnoli; the polynomial of iSCSI and ext4) of `bytes`.
+#[must_use]
+pub fn crc32c(bytes: &[u8]) -> u32 {
+    crc_fast::checksum(CrcAlgorithm::Crc32Iscsi, bytes) as u32
+}
+
+/// CRC-32C of a payload followed by its epoch and LSN: right bytes under a wrong or stale header do not match.
+#[must_use]
+pub fn payload_crc(epoch: EpochId, lsn: Lsn, payload: &[u8]) -> u32 {
+    let mut salt = [0u8; 24];
+    salt[..16].copy_from_slice(&epoch.0);
+    salt[16..].copy_from_slice(&lsn.0.to_le_bytes());
+    let mut digest = Digest::new(CrcAlgorithm::Crc32Iscsi);
+    digest.update(payload);
+    digest.update(&salt);
+    digest.finalize() as u32
+}
+
+/// The first 128 bits of a BLAKE3 hash: names a batch in its successor's header.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Hash128(pub [u8; 16]);
+
+impl Hash128 {
+    /// Hashes `bytes`.
+    #[must_use]
+    pub fn of(bytes: &[u8]) -> Hash128 {
+        let mut short = [0u8; 16];
+        short.copy_from_slice(&blake3::hash(bytes).as_bytes()[..16]);
+        Hash128(short)
+    }
+}

@@ -1,0 +1,41 @@
+//! Varve's bytes on disk: what a record, a batch, a segment, an index run and a state file look like.
+//!
+//!   records ──▶ batch (4 KiB header + payload) ──▶ segment (header, batches…) ──▶ sealed file (… + footer) + run
+//!
+//! Everything here is a plain little-endian struct with its checksum first. Reading is total: any byte string gives
+//! either a checked value or a named [`FormatError`]; nothing panics and no length is trusted before it is bounded.
+//! Absent on purpose: I/O, clocks, policy, `unsafe`.
+
+mod batch;
+mod checkpoint;
+mod checksum;
+mod error;
+mod ids;
+pub mod layout;
+mod record;
+mod run;
+mod segment;
+mod state;
+
+pub use batch::{
+    BATCH_HEADER_BYTES, BATCH_PAYLOAD_BYTES_MAX, BATCH_RECORDS_MAX, BatchHeader, BatchPosition, BatchView,
+};
+pub use checkpoint::{CHECKPOINT_BYTES_MAX, Checkpoint, OPEN_REGIONS_MAX, VolumeState};
+pub use checksum::{Hash128, crc32c, payload_crc};
+pub use error::FormatError;
+pub use ids::{EpochId, Lsn, SegmentSequence, VolumeId, WallTime};
+pub use record::{RECORD_BYTES, RECORD_PAYLOAD_BYTES_MAX, Record, RecordFlags, RecordKind, SpanKind};
+pub use run::{RUN_ENTRY_BYTES, RunEntry, RunHeader};
+pub use segment::{SEGMENT_FOOTER_BYTES, SEGMENT_HEADER_BYTES, SegmentFooter, SegmentHeader};
+pub use state::{Fingerprint, STATE_SLOT_BYTES, STATE_SLOTS, StateKind, StateSlot};
+
+/// The unit of every offset in a log or store file: 4 KiB, the largest logical sector that Varve accepts.
+pub const BLOCK_BYTES: u64 = 4096;
+
+/// The format version that this code writes.
+///
+/// 1: first version.
+pub const VERSION: u16 = 1;
+
+#[cfg(test)]
+mod tests;

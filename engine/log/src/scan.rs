@@ -1,0 +1,214 @@
+//! Finds the end of a log after a crash: which segment is newest, where its valid records end, what they leave open.
+//!
+//! Only the newest segment with a valid header and checkpoint is read: the one before it was drained and flushed before that
+//! header was written, and the checkpoint repeats all that recovery needs to know.
+
+use crate::segment_reader::{ReadAt, SegmentError, SegmentReader};
+use crate::{Buffer, Disk, LogGeometry, Medium, Operation, run_blocking};
+use std::io;
+use varve_format::{
+    BATCH_HEADER_BYTES, BATCH_PAYLOAD_BYTES_MAX, Checkpoint, EpochId, FormatError, Hash128, Lsn, Record, RecordKind, SegmentHeader,
+    SegmentSequence, SpanKind, VolumeState, WallTime,
+};
+
+/// A segment that lies in the ring.
+#[derive(Clone, Copy, Debug)]
+pub struct RingSegment {
+    /// Its header.
+    pub header: SegmentHeader,
+    /// Its offset in the log.
+    pub base: u64,
+}
+
+/// Where the log ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tail {
+    /// The newest segment.
+    pub sequence: SegmentSequence,
+    /// Its epoch.
+    pub epoch: EpochId,
+    /// The epoch before, by the segment's header.
+    pub parent_epoch: EpochId,
+    /// Valid bytes in it.
+    pub bytes: u64,
+    /// Hash of its last valid batch.
+    pub hash: Hash128,
+    /// LSN after its last valid record.
+    pub lsn_end: Lsn,
+    /// Wall time of its last record, or of its opening.
+    pub time: WallTime,
+}
+
+/// What a scan found.
+#[derive(Clone, Debug)]
+pub struct ScanResult {
+    /// The end of the log.
+    pub tail: Tail,
+    /// The last checkpoint, brought up to date by the records behind it: regions opened since, spans begun or ended.
+    pub checkpoint: Checkpoint,
+    /// Ranges of `failed` records since the checkpoint: to be read again.
+    pub failed: Vec<(u64, u64)>,
+    /// The last record was a clean close.
+    pub clean_close: bool,
+    /// Oldest segment in the ring that belongs to the unbroken sequence that ends with the tail.
+    pub oldest: SegmentSequence,
+    /// What stopped the scan, for the report.
+    pub broke_at: Option<String>,
+    /// Size of the volume by the newest header or size change.
+    pub volume_bytes: u64,
+}
+
+struct MediumReader<'a> {
+    medium: &'a mut dyn Medium,
+    buffer: Buffer,
+}
+
+impl ReadAt for MediumReader<'_> {
+    fn read_at(&mut self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        let buffer = self.buffer.slice(0, bytes.len());
+        run_blocking(self.medium, Disk::Log, Operation::Read { offset, buffer: buffer.clone() })?;
+        buffer.read_with(|source| bytes.copy_from_slice(source));
+        Ok(())
+    }
+}
+
+fn reader(medium: &mut dyn Medium) -> io::Result<MediumReader<'_>> {
+    Ok(MediumReader { medium, buffer: Buffer::anonymous(BATCH_HEADER_BYTES + BATCH_PAYLOAD_BYTES_MAX)? })
+}
+
+/// Reads all segment headers of this volume in the ring, in the order of their sequence. Places without a valid header are left out;
+/// a newer version or a read error is an error.
+pub fn read_headers(source: &mut dyn ReadAt, segment_bytes: u64, segment_count: u64) -> Result<Vec<RingSegment>, SegmentError> {
+    let mut found = Vec::new();
+    let mut block = vec![0u8; varve_format::SEGMENT_HEADER_BYTES];
+    for slot in 0..segment_count {
+        let base = slot * segment_bytes;
+        source.read_at(base, &mut block)?;
+        match SegmentHeader::parse(&block) {
+            Ok(header) if header.sequence.get() % segment_count == slot => found.push(RingSegment { header, base }),
+            Ok(_) | Err(FormatError::NotVarve | FormatError::Checksum | FormatError::Truncated { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    found.sort_by_key(|segment| segment.header.sequence.get());
+    Ok(found)
+}
+
+/// Scans a log. `Ok(None)`: the log is empty.
+pub fn scan(medium: &mut dyn Medium, geometry: &LogGeometry) -> Result<Option<ScanResult>, SegmentError> {
+    let mut source = reader(medium)?;
+    let headers = read_headers(&mut source, geometry.segment_bytes, geometry.segment_count)?;
+    if let Some(foreign) = headers.iter().find(|s| s.header.volume() != geometry.volume) {
+        let _ = foreign;
+        return Err(FormatError::Foreign("volume").into());
+    }
+    for (index, segment) in headers.iter().enumerate().rev() {
+        // A header whose checkpoint is torn was never flushed: nothing in that segment was durable, the one before it is whole.
+        match SegmentReader::open(&mut source as &mut dyn ReadAt, segment.base, geometry.segment_bytes) {
+            Ok(opened) => {
+                let oldest = oldest_of(&headers[..=index]);
+                return scan_segment(opened, oldest).map(Some);
+            }
+            Err(SegmentError::Format(FormatError::Checksum | FormatError::Field(_) | FormatError::Truncated { .. })) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(None)
+}
+
+impl ReadAt for &mut dyn ReadAt {
+    fn read_at(&mut self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        (**self).read_at(offset, bytes)
+    }
+}
+
+fn oldest_of(headers: &[RingSegment]) -> SegmentSequence {
+    let mut oldest = headers[headers.len() - 1].header.sequence.get();
+    for segment in headers.iter().rev().skip(1) {
+        if segment.header.sequence.get() + 1 != oldest {
+            break;
+        }
+        oldest -= 1;
+    }
+    SegmentSequence(oldest)
+}
+
+fn scan_segment(mut reader: SegmentReader<&mut dyn ReadAt>, oldest: SegmentSequence) -> Result<ScanResult, SegmentError> {
+    let header = *reader.header();
+    let region_bytes = u64::from(header.region_bytes.get());
+    let mut checkpoint = reader.checkpoint().clone();
+    let mut failed = Vec::new();
+    let mut clean_close = false;
+    let mut time = header.wall_time();
+    let mut volume_bytes = header.volume_bytes.get();
+    let broke_at = loop {
+        match reader.advance() {
+            Ok(true) => {}
+            Ok(false) => break None,
+            Err(SegmentError::Io(error)) => return Err(error.into()),
+            Err(SegmentError::Format(error)) => break Some(error.to_string()),
+        }
+        reader.each_record(|found| {
+            time = found.time;
+            clean_close = found.kind == RecordKind::CleanClose;
+            match found.kind {
+                RecordKind::Stable => failed.clear(),
+                RecordKind::Failed => failed.push((found.record.offset.get(), found.record.length.get())),
+                RecordKind::SizeChange => volume_bytes = found.record.length.get(),
+                _ => {}
+            }
+            note_record(&mut checkpoint, found.kind, found.lsn, found.record, found.payload, region_bytes);
+        })?;
+    };
+    let (bytes, hash, lsn_end) = reader.tail();
+    let tail = Tail { sequence: header.sequence(), epoch: header.epoch(), parent_epoch: EpochId(header.parent_epoch), bytes, hash, lsn_end, time };
+    Ok(ScanResult { tail, checkpoint, failed, clean_close, oldest, broke_at, volume_bytes })
+}
+
+/// Brings a checkpoint up to date with a record behind it.
+pub fn note_record(checkpoint: &mut Checkpoint, kind: RecordKind, lsn: Lsn, record: &Record, payload: &[u8], region_bytes: u64) {
+    match kind {
+        RecordKind::Stable => {
+            if let Ok(newer) = Checkpoint::parse(payload) {
+                *checkpoint = newer;
+            }
+        }
+        RecordKind::Write | RecordKind::Discard | RecordKind::Zero | RecordKind::Intent | RecordKind::Undefined | RecordKind::Failed => {
+            open_regions(checkpoint, record.offset.get(), record.length.get(), region_bytes);
+        }
+        RecordKind::SpanBegin => {
+            if let Some(kind) = SpanKind::from_code(record.detail) {
+                checkpoint.span = Some((kind, lsn, record.argument.get()));
+                checkpoint.copy_cursor = if matches!(kind, SpanKind::Resync | SpanKind::Rewind) { u64::MAX } else { 0 };
+                checkpoint.state = state_of(kind);
+            }
+        }
+        RecordKind::SpanEnd => {
+            checkpoint.span = None;
+            checkpoint.copy_cursor = u64::MAX;
+            checkpoint.state = VolumeState::Protected;
+        }
+        RecordKind::Point | RecordKind::Gap | RecordKind::Epoch | RecordKind::SizeChange | RecordKind::CleanClose => {}
+    }
+}
+
+fn state_of(kind: SpanKind) -> VolumeState {
+    match kind {
+        SpanKind::BaseCopy => VolumeState::Synchronising,
+        SpanKind::Resync | SpanKind::CatchUp => VolumeState::Healing,
+        SpanKind::Verify => VolumeState::Unverified,
+        SpanKind::Rewind => VolumeState::Rewinding,
+    }
+}
+
+fn open_regions(checkpoint: &mut Checkpoint, offset: u64, length: u64, region_bytes: u64) {
+    if length == 0 {
+        return;
+    }
+    for region in offset / region_bytes..=(offset + length - 1) / region_bytes {
+        let region = region as u32;
+        if let Err(at) = checkpoint.regions.binary_search(&region) {
+            checkpoint.regions.insert(at, region);
+        }
+    }
+}

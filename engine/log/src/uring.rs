@@ -1,0 +1,258 @@
+// UNSAFETY: pushes entries that carry raw pointers into a ring; each operation's buffer is kept alive until its completion.
+#![expect(unsafe_code)]
+//! The kernel's medium: three file descriptors and one io_uring.
+//!
+//! The ring is either our own, or one that somebody else drives (ublk's queue ring: then one system call per turn serves requests,
+//! origin and log alike). Short reads and writes are continued here, so that whoever submitted sees whole or failed.
+
+use crate::medium::{Completion, Disk, IoError, Medium, Now, Operation};
+use io_uring::{IoUring, cqueue, opcode, squeue, types};
+use std::collections::VecDeque;
+use std::fs::File;
+use std::os::fd::{AsRawFd, RawFd};
+use varve_format::WallTime;
+
+/// Marks a completion as ours in a ring that ublk commands share (libublk's "target I/O" bit).
+pub const TARGET_BIT: u64 = 1 << 63;
+/// Marks an operation of a medium; other users of the ring (timers, wake-ups) leave it clear.
+const MEDIUM_BIT: u64 = 1 << 48;
+
+/// Where entries are pushed.
+pub trait Port {
+    /// Queues an entry; submits to make room if it must.
+    ///
+    /// # Safety
+    /// What the entry points at must stay valid until its completion.
+    unsafe fn push(&mut self, entry: &squeue::Entry);
+    /// Takes a completion, if this port is the one that reaps. `wait` blocks for one.
+    fn reap(&mut self, wait: bool) -> Option<cqueue::Entry>;
+}
+
+/// A ring of our own.
+pub struct OwnRing {
+    ring: IoUring,
+}
+
+impl OwnRing {
+    /// A ring with `entries` places.
+    pub fn new(entries: u32) -> std::io::Result<OwnRing> {
+        Ok(OwnRing { ring: IoUring::new(entries)? })
+    }
+
+    /// Submits what is queued and waits until a completion is there or `timeout_ns` has passed.
+    pub fn submit_and_wait(&mut self, timeout_ns: u64) -> std::io::Result<()> {
+        let timeout = types::Timespec::new().sec(timeout_ns / 1_000_000_000).nsec((timeout_ns % 1_000_000_000) as u32);
+        let arguments = types::SubmitArgs::new().timespec(&timeout);
+        match self.ring.submitter().submit_with_args(1, &arguments) {
+            Ok(_) => Ok(()),
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ETIME | libc::EINTR | libc::EBUSY)) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+impl Port for OwnRing {
+    unsafe fn push(&mut self, entry: &squeue::Entry) {
+        loop {
+            // SAFETY: the caller's promise.
+            if unsafe { self.ring.submission().push(entry) }.is_ok() {
+                return;
+            }
+            let _ = self.ring.submit();
+        }
+    }
+
+    fn reap(&mut self, wait: bool) -> Option<cqueue::Entry> {
+        if let Some(entry) = self.ring.completion().next() {
+            return Some(entry);
+        }
+        loop {
+            match self.ring.submit_and_wait(usize::from(wait)) {
+                Ok(_) => {}
+                Err(error) if error.raw_os_error() == Some(libc::EINTR) => continue,
+                Err(_) => return None,
+            }
+            let entry = self.ring.completion().next();
+            if entry.is_some() || !wait {
+                return entry;
+            }
+        }
+    }
+}
+
+struct Pending {
+    token: u64,
+    disk: Disk,
+    operation: Operation,
+    done_bytes: usize,
+}
+
+/// The kernel's medium.
+pub struct UringMedium<P> {
+    port: P,
+    origin: File,
+    log: File,
+    state: File,
+    origin_is_block_device: bool,
+    pending: Vec<Option<Pending>>,
+    free: Vec<u16>,
+    /// Completions found while somebody else reaped, or made without the kernel.
+    ready: VecDeque<Completion>,
+}
+
+impl<P: Port> UringMedium<P> {
+    /// A medium over open files; all with O_DIRECT where their file system has it.
+    pub fn new(port: P, origin: File, log: File, state: File) -> std::io::Result<UringMedium<P>> {
+        const PENDING_MAX: usize = 2048;
+        let origin_is_block_device = std::os::unix::fs::FileTypeExt::is_block_device(&origin.metadata()?.file_type());
+        Ok(UringMedium {
+            port,
+            origin,
+            log,
+            state,
+            origin_is_block_device,
+            pending: (0..PENDING_MAX).map(|_| None).collect(),
+            free: (0..PENDING_MAX as u16).rev().collect(),
+            ready: VecDeque::with_capacity(16),
+        })
+    }
+
+    /// Goes on with another ring; nothing may be in flight.
+    pub fn with_port<Q: Port>(self, port: Q) -> UringMedium<Q> {
+        assert!(self.in_flight() == 0, "operations in flight belong to the old ring");
+        let UringMedium { origin, log, state, origin_is_block_device, pending, free, ready, .. } = self;
+        UringMedium { port, origin, log, state, origin_is_block_device, pending, free, ready }
+    }
+
+    /// The ring.
+    pub fn port(&mut self) -> &mut P {
+        &mut self.port
+    }
+
+    /// The origin's file.
+    pub fn origin(&self) -> &File {
+        &self.origin
+    }
+
+    /// Operations in flight.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.pending.len() - self.free.len()
+    }
+
+    fn descriptor(&self, disk: Disk) -> RawFd {
+        match disk {
+            Disk::Origin => self.origin.as_raw_fd(),
+            Disk::Log => self.log.as_raw_fd(),
+            Disk::State => self.state.as_raw_fd(),
+        }
+    }
+
+    fn entry(&self, pending: &Pending) -> squeue::Entry {
+        let fd = types::Fd(self.descriptor(pending.disk));
+        match &pending.operation {
+            Operation::Read { offset, buffer } => {
+                let rest = buffer.slice(pending.done_bytes, buffer.len() - pending.done_bytes);
+                opcode::Read::new(fd, rest.pointer(), rest.len() as u32).offset(offset + pending.done_bytes as u64).build()
+            }
+            Operation::Write { offset, buffer } => {
+                let rest = buffer.slice(pending.done_bytes, buffer.len() - pending.done_bytes);
+                opcode::Write::new(fd, rest.pointer(), rest.len() as u32).offset(offset + pending.done_bytes as u64).build()
+            }
+            Operation::Flush => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
+            Operation::Discard { offset, length } => {
+                let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+                opcode::Fallocate::new(fd, *length).offset(*offset).mode(mode).build()
+            }
+            Operation::Zero { offset, length } => {
+                // On a file a hole reads zero; on a block device only ZERO_RANGE promises zeroes.
+                let mode = if self.origin_is_block_device { libc::FALLOC_FL_ZERO_RANGE } else { libc::FALLOC_FL_PUNCH_HOLE };
+                opcode::Fallocate::new(fd, *length).offset(*offset).mode(mode | libc::FALLOC_FL_KEEP_SIZE).build()
+            }
+        }
+    }
+
+    fn push(&mut self, slot: u16) {
+        let pending = self.pending[slot as usize].as_ref().expect("slot is pending");
+        let entry = self.entry(pending).user_data(TARGET_BIT | MEDIUM_BIT | u64::from(slot));
+        // SAFETY: `pending` owns the Buffer and stays in its slot until the completion is taken; the files live as long as self.
+        unsafe { self.port.push(&entry) };
+    }
+
+    /// Takes a completion that somebody else reaped. `None`: it is not a medium's, or the operation goes on.
+    pub fn take(&mut self, user_data: u64, result: i32) -> Option<Completion> {
+        if user_data & MEDIUM_BIT == 0 || user_data & TARGET_BIT == 0 {
+            return None;
+        }
+        let slot = (user_data & 0xffff) as u16;
+        let pending = self.pending[slot as usize].as_mut()?;
+        if result == -libc::EINTR || result == -libc::EAGAIN {
+            self.push(slot);
+            return None;
+        }
+        let outcome = match &pending.operation {
+            _ if result < 0 => Err(IoError(-result)),
+            Operation::Read { buffer, .. } | Operation::Write { buffer, .. } => {
+                pending.done_bytes += result as usize;
+                if result == 0 {
+                    Err(IoError::EIO) // The end of the device or file: what should be there is not.
+                } else if pending.done_bytes < buffer.len() {
+                    self.push(slot);
+                    return None;
+                } else {
+                    Ok(())
+                }
+            }
+            _ => Ok(()),
+        };
+        let token = pending.token;
+        self.pending[slot as usize] = None;
+        self.free.push(slot);
+        Some(Completion { token, result: outcome })
+    }
+}
+
+impl<P: Port> Medium for UringMedium<P> {
+    fn submit(&mut self, disk: Disk, token: u64, operation: Operation) {
+        let Some(slot) = self.free.pop() else {
+            self.ready.push_back(Completion { token, result: Err(IoError(libc::EBUSY)) });
+            return;
+        };
+        self.pending[slot as usize] = Some(Pending { token, disk, operation, done_bytes: 0 });
+        self.push(slot);
+    }
+
+    fn poll(&mut self, wait: bool) -> Option<Completion> {
+        if let Some(completion) = self.ready.pop_front() {
+            return Some(completion);
+        }
+        loop {
+            if wait && self.in_flight() == 0 {
+                return None;
+            }
+            let entry = self.port.reap(wait)?;
+            if let Some(completion) = self.take(entry.user_data(), entry.result()) {
+                return Some(completion);
+            }
+        }
+    }
+
+    fn now(&self) -> Now {
+        let clock = |id| nix::time::clock_gettime(id).map_or(0, |t| t.tv_sec() * 1_000_000_000 + t.tv_nsec());
+        Now {
+            monotonic_ns: clock(nix::time::ClockId::CLOCK_MONOTONIC) as u64,
+            wall: WallTime(clock(nix::time::ClockId::CLOCK_REALTIME)),
+        }
+    }
+
+    fn random_id(&mut self) -> [u8; 16] {
+        let mut id = [0u8; 16];
+        let file = File::open("/dev/urandom");
+        if file.and_then(|mut f| std::io::Read::read_exact(&mut f, &mut id)).is_err() {
+            // Never seen: no /dev. Time and address still make it unlikely to meet twice.
+            id[..8].copy_from_slice(&self.now().monotonic_ns.to_le_bytes());
+            id[8..].copy_from_slice(&self.now().wall.0.to_le_bytes());
+        }
+        id
+    }
+}

@@ -1,0 +1,467 @@
+//! A volume on a simulated machine, driven by a random script, with a model of what it promised.
+//!
+//! Every write carries a stamp (request number, sector) in each of its sectors, so that each sector of origin and history names the
+//! request it came from. The model remembers when each request was issued and answered, and which flush was answered after it.
+
+use crate::history::History;
+use blkfilter::{AckPolicy, Law, Rules, StartReport, SurvivingIdentity, SurvivingMemory, Volume, VolumeConfig};
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::rc::Rc;
+use varve_format::{Fingerprint, Lsn, RecordKind, VolumeId, VolumeState};
+use varve_front::{Request, RequestKind};
+use varve_log::{Buffer, CrashPlan, Disk, DiskFault, Medium, Memory, SimMachine, SimMedium};
+
+const SECTOR: usize = 512;
+/// Volume size: no multiple of anything round.
+pub const VOLUME_BYTES: usize = 96 * 1024 + 3 * SECTOR;
+const SEGMENT_BYTES: u64 = 320 * 1024;
+const SEGMENT_COUNT: u64 = 24;
+
+/// A request as the model remembers it.
+#[derive(Clone, Debug)]
+struct Issued {
+    kind: RequestKind,
+    offset: usize,
+    length: usize,
+    issued_at: u64,
+    answered_at: Option<u64>,
+    /// A flush (or the request's own force-unit-access) was answered that covers it.
+    durable: bool,
+    /// A power cut came before any flush: nothing is promised any more.
+    lost: bool,
+    ok: bool,
+}
+
+/// What a sector holds, read from its stamp. Zero: nothing, or zeroed or discarded.
+fn stamp_of(sector: &[u8]) -> u64 {
+    u64::from_le_bytes(sector[..8].try_into().unwrap())
+}
+
+/// The script's parameters.
+#[derive(Clone, Copy, Debug)]
+pub struct Script {
+    /// Seed of everything.
+    pub seed: u64,
+    /// Requests to issue.
+    pub requests: u64,
+    /// Break the log now and then.
+    pub log_faults: bool,
+    /// When writes are answered.
+    pub ack: AckPolicy,
+}
+
+/// How the run ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cut {
+    /// The power goes; unflushed writes go this way.
+    Power(CrashPlan),
+    /// The process is killed.
+    Kill,
+}
+
+/// The simulated volume.
+pub struct Simulated<R: Rules = Law> {
+    /// The machine.
+    pub machine: Rc<RefCell<SimMachine>>,
+    medium: SimMedium,
+    memory: Option<Rc<Memory>>,
+    volume: Option<Volume<R>>,
+    issued: Vec<Issued>,
+    in_flight: HashMap<u32, (u64, u64)>,
+    clock: u64,
+    next_tag: u32,
+    snapshots: Vec<(Lsn, Vec<u8>)>,
+    /// Reports of all starts.
+    pub reports: Vec<StartReport>,
+    config: VolumeConfig,
+    script_random: u64,
+    /// How often bypass was seen.
+    pub bypasses: u64,
+    kernel_writes: u64,
+    broken: Option<String>,
+}
+
+impl<R: Rules> Simulated<R> {
+    /// A fresh machine.
+    #[must_use]
+    pub fn new(script: Script) -> Simulated<R> {
+        let sizes = [VOLUME_BYTES, (SEGMENT_BYTES * SEGMENT_COUNT) as usize, 8192];
+        let machine = Rc::new(RefCell::new(SimMachine::new(script.seed, sizes)));
+        let mut config = VolumeConfig::new(VolumeId([9; 16]), VOLUME_BYTES as u64, SECTOR as u32);
+        config.region_bytes = 8192;
+        config.open_regions_max = 10;
+        config.stable_bytes = 96 << 10;
+        config.stable_interval_ns = 20_000_000;
+        config.heal_interval_ns = 5_000_000;
+        config.segment_bytes = SEGMENT_BYTES;
+        config.segment_count = SEGMENT_COUNT;
+        config.slots = 6;
+        config.depth = 16;
+        config.copy_bytes = 16384;
+        config.ack = script.ack;
+        Simulated {
+            medium: SimMedium::new(&machine),
+            machine,
+            memory: None,
+            volume: None,
+            issued: Vec::new(),
+            in_flight: HashMap::new(),
+            clock: 0,
+            next_tag: 0,
+            snapshots: Vec::new(),
+            reports: Vec::new(),
+            config,
+            script_random: script.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1,
+            bypasses: 0,
+            kernel_writes: 0,
+            broken: None,
+        }
+    }
+
+    fn random(&mut self, below: u64) -> u64 {
+        self.script_random ^= self.script_random << 13;
+        self.script_random ^= self.script_random >> 7;
+        self.script_random ^= self.script_random << 17;
+        self.script_random % below
+    }
+
+    fn crashed(&self) -> bool {
+        self.machine.borrow().is_crashed()
+    }
+
+    /// Starts the volume. False: the machine crashed meanwhile.
+    pub fn start(&mut self) -> bool {
+        let bytes = SurvivingMemory::bytes_needed(&self.config);
+        let memory = self.memory.get_or_insert_with(|| Memory::anonymous(bytes).unwrap()).clone();
+        let identity = SurvivingIdentity { boot: "boot".to_owned(), device: "device".to_owned(), volume: self.config.volume };
+        let surviving = SurvivingMemory::new(memory, &identity);
+        let kernel = Fingerprint { kernel_writes: self.kernel_writes, boot: [1; 16], ..Fingerprint::default() };
+        match Volume::start(&mut self.medium, self.config, surviving, kernel, None) {
+            Ok((volume, report)) => {
+                if report.in_bypass {
+                    let end = self.history().end;
+                    self.snapshots.retain(|(lsn, _)| *lsn <= end);
+                }
+                self.reports.push(report);
+                self.volume = Some(volume);
+                !self.crashed()
+            }
+            Err(error) => {
+                assert!(self.crashed(), "the volume did not start: {error}");
+                false
+            }
+        }
+    }
+
+    /// One turn: run, maybe one completion, answers. False: crashed.
+    fn turn(&mut self) -> bool {
+        let Some(volume) = self.volume.as_mut() else { return false };
+        volume.run(&mut self.medium);
+        match self.medium.poll(false) {
+            Some(completion) => {
+                volume.complete(&mut self.medium, completion);
+                volume.run(&mut self.medium);
+            }
+            None => self.machine.borrow_mut().advance(1_000_000),
+        }
+        if self.machine.borrow().is_crashed() {
+            return false;
+        }
+        while let Some(answer) = volume.take_answer() {
+            self.clock += 1;
+            let Some((number, issued_at)) = self.in_flight.remove(&answer.tag) else { continue };
+            let at = self.clock;
+            let request = &mut self.issued[number as usize];
+            request.answered_at = Some(at);
+            request.ok = answer.result.is_ok();
+            let kind = request.kind;
+            if kind == RequestKind::Flush && answer.result.is_ok() {
+                for earlier in self.issued.iter_mut().filter(|r| r.ok && !r.lost && r.answered_at.is_some_and(|a| a < issued_at)) {
+                    earlier.durable = true;
+                }
+            }
+        }
+        true
+    }
+
+    fn issue(&mut self, kind: RequestKind, offset: usize, length: usize, force_unit_access: bool) {
+        let number = self.issued.len() as u64;
+        let tag = self.next_tag;
+        self.next_tag += 1;
+        self.clock += 1;
+        let buffer = (kind == RequestKind::Write).then(|| {
+            let buffer = Buffer::anonymous(length).unwrap();
+            buffer.write_with(|bytes| {
+                for (index, sector) in bytes.chunks_mut(SECTOR).enumerate() {
+                    sector.fill(number as u8);
+                    sector[..8].copy_from_slice(&(number + 1).to_le_bytes());
+                    sector[8..16].copy_from_slice(&((offset / SECTOR + index) as u64).to_le_bytes());
+                }
+            });
+            buffer
+        });
+        self.issued.push(Issued { kind, offset, length, issued_at: self.clock, answered_at: None, durable: false, lost: false, ok: false });
+        self.in_flight.insert(tag, (number, self.clock));
+        let request = Request { tag, kind, offset: offset as u64, length: length as u64, force_unit_access, buffer };
+        if let Some(volume) = self.volume.as_mut() {
+            volume.submit(&mut self.medium, request);
+        }
+    }
+
+    /// Drives the volume through the script until it ends (true) or the machine crashes (false).
+    pub fn run(&mut self, script: Script) -> bool {
+        for step in 0..script.requests {
+            while self.in_flight.len() >= 8 {
+                if !self.turn() {
+                    return false;
+                }
+            }
+            let choice = self.random(100);
+            let length = (1 + self.random(if choice < 10 { 48 } else { 10 })) as usize * SECTOR;
+            let offset = if self.random(3) == 0 { 8192 } else { self.random(((VOLUME_BYTES - length) / SECTOR) as u64 + 1) as usize * SECTOR };
+            let fua = self.random(12) == 0;
+            match choice {
+                0..70 => self.issue(RequestKind::Write, offset, length, fua),
+                70..82 => self.issue(RequestKind::Flush, 0, 0, false),
+                82..88 => self.issue(RequestKind::Zero, offset, length, fua),
+                88..92 => self.issue(RequestKind::Discard, offset, length, false),
+                92..95 => self.volume.as_mut().unwrap().seal(),
+                95 => self.snapshot_when_idle(),
+                _ => self.machine.borrow_mut().advance(3_000_000),
+            }
+            if script.log_faults && step % 25 == 12 {
+                let fault = [DiskFault::Stalled, DiskFault::FailWrites][self.random(2) as usize];
+                self.machine.borrow_mut().disk(Disk::Log).fault = fault;
+            }
+            if step % 25 == 22 {
+                self.machine.borrow_mut().disk(Disk::Log).fault = DiskFault::None;
+            }
+            for _ in 0..self.random(6) {
+                if !self.turn() {
+                    return false;
+                }
+            }
+            self.bypasses += u64::from(self.volume.as_ref().unwrap().state() == VolumeState::Bypass);
+        }
+        self.settle()
+    }
+
+    /// Runs until every request is answered and the volume is protected again. False: crashed.
+    pub fn settle(&mut self) -> bool {
+        let fault = self.machine.borrow_mut().disk(Disk::Log).fault;
+        if fault != DiskFault::IgnoreFlush {
+            self.machine.borrow_mut().disk(Disk::Log).fault = DiskFault::None;
+        }
+        for _ in 0..200_000 {
+            let volume = self.volume.as_ref().unwrap();
+            if self.in_flight.is_empty() && volume.state() == VolumeState::Protected && !volume.in_span() && volume.is_idle() {
+                break;
+            }
+            if !self.turn() {
+                return false;
+            }
+        }
+        let state = self.volume.as_ref().unwrap().state();
+        assert_eq!(state, VolumeState::Protected, "never settled: {:?}", self.volume.as_ref().unwrap().status());
+        let end = self.volume.as_ref().unwrap().next_lsn();
+        self.volume.as_mut().unwrap().seal();
+        for _ in 0..100_000 {
+            if self.volume.as_ref().unwrap().durable_lsn() >= end {
+                return true;
+            }
+            if !self.turn() {
+                return false;
+            }
+        }
+        panic!("the log never became durable");
+    }
+
+    /// Takes the origin's content as an oracle if the volume happens to be idle and in no span.
+    fn snapshot_when_idle(&mut self) {
+        for _ in 0..2000 {
+            let volume = self.volume.as_ref().unwrap();
+            if volume.is_idle() && volume.state() == VolumeState::Protected && !volume.in_span() {
+                let lsn = volume.next_lsn();
+                self.snapshots.push((lsn, self.machine.borrow().content(Disk::Origin).to_vec()));
+                return;
+            }
+            if !self.turn() {
+                return;
+            }
+        }
+    }
+
+    /// The process or the machine is gone.
+    pub fn cut(&mut self, cut: Cut) {
+        let promised = self.volume.take().filter(|v| v.state() != VolumeState::Bypass).map_or(Lsn(0), |v| v.durable_lsn());
+        self.in_flight.clear();
+        match cut {
+            Cut::Power(plan) => {
+                self.machine.borrow_mut().power_cut(plan);
+                self.memory = None;
+                for request in self.issued.iter_mut().filter(|request| !request.durable) {
+                    request.lost = true;
+                }
+                // What the log had not made durable is not history any more.
+                let end = self.history().end;
+                if end < promised {
+                    self.broken = Some(format!("records below {promised} were durable, the log ends at {end}"));
+                }
+                self.snapshots.retain(|(lsn, _)| *lsn <= end);
+            }
+            Cut::Kill => {
+                self.machine.borrow_mut().kill_process();
+            }
+        }
+    }
+
+    /// Closes the volume cleanly.
+    pub fn close(&mut self) {
+        let kernel_writes = self.kernel_writes;
+        let kernel = || Fingerprint { kernel_writes, boot: [1; 16], ..Fingerprint::default() };
+        self.volume.take().unwrap().close(&mut self.medium, kernel).unwrap();
+    }
+
+    /// The state now.
+    #[must_use]
+    pub fn state(&self) -> VolumeState {
+        self.volume.as_ref().unwrap().state()
+    }
+
+    /// What the log disk holds.
+    #[must_use]
+    pub fn history(&self) -> History {
+        History::read(self.machine.borrow().content(Disk::Log), SEGMENT_BYTES, SEGMENT_COUNT)
+    }
+
+    /// Checks every promise. An error says which one was broken.
+    pub fn check(&self) -> Result<(), String> {
+        if let Some(broken) = &self.broken {
+            return Err(broken.clone());
+        }
+        let history = self.history();
+        let machine = self.machine.borrow();
+        let origin = machine.content(Disk::Origin);
+        let end = history.end;
+        let image = history.image(end, VOLUME_BYTES);
+        for (index, (left, right)) in image.chunks(SECTOR).zip(origin.chunks(SECTOR)).enumerate() {
+            if left != right {
+                return Err(format!("sector {index}: the image at the end has request {}, the origin {}", stamp_of(left), stamp_of(right)));
+            }
+        }
+        self.check_flushed(origin)?;
+        self.check_order(&history)?;
+        for (lsn, content) in &self.snapshots {
+            if !history.resolves(*lsn) {
+                continue; // Given up in a bypass: a gap says so.
+            }
+            if history.image(*lsn, VOLUME_BYTES) != *content {
+                return Err(format!("the image at {lsn} is not what the origin was then"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Every sector of the origin holds its last durable write, or one that was issued later or was never ordered against it.
+    fn check_flushed(&self, origin: &[u8]) -> Result<(), String> {
+        for (index, sector) in origin.chunks(SECTOR).enumerate() {
+            let touches = |request: &Issued| {
+                request.kind != RequestKind::Flush && request.offset <= index * SECTOR && index * SECTOR < request.offset + request.length
+            };
+            let found = stamp_of(sector);
+            let durable = self.issued.iter().enumerate().filter(|(_, r)| r.durable && touches(r));
+            for (number, request) in durable {
+                // Stale: the sector's content was answered before the durable write was issued, and nothing else explains it.
+                let explained = if found == 0 {
+                    self.issued.iter().any(|r| {
+                        touches(r) && r.kind != RequestKind::Write && r.answered_at.is_none_or(|a| a >= request.issued_at)
+                    })
+                } else {
+                    let writer = &self.issued[found as usize - 1];
+                    writer.answered_at.is_none_or(|a| a >= request.issued_at)
+                };
+                if !explained {
+                    return Err(format!("sector {index}: request {} was flushed, the origin has request {found}", number + 1));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Log order is device order: a write that was answered before another was issued has the lower LSN; payloads are what was submitted.
+    fn check_order(&self, history: &History) -> Result<(), String> {
+        let mut newest_issue = 0;
+        for entry in history.entries.values() {
+            if entry.kind != RecordKind::Write || entry.flags & varve_format::RecordFlags::COPIED != 0 {
+                continue;
+            }
+            let number = stamp_of(&entry.payload);
+            let Some(request) = self.issued.get((number as usize).wrapping_sub(1)) else {
+                return Err(format!("LSN {}: a payload that nobody wrote", entry.lsn));
+            };
+            for (index, sector) in entry.payload.chunks(SECTOR).enumerate() {
+                let place = u64::from_le_bytes(sector[8..16].try_into().unwrap());
+                if stamp_of(sector) != number || place != entry.offset / SECTOR as u64 + index as u64 {
+                    return Err(format!("LSN {}: the payload is not request {number}'s", entry.lsn));
+                }
+            }
+            if request.answered_at.is_some_and(|answered| answered < newest_issue) {
+                return Err(format!("LSN {}: request {number} was answered before an earlier record's request was issued", entry.lsn));
+            }
+            newest_issue = newest_issue.max(request.issued_at);
+        }
+        Ok(())
+    }
+
+    /// Writes to the origin without Varve.
+    pub fn tamper(&mut self, offset: usize, data: &[u8]) {
+        self.machine.borrow_mut().disk(Disk::Origin).tamper(offset, data);
+        self.kernel_writes += 1;
+    }
+
+    /// Forgets what was promised about the origin's content (after tampering).
+    pub fn forget_flushed(&mut self) {
+        for request in &mut self.issued {
+            request.durable = false;
+        }
+    }
+}
+
+/// Runs the script, crashes at operation `crash_at`, restarts (crashing again at `again` operations into the restart, if given), and
+/// checks every promise. Returns whether the crash happened before the script's end.
+pub fn crash_and_check<R: Rules>(script: Script, crash_at: u64, cut: Cut, again: Option<u64>) -> Result<bool, String> {
+    let mut sim = Simulated::<R>::new(script);
+    sim.machine.borrow_mut().crash_at(crash_at);
+    let finished = sim.start() && sim.run(script);
+    if !finished {
+        sim.cut(cut);
+        if let Some(again) = again {
+            let at = sim.machine.borrow().operations() + again;
+            sim.machine.borrow_mut().crash_at(at);
+            if !(sim.start() && sim.settle()) {
+                sim.cut(cut);
+            } else {
+                sim.cut(Cut::Kill);
+            }
+        }
+        if !sim.start() {
+            return Err("did not start after the crash".to_owned());
+        }
+    }
+    // Life goes on: more writes, then the end.
+    let after = Script { requests: 12, log_faults: false, ..script };
+    if !sim.run(after) {
+        return Err("did not settle".to_owned());
+    }
+    sim.check().map(|()| !finished)
+}
+
+/// Operations of a script that is not crashed.
+#[must_use]
+pub fn operations_of(script: Script) -> u64 {
+    let mut sim = Simulated::<Law>::new(script);
+    assert!(sim.start() && sim.run(script));
+    let operations = sim.machine.borrow().operations();
+    operations
+}

@@ -1,0 +1,177 @@
+//! The simulated machine: a crash at every operation of scripted runs, and each protection left out once.
+
+use blkfilter::{AckPolicy, Law, Rules};
+use varve_log::{CrashPlan, Disk, DiskFault};
+use varve_tests::simulated::{Cut, Script, Simulated, crash_and_check, operations_of};
+
+fn script(seed: u64) -> Script {
+    let ack = if seed.is_multiple_of(4) { AckPolicy::Local } else { AckPolicy::Async };
+    Script { seed, requests: 60, log_faults: seed.is_multiple_of(3), ack }
+}
+
+fn cut(seed: u64, crash_at: u64) -> Cut {
+    match (seed + crash_at) % 5 {
+        0 => Cut::Power(CrashPlan::DropAll),
+        1 | 2 => Cut::Power(CrashPlan::Random),
+        3 => Cut::Power(CrashPlan::KeepAll),
+        _ => Cut::Kill,
+    }
+}
+
+/// Crashes at every operation of these scripts; returns the number of crash points.
+fn every_operation(seeds: std::ops::Range<u64>) -> u64 {
+    let mut points = 0;
+    for seed in seeds {
+        let script = script(seed);
+        for crash_at in 1..=operations_of(script) {
+            let again = crash_at.is_multiple_of(3).then_some(crash_at % 97);
+            match crash_and_check::<Law>(script, crash_at, cut(seed, crash_at), again) {
+                Ok(crashed) => points += u64::from(crashed),
+                Err(broken) => panic!("seed {seed}, crash at {crash_at}, {:?}, again {again:?}: {broken}", cut(seed, crash_at)),
+            }
+        }
+    }
+    points
+}
+
+macro_rules! crash_points {
+    ($($name:ident: $seeds:expr),+ $(,)?) => {
+        /// Crash points that each of the tests below must reach: eight times this is more than 20,000.
+        const POINTS_MIN: u64 = 2500;
+        $(#[test]
+        fn $name() {
+            let points = every_operation($seeds);
+            println!("{points} crash points");
+            assert!(points >= POINTS_MIN, "only {points} crash points");
+        })+
+    };
+}
+
+crash_points! {
+    crash_at_every_operation_1: 100..108,
+    crash_at_every_operation_2: 200..208,
+    crash_at_every_operation_3: 300..308,
+    crash_at_every_operation_4: 400..408,
+    crash_at_every_operation_5: 500..508,
+    crash_at_every_operation_6: 600..608,
+    crash_at_every_operation_7: 700..708,
+    crash_at_every_operation_8: 800..808,
+}
+
+/// Leaves a protection out; the same crash points must then find a broken promise.
+fn is_caught<R: Rules>(seeds: std::ops::Range<u64>, plan: CrashPlan, lying: Option<Disk>) -> bool {
+    seeds.into_iter().any(|seed| {
+        let script = Script { log_faults: R::MARK_BEFORE_BYPASS != Law::MARK_BEFORE_BYPASS, ..script(seed) };
+        (1..=operations_of(script)).step_by(3).any(|crash_at| {
+            let outcome = std::panic::catch_unwind(|| {
+                let mut sim = Simulated::<R>::new(script);
+                if let Some(disk) = lying {
+                    sim.machine.borrow_mut().disk(disk).fault = DiskFault::IgnoreFlush;
+                }
+                sim.machine.borrow_mut().crash_at(crash_at);
+                if sim.start() && sim.run(script) {
+                    return Ok(());
+                }
+                sim.cut(Cut::Power(plan));
+                if !sim.start() || !sim.settle() {
+                    return Err("did not start".to_owned());
+                }
+                sim.check()
+            });
+            !matches!(outcome, Ok(Ok(())))
+        })
+    })
+}
+
+#[test]
+fn with_all_protections_nothing_is_caught() {
+    assert!(!is_caught::<Law>(900..904, CrashPlan::DropAll, None));
+    assert!(!is_caught::<Law>(900..904, CrashPlan::Random, None));
+}
+
+#[test]
+fn leaving_out_the_origin_flush_is_caught() {
+    assert!(is_caught::<Law>(900..910, CrashPlan::DropAll, Some(Disk::Origin)));
+}
+
+#[test]
+fn leaving_out_the_log_flush_is_caught() {
+    assert!(is_caught::<Law>(900..910, CrashPlan::DropAll, Some(Disk::Log)));
+}
+
+#[test]
+fn leaving_out_the_state_flush_is_caught() {
+    struct FaultsOnly;
+    impl Rules for FaultsOnly {
+        const MARK_BEFORE_BYPASS: bool = false;
+    }
+    // Without waiting for the mark, a power cut finds a log that looks whole.
+    assert!(is_caught::<FaultsOnly>(900..940, CrashPlan::Random, None));
+}
+
+#[test]
+fn leaving_out_the_intents_is_caught() {
+    struct NoIntents;
+    impl Rules for NoIntents {
+        const LOG_BEFORE_COLD_WRITE: bool = false;
+    }
+    assert!(is_caught::<NoIntents>(900..910, CrashPlan::Random, None));
+}
+
+#[test]
+fn retiring_without_an_origin_flush_is_caught() {
+    struct NoStable;
+    impl Rules for NoStable {
+        const STABLE_AFTER_FLUSH: bool = false;
+    }
+    assert!(is_caught::<NoStable>(900..910, CrashPlan::DropAll, None));
+}
+
+#[test]
+fn letting_overlapping_writes_race_is_caught() {
+    struct NoWaiting;
+    impl Rules for NoWaiting {
+        const OVERLAP_WAITS: bool = false;
+    }
+    let caught = (900..910).any(|seed| {
+        let outcome = std::panic::catch_unwind(|| {
+            let mut sim = Simulated::<NoWaiting>::new(script(seed));
+            assert!(sim.start() && sim.run(script(seed)));
+            sim.check()
+        });
+        !matches!(outcome, Ok(Ok(())))
+    });
+    assert!(caught);
+}
+
+#[test]
+fn clean_close_needs_no_reread_and_notices_a_foreign_write() {
+    let script = Script { seed: 1, requests: 60, log_faults: false, ack: AckPolicy::Async };
+    let mut sim = Simulated::<Law>::new(script);
+    assert!(sim.start() && sim.run(script));
+    sim.close();
+    assert!(sim.start());
+    assert_eq!(sim.reports.last().unwrap().reread_bytes, 0);
+    assert!(sim.settle());
+    sim.close();
+    sim.tamper(4096, &[0xee; 512]);
+    sim.forget_flushed();
+    assert!(sim.start());
+    assert_eq!(sim.state(), varve_format::VolumeState::Unverified);
+    assert!(sim.settle());
+    let image = sim.history().image(sim.history().end, varve_tests::simulated::VOLUME_BYTES);
+    assert_eq!(image[4096..4608], [0xee; 512], "what was written behind our back is in the history after healing");
+}
+
+#[test]
+fn log_faults_reach_bypass_and_heal() {
+    let mut bypasses = 0;
+    for seed in 0..10 {
+        let script = Script { seed, requests: 80, log_faults: true, ack: AckPolicy::Async };
+        let mut sim = Simulated::<Law>::new(script);
+        assert!(sim.start() && sim.run(script));
+        sim.check().unwrap();
+        bypasses += sim.bypasses;
+    }
+    assert!(bypasses > 0, "no run reached bypass");
+}
