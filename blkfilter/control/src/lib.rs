@@ -1,1 +1,18 @@
-//! stub
+//! The daemons' control protocol: one JSON object a line over a Unix socket, answered by progress lines and one result.
+//!
+//!   {"v":1,"op":{…},"attach":N}\n  N raw bytes
+//!   {"progress":{"done":1,"total":2}}\n …   {"ok":{…}}\n   or   {"error":{"code":"…","message":"…"}}\n
+//!
+//! Only root can reach the sockets (mode 0600); all lengths are bounded before anything is allocated. Never the network.
+
+mod filter;
+mod paths;
+mod spec;
+mod store;
+mod wire;
+
+pub use filter::{FilterOp, FilterReply, SealedInfo, VolumeInfo};
+pub use paths::Paths;
+pub use spec::{Ack, FrontKind, SpecError, VolumeSpec, load_specs, save_spec};
+pub use store::{Instant, PointInfo, ResolvedInstant, StoreOp, VolumeHistory};
+pub use wire::{ATTACH_BYTES_MAX, Client, ControlError, Progress, Reporter, serve};

@@ -587,3 +587,11 @@ fn redo(medium: &mut dyn Medium, survivor: &SurvivingRecord) -> Result<bool, IoE
     run_blocking(medium, Disk::Origin, operation)?;
     Ok(true)
 }
+
+/// The target of a rewind that the log has not seen the end of.
+pub fn peek_rewind(medium: &mut dyn Medium, config: &VolumeConfig) -> Option<Lsn> {
+    match scan(medium, &config.geometry()).ok()??.checkpoint.span {
+        Some((SpanKind::Rewind, _, target)) => Some(Lsn(target)),
+        _ => None,
+    }
+}

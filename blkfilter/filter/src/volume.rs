@@ -264,6 +264,12 @@ impl<R: Rules> Volume<R> {
         self.writer.want_durable(self.writer.next_lsn());
     }
 
+    /// Whether the open segment holds no record: there is nothing to seal.
+    #[must_use]
+    pub fn segment_is_empty(&self) -> bool {
+        self.writer.segment_is_empty()
+    }
+
     /// Appends a recovery point. Returns the instant: every record before the point is below it. `None`: nothing is being recorded, or no room now.
     pub fn mark_point(&mut self, medium: &dyn Medium, name: &str) -> Option<Lsn> {
         if !self.is_logging() || !self.writer.has_room(1, name.len(), false) || name.len() > 255 {

@@ -1,8 +1,22 @@
 //! Front ends: how a block device of ours reaches the kernel.
 //!
-//! Each front end turns the kernel's requests into [`Request`]s and answers them in any order. What stands behind it (a protected volume,
-//! an image of the past) does not know which one it is.
+//! | front end | kernel needs | a dead daemon means |
+//! |---|---|---|
+//! | [`ublk`] | ublk_drv (6.0; user recovery) | I/O waits until the next daemon takes over |
+//! | [`fuse`] | FUSE and loop | I/O errors until it is set up again |
+//! | [`nbd`] | – (a socket) | the client's reconnect |
+//! | [`channel`] | – (in-process) | – |
+//!
+//! Each turns requests into [`Request`]s for a [`Device`] and gives back its answers in any order. What stands behind it (a protected volume, an
+//! image of the past) does not know which one it is. A device lives on one thread with one ring; front end and device share both.
 
+pub mod channel;
+mod device;
+pub mod fuse;
+mod loopback;
+pub mod nbd;
 mod request;
+pub mod ublk;
 
+pub use device::{Answer, Device, DeviceFactory, Errno, RingPort, Stopper, Waker};
 pub use request::{Geometry, Request, RequestKind};

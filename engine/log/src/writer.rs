@@ -413,8 +413,13 @@ impl LogWriter {
 
     /// Asks for the open segment to be sealed soon, so that the store can take it.
     pub fn want_seal(&mut self) {
-        // An empty segment has nothing for the store.
-        self.seal_wanted |= self.next_lsn > self.segment_lsn_start;
+        self.seal_wanted |= !self.segment_is_empty();
+    }
+
+    /// Whether the open segment has no record: nothing for the store.
+    #[must_use]
+    pub fn segment_is_empty(&self) -> bool {
+        self.next_lsn == self.segment_lsn_start
     }
 
     fn close_batch(&mut self) {

@@ -1,0 +1,173 @@
+//! What the data path's daemon is asked, and what it answers.
+
+use crate::VolumeSpec;
+use serde::{Deserialize, Serialize};
+
+/// A question to `blkfilter`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "do", rename_all = "kebab-case")]
+pub enum FilterOp {
+    /// Are you there?
+    Ping,
+    /// How are all volumes?
+    Status,
+    /// Protect a device from now on. The log ring and the state file are made.
+    Protect {
+        /// The volume.
+        spec: VolumeSpec,
+    },
+    /// Stop protecting: the device is closed cleanly and is a plain disk again.
+    Unprotect {
+        /// Name of the volume.
+        name: String,
+    },
+    /// Append a recovery point.
+    Mark {
+        /// Name of the volume.
+        name: String,
+        /// Name of the point.
+        label: String,
+    },
+    /// Seal the open segment, so that the store can take it.
+    Seal {
+        /// Name of the volume.
+        name: String,
+    },
+    /// The store has every segment below this one.
+    Release {
+        /// Name of the volume.
+        name: String,
+        /// Sequence.
+        below: u64,
+    },
+    /// Take the mapped device away and open a rewind span (or go on with one).
+    RewindBegin {
+        /// Name of the volume.
+        name: String,
+        /// The instant that is written back.
+        target: u64,
+    },
+    /// Write attached bytes in a rewind.
+    RewindWrite {
+        /// Name of the volume.
+        name: String,
+        /// First byte.
+        offset: u64,
+    },
+    /// The rewind has written everything: end the span, show the device again.
+    RewindEnd {
+        /// Name of the volume.
+        name: String,
+    },
+    /// Close all volumes cleanly and exit.
+    Shutdown,
+}
+
+/// A volume as its daemon sees it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct VolumeInfo {
+    /// Name.
+    pub name: String,
+    /// ID.
+    pub id: String,
+    /// The origin.
+    pub device: String,
+    /// The mapped device; empty while it is not offered.
+    pub mapped: String,
+    /// How it is shown.
+    pub front: String,
+    /// Size.
+    pub bytes: u64,
+    /// synchronising, protected, bypass, healing, unverified, rewinding, failed.
+    pub state: String,
+    /// In words, what happened at the last start, or why it failed.
+    pub note: String,
+    /// LSN of the next record.
+    pub next_lsn: u64,
+    /// Below it everything is durable in the log.
+    pub durable_lsn: u64,
+    /// Open segment.
+    pub sequence: u64,
+    /// Segments that the store has not taken.
+    pub segments_held: u64,
+    /// Segments in the ring.
+    pub segment_count: u64,
+    /// Wall time of the last record, ns.
+    pub last_record_ns: i64,
+    /// Bytes still to copy.
+    pub marked_bytes: u64,
+    /// Bytes that would be read again after a power cut.
+    pub open_bytes: u64,
+    /// Bytes that were read again at the last start.
+    pub reread_bytes: u64,
+    /// Bypassed since (ns), 0 if not.
+    pub bypass_since_ns: i64,
+    /// Why.
+    pub bypass_reason: String,
+    /// The bypass left no durable mark.
+    pub bypass_unmarked: bool,
+    /// A rewind was interrupted; its target.
+    pub rewind_target: Option<u64>,
+    /// Counters since start.
+    pub writes: u64,
+    /// Bytes of them.
+    pub write_bytes: u64,
+    /// Reads.
+    pub reads: u64,
+    /// Flushes.
+    pub flushes: u64,
+    /// Writes that waited for the log first.
+    pub cold_writes: u64,
+    /// Times in bypass.
+    pub bypasses: u64,
+    /// Bytes that went past the log.
+    pub bypassed_bytes: u64,
+    /// Bytes copied by spans.
+    pub copied_bytes: u64,
+    /// Errors of the origin.
+    pub origin_errors: u64,
+    /// Bytes written to the log.
+    pub log_bytes: u64,
+    /// Whether surviving memory is locked in RAM.
+    pub memory_locked: bool,
+}
+
+/// Where a sealed range ends.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct SealedInfo {
+    /// Everything below this segment is sealed.
+    pub below: u64,
+    /// LSN after the last sealed record.
+    pub lsn_end: u64,
+}
+
+/// An answer.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "is", rename_all = "kebab-case")]
+pub enum FilterReply {
+    /// Done.
+    Done,
+    /// All volumes.
+    Status {
+        /// They.
+        volumes: Vec<VolumeInfo>,
+        /// Version of the daemon.
+        version: String,
+    },
+    /// One volume.
+    Volume {
+        /// It.
+        volume: VolumeInfo,
+    },
+    /// An instant.
+    Instant {
+        /// Every record before the point is below it.
+        lsn: u64,
+    },
+    /// What is sealed.
+    Sealed {
+        /// It.
+        sealed: SealedInfo,
+    },
+}

@@ -1,0 +1,75 @@
+//! Where everything is. One root moves all of it (tests, demos, containers): `--root DIR` or `VARVE_ROOT`.
+
+use std::path::{Path, PathBuf};
+
+/// The places of one installation.
+#[derive(Clone, Debug)]
+pub struct Paths {
+    root: PathBuf,
+}
+
+impl Paths {
+    /// Everything under `root`; `/` for the system's own.
+    #[must_use]
+    pub fn new(root: impl Into<PathBuf>) -> Paths {
+        Paths { root: root.into() }
+    }
+
+    /// The root itself.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    fn at(&self, path: &str) -> PathBuf {
+        self.root.join(path)
+    }
+
+    /// One file per protected volume.
+    #[must_use]
+    pub fn volumes(&self) -> PathBuf {
+        self.at("etc/varve/volumes")
+    }
+
+    /// State files, by default: on another device than the logs, where the machine has one.
+    #[must_use]
+    pub fn state(&self) -> PathBuf {
+        self.at("etc/varve/state")
+    }
+
+    /// Log rings, by default.
+    #[must_use]
+    pub fn log(&self) -> PathBuf {
+        self.at("var/lib/varve/log")
+    }
+
+    /// The store.
+    #[must_use]
+    pub fn store(&self) -> PathBuf {
+        self.at("var/lib/varve/store")
+    }
+
+    /// Sockets, surviving memory, mounts: gone after a reboot.
+    #[must_use]
+    pub fn run(&self) -> PathBuf {
+        self.at("run/varve")
+    }
+
+    /// The data path's socket.
+    #[must_use]
+    pub fn filter_socket(&self) -> PathBuf {
+        self.run().join("blkfilter.sock")
+    }
+
+    /// The store daemon's socket.
+    #[must_use]
+    pub fn store_socket(&self) -> PathBuf {
+        self.run().join("varved.sock")
+    }
+
+    /// Links to the mapped devices.
+    #[must_use]
+    pub fn devices(&self) -> PathBuf {
+        if self.root == Path::new("/") { PathBuf::from("/dev/varve") } else { self.run().join("dev") }
+    }
+}

@@ -1,0 +1,155 @@
+//! What lasts of a protected volume: one TOML file each.
+
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+/// When a write is acknowledged.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Ack {
+    /// When the origin has completed it.
+    #[default]
+    Async,
+    /// When origin and log hold it durably.
+    Local,
+}
+
+/// How the mapped device is shown.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FrontKind {
+    /// ublk where the kernel has it, else the fallback.
+    #[default]
+    Auto,
+    /// ublk.
+    Ublk,
+    /// FUSE file and loop device.
+    Fuse,
+}
+
+/// A protected volume.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VolumeSpec {
+    /// Short name; also the mapped device's.
+    pub name: String,
+    /// Volume ID, 32 hex digits.
+    pub id: String,
+    /// The origin, by a path that lasts.
+    pub device: PathBuf,
+    /// The log ring.
+    pub log: PathBuf,
+    /// The state file.
+    pub state: PathBuf,
+    /// Size in bytes when it was protected.
+    pub bytes: u64,
+    /// Logical sector.
+    pub sector_bytes: u32,
+    /// Size of a log segment.
+    pub segment_bytes: u64,
+    /// Segments in the ring.
+    pub segment_count: u64,
+    /// When writes are acknowledged.
+    #[serde(default)]
+    pub ack: Ack,
+    /// How it is shown.
+    #[serde(default)]
+    pub front: FrontKind,
+    /// Bytes that may be read again after a power cut, at most.
+    #[serde(default = "default_resync_bytes_max")]
+    pub resync_bytes_max: u64,
+    /// No request waits for the log longer than this.
+    #[serde(default = "default_log_wait_max_ms")]
+    pub log_wait_max_ms: u64,
+}
+
+fn default_resync_bytes_max() -> u64 {
+    512 << 20
+}
+
+fn default_log_wait_max_ms() -> u64 {
+    250
+}
+
+/// Why a volume's file was refused.
+#[derive(Debug)]
+pub enum SpecError {
+    /// It cannot be read or written.
+    Io(PathBuf, std::io::Error),
+    /// It is not what it should be.
+    Invalid(PathBuf, String),
+}
+
+impl fmt::Display for SpecError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            SpecError::Io(path, error) => write!(f, "{}: {error}", path.display()),
+            SpecError::Invalid(path, why) => write!(f, "{}: {why}. Correct it, or `varve unprotect` and `varve protect` again", path.display()),
+        }
+    }
+}
+
+impl std::error::Error for SpecError {}
+
+impl VolumeSpec {
+    /// Whether `name` can be a volume's: it becomes part of paths.
+    #[must_use]
+    pub fn is_valid_name(name: &str) -> bool {
+        !name.is_empty()
+            && name.len() <= 64
+            && !name.starts_with(['.', '-'])
+            && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+    }
+
+    fn check(&self) -> Result<(), String> {
+        if !VolumeSpec::is_valid_name(&self.name) {
+            return Err(format!("the name {:?} may hold letters, digits, '-', '_' and '.' only", self.name));
+        }
+        if self.id.len() != 32 || !self.id.bytes().all(|b| b.is_ascii_hexdigit()) {
+            return Err("`id` must be 32 hex digits".to_owned());
+        }
+        if !matches!(self.sector_bytes, 512 | 4096) {
+            return Err("`sector_bytes` must be 512 or 4096".to_owned());
+        }
+        if self.segment_bytes < 1 << 20 || !self.segment_bytes.is_multiple_of(4096) || !(4..=4096).contains(&self.segment_count) {
+            return Err("`segment_bytes` must be at least 1 MiB and a multiple of 4096, `segment_count` from 4 to 4096".to_owned());
+        }
+        Ok(())
+    }
+}
+
+/// Reads all volumes' files; each bad one is reported on its own.
+#[must_use]
+pub fn load_specs(directory: &Path) -> Vec<Result<VolumeSpec, SpecError>> {
+    let Ok(entries) = std::fs::read_dir(directory) else { return Vec::new() };
+    let mut paths: Vec<PathBuf> =
+        entries.flatten().map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|e| e == "toml")).collect();
+    paths.sort();
+    paths.into_iter().map(load).collect()
+}
+
+fn load(path: PathBuf) -> Result<VolumeSpec, SpecError> {
+    let text = std::fs::read_to_string(&path).map_err(|e| SpecError::Io(path.clone(), e))?;
+    let spec: VolumeSpec = toml::from_str(&text).map_err(|e| SpecError::Invalid(path.clone(), e.to_string()))?;
+    spec.check().map_err(|why| SpecError::Invalid(path, why))?;
+    Ok(spec)
+}
+
+/// Writes a volume's file, durably: a new file, flushed, renamed over the old one, the directory flushed.
+pub fn save_spec(directory: &Path, spec: &VolumeSpec) -> Result<(), SpecError> {
+    let path = directory.join(format!("{}.toml", spec.name));
+    spec.check().map_err(|why| SpecError::Invalid(path.clone(), why))?;
+    let text = toml::to_string(spec).map_err(|e| SpecError::Invalid(path.clone(), e.to_string()))?;
+    let write = || {
+        std::fs::create_dir_all(directory)?;
+        let new = directory.join(format!(".{}.new", spec.name));
+        let mut file = std::fs::File::create(&new)?;
+        file.write_all(text.as_bytes())?;
+        file.sync_all()?;
+        std::fs::rename(&new, &path)?;
+        std::fs::File::open(directory)?.sync_all()
+    };
+    write().map_err(|e| SpecError::Io(path.clone(), e))
+}

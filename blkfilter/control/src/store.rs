@@ -1,0 +1,131 @@
+//! What the store's daemon is asked, and what it answers.
+
+use serde::{Deserialize, Serialize};
+
+/// An instant as somebody names it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Instant {
+    /// Every record below this LSN.
+    Lsn(u64),
+    /// Every record up to this wall time, in nanoseconds since the epoch.
+    Time(i64),
+    /// A recovery point's name.
+    Point(String),
+    /// All there is.
+    Now,
+}
+
+/// A question to `varved`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "do", rename_all = "kebab-case")]
+pub enum StoreOp {
+    /// Are you there?
+    Ping,
+    /// Span, gaps and points of a volume.
+    History {
+        /// Name.
+        volume: String,
+    },
+    /// Which LSN is it?
+    Resolve {
+        /// Name.
+        volume: String,
+        /// Instant.
+        instant: Instant,
+    },
+    /// Show an image as a block device.
+    Export {
+        /// Name.
+        volume: String,
+        /// Instant.
+        instant: Instant,
+        /// Writable through a scratch overlay (else read-only).
+        writable: bool,
+        /// Serve NBD on this Unix socket instead of a block device.
+        nbd: Option<String>,
+    },
+    /// End an export.
+    Unexport {
+        /// What `Export` answered.
+        device: String,
+    },
+    /// What is exported?
+    Exports,
+    /// Which ranges differ between two instants?
+    Diff {
+        /// Name.
+        volume: String,
+        /// The older.
+        from: Instant,
+        /// The newer.
+        to: Instant,
+    },
+    /// Compare the origin with the image at the end of history.
+    Compare {
+        /// Name.
+        volume: String,
+    },
+    /// Write an image back over the origin.
+    Rewind {
+        /// Name.
+        volume: String,
+        /// Instant.
+        instant: Instant,
+        /// Only say what would be written.
+        dry_run: bool,
+    },
+    /// Forget a volume's history.
+    Forget {
+        /// Volume ID.
+        id: String,
+    },
+    /// Exit.
+    Shutdown,
+}
+
+/// A recovery point.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PointInfo {
+    /// Name.
+    pub name: String,
+    /// LSN.
+    pub lsn: u64,
+    /// Wall time, ns.
+    pub time_ns: i64,
+}
+
+/// An instant that was resolved.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ResolvedInstant {
+    /// LSN.
+    pub lsn: u64,
+    /// Wall time of the last record below it, ns.
+    pub time_ns: i64,
+}
+
+/// What the store knows of a volume.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct VolumeHistory {
+    /// First LSN that resolves.
+    pub first_lsn: u64,
+    /// Its wall time, ns.
+    pub first_ns: i64,
+    /// Last LSN that resolves.
+    pub last_lsn: u64,
+    /// Its wall time, ns.
+    pub last_ns: i64,
+    /// Records.
+    pub records: u64,
+    /// Bytes in the store.
+    pub stored_bytes: u64,
+    /// Bytes of payload.
+    pub payload_bytes: u64,
+    /// Intervals in which no instant resolves: (from LSN, to LSN, from ns, to ns, why).
+    pub closed: Vec<(u64, u64, i64, i64, String)>,
+    /// Intervals without single writes: (from ns, to ns).
+    pub gaps: Vec<(i64, i64)>,
+    /// Recovery points.
+    pub points: Vec<PointInfo>,
+}

@@ -1,0 +1,237 @@
+//! A volume behind a front end: the state machine, its medium, and messages from the daemon's other threads.
+
+use crate::volume::Volume;
+use crate::{Law, StartReport, VolumeStatus};
+use crossbeam_channel::{Receiver, Sender};
+use std::collections::VecDeque;
+use varve_format::{Fingerprint, Lsn, SegmentSequence};
+use varve_front::{Answer, Device, Request, RingPort};
+use varve_log::{Medium, OwnRing, UringMedium};
+
+/// A message to a volume's thread.
+pub enum Message {
+    /// Tell your figures.
+    Status(Sender<VolumeStatus>),
+    /// Append a recovery point; answered once it is durable, or with nothing if it cannot be.
+    Mark(String, Sender<Option<Lsn>>),
+    /// Seal the open segment; answered with the first open sequence and the LSN before it.
+    Seal(Sender<(SegmentSequence, Lsn)>),
+    /// The store has everything below.
+    Release(SegmentSequence),
+    /// End the rewind span; answered once that is durable.
+    EndRewind(Sender<bool>),
+}
+
+enum Waiting {
+    Mark(Lsn, Sender<Option<Lsn>>),
+    Seal(SegmentSequence, Lsn, Sender<(SegmentSequence, Lsn)>),
+    EndRewind(Option<Lsn>, Sender<bool>),
+}
+
+/// The device that a front end drives.
+pub struct VolumeDevice {
+    volume: Volume<Law>,
+    medium: Option<UringMedium<RingPort>>,
+    messages: Receiver<Message>,
+    waiting: Vec<Waiting>,
+    answers: VecDeque<Answer>,
+    kernel: fn(&std::fs::File) -> Fingerprint,
+    closed: Option<Sender<Result<(), String>>>,
+}
+
+impl VolumeDevice {
+    /// A device for a volume that has been started over a ring of its own.
+    #[must_use]
+    pub fn new(
+        volume: Volume<Law>,
+        medium: UringMedium<OwnRing>,
+        port: RingPort,
+        messages: Receiver<Message>,
+        kernel: fn(&std::fs::File) -> Fingerprint,
+        closed: Sender<Result<(), String>>,
+    ) -> VolumeDevice {
+        let medium = Some(medium.with_port(port));
+        VolumeDevice { volume, medium, messages, waiting: Vec::new(), answers: VecDeque::new(), kernel, closed: Some(closed) }
+    }
+
+    fn serve_waiting(&mut self) {
+        let Some(medium) = self.medium.as_mut() else { return };
+        let volume = &mut self.volume;
+        let durable = volume.durable_lsn();
+        let bypassed = volume.state() == varve_format::VolumeState::Bypass;
+        self.waiting.retain_mut(|waiting| match waiting {
+            Waiting::Mark(lsn, reply) => {
+                let ended = durable > *lsn || bypassed;
+                if ended {
+                    let _ = reply.send((!bypassed).then_some(*lsn));
+                }
+                !ended
+            }
+            Waiting::Seal(sequence, lsn_end, reply) => {
+                let open = volume.status().log.sequence;
+                if open > *sequence || bypassed || *lsn_end == Lsn(0) {
+                    let _ = reply.send((open, *lsn_end));
+                    return false;
+                }
+                true
+            }
+            Waiting::EndRewind(end, reply) => {
+                if end.is_none() && volume.end_rewind(medium) {
+                    *end = Some(volume.next_lsn());
+                }
+                match end {
+                    Some(lsn) if durable >= *lsn || bypassed => {
+                        let _ = reply.send(!bypassed);
+                        false
+                    }
+                    _ => true,
+                }
+            }
+        });
+    }
+}
+
+impl Device for VolumeDevice {
+    fn submit(&mut self, request: Request) {
+        if let Some(medium) = self.medium.as_mut() {
+            self.volume.submit(medium, request);
+        }
+    }
+
+    fn completion(&mut self, user_data: u64, result: i32) {
+        if let Some(medium) = self.medium.as_mut()
+            && let Some(completion) = medium.take(user_data, result)
+        {
+            self.volume.complete(medium, completion);
+        }
+    }
+
+    fn woken(&mut self) {
+        let Some(medium) = self.medium.as_mut() else { return };
+        while let Ok(message) = self.messages.try_recv() {
+            match message {
+                Message::Status(reply) => {
+                    let _ = reply.send(self.volume.status());
+                }
+                Message::Mark(name, reply) => match self.volume.mark_point(medium, &name) {
+                    Some(lsn) => self.waiting.push(Waiting::Mark(lsn, reply)),
+                    None => {
+                        let _ = reply.send(None);
+                    }
+                },
+                Message::Seal(reply) => {
+                    let empty = self.volume.segment_is_empty();
+                    let status = self.volume.status().log;
+                    if empty {
+                        let _ = reply.send((status.sequence, status.next_lsn));
+                    } else {
+                        self.volume.seal();
+                        self.waiting.push(Waiting::Seal(status.sequence, status.next_lsn, reply));
+                    }
+                }
+                Message::Release(below) => self.volume.release_segments_below(below),
+                Message::EndRewind(reply) => self.waiting.push(Waiting::EndRewind(None, reply)),
+            }
+        }
+    }
+
+    fn run(&mut self) {
+        let Some(medium) = self.medium.as_mut() else { return };
+        // Completions that never reached the kernel.
+        while let Some(completion) = medium.poll(false) {
+            self.volume.complete(medium, completion);
+        }
+        self.volume.run(medium);
+        while let Some(answer) = self.volume.take_answer() {
+            self.answers.push_back(Answer { tag: answer.tag, result: answer.result.map_err(|error| error.0) });
+        }
+        if !self.waiting.is_empty() {
+            self.serve_waiting();
+        }
+    }
+
+    fn take_answer(&mut self) -> Option<Answer> {
+        self.answers.pop_front()
+    }
+
+    fn next_run_ns(&self) -> u64 {
+        let Some(medium) = self.medium.as_ref() else { return 1_000_000_000 };
+        let now = medium.now().monotonic_ns;
+        self.volume.deadline_ns(now).saturating_sub(now).max(20_000)
+    }
+
+    fn is_quiet(&self) -> bool {
+        self.volume.is_idle() && self.answers.is_empty() && self.medium.as_ref().is_none_or(|medium| medium.in_flight() == 0)
+    }
+
+    fn closed(&mut self) {
+        let Some(medium) = self.medium.take() else { return };
+        let result = if medium.in_flight() > 0 {
+            Err("operations were still in flight: not closed cleanly, the next start reads open regions again".to_owned())
+        } else {
+            OwnRing::new(64).map_err(|error| error.to_string()).and_then(|ring| {
+                let mut medium = medium.with_port(ring);
+                let origin = medium.origin().try_clone().map_err(|error| error.to_string())?;
+                let kernel = self.kernel;
+                self.volume.close(&mut medium, || kernel(&origin)).map_err(|error| error.to_string())
+            })
+        };
+        if let Some(closed) = self.closed.take() {
+            let _ = closed.send(result);
+        }
+    }
+}
+
+/// Stands in for a volume that could not be started: every request fails at once.
+pub struct FailedDevice {
+    answers: VecDeque<Answer>,
+}
+
+impl FailedDevice {
+    /// A device that fails.
+    #[must_use]
+    pub fn new() -> FailedDevice {
+        FailedDevice { answers: VecDeque::new() }
+    }
+}
+
+impl Default for FailedDevice {
+    fn default() -> FailedDevice {
+        FailedDevice::new()
+    }
+}
+
+impl Device for FailedDevice {
+    fn submit(&mut self, request: Request) {
+        self.answers.push_back(Answer { tag: request.tag, result: Err(libc::EIO) });
+    }
+    fn completion(&mut self, _user_data: u64, _result: i32) {}
+    fn woken(&mut self) {}
+    fn run(&mut self) {}
+    fn take_answer(&mut self) -> Option<Answer> {
+        self.answers.pop_front()
+    }
+    fn next_run_ns(&self) -> u64 {
+        1_000_000_000
+    }
+    fn is_quiet(&self) -> bool {
+        self.answers.is_empty()
+    }
+    fn closed(&mut self) {}
+}
+
+/// Words for the start, for the log and `varve status`.
+#[must_use]
+pub fn describe(report: &StartReport) -> String {
+    let mut text = report.summary.clone();
+    if report.records_survived + report.records_redone > 0 {
+        text += &format!("; {} records survived in memory, {} written to the device again", report.records_survived, report.records_redone);
+    }
+    if report.reread_bytes > 0 {
+        text += &format!("; {} MiB are being read again", report.reread_bytes.div_ceil(1 << 20));
+    }
+    if let Some(error) = report.state_error {
+        text += &format!("; WARNING: the state file cannot be written ({error})");
+    }
+    text
+}

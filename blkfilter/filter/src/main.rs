@@ -1,0 +1,121 @@
+//! `blkfilter`: the data path's daemon. Protects volumes, answers on a Unix socket, never on the network.
+
+use blkfilter::manager::Manager;
+use nix::sys::signal::{SigSet, Signal};
+use std::process::ExitCode;
+use std::sync::Arc;
+use varve_control::{ControlError, FilterOp, FilterReply, Paths, SealedInfo};
+use varve_format::{Lsn, SegmentSequence};
+
+const HELP: &str = "blkfilter: the data path of Varve: records every write to protected devices.
+
+Usage: blkfilter [--root DIR]
+
+It opens all volumes in DIR/etc/varve/volumes (DIR is / by default, or VARVE_ROOT) and answers `varve` on
+DIR/run/varve/blkfilter.sock. SIGTERM closes every volume that is not in use; one that is in use is left
+for the next blkfilter, which takes it over without an I/O error (ublk).
+
+Exit codes: 0 ended as asked, 1 failed, 2 wrong usage, 5 another blkfilter runs.";
+
+fn main() -> ExitCode {
+    let mut root = std::env::var("VARVE_ROOT").unwrap_or_else(|_| "/".to_owned());
+    let mut arguments = std::env::args().skip(1);
+    while let Some(argument) = arguments.next() {
+        match (argument.as_str(), arguments.next()) {
+            ("--root", Some(value)) => root = value,
+            ("--help" | "-h", _) => {
+                println!("{HELP}");
+                return ExitCode::SUCCESS;
+            }
+            ("--version" | "-V", _) => {
+                println!("blkfilter {}", env!("CARGO_PKG_VERSION"));
+                return ExitCode::SUCCESS;
+            }
+            _ => {
+                eprintln!("{HELP}");
+                return ExitCode::from(2);
+            }
+        }
+    }
+    run(Paths::new(root))
+}
+
+fn run(paths: Paths) -> ExitCode {
+    // Threads inherit the mask: only the waiting thread below gets these signals.
+    let mut signals = SigSet::empty();
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+        signals.add(signal);
+    }
+    let _ = signals.thread_block();
+    let lock = match lock_instance(&paths) {
+        Ok(lock) => lock,
+        Err(message) => {
+            eprintln!("blkfilter: {message}");
+            return ExitCode::from(5);
+        }
+    };
+    let manager = Arc::new(Manager::new(paths.clone()));
+    manager.open_all();
+    let ending = Arc::clone(&manager);
+    std::thread::spawn(move || {
+        let _ = signals.wait();
+        ending.shutdown();
+        std::process::exit(0);
+    });
+    let socket = paths.filter_socket();
+    let result = varve_control::serve(&socket, move |op: FilterOp, attached, _| answer(&manager, op, attached));
+    drop(lock);
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("blkfilter: {}: {error}", socket.display());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// One daemon per root: a second one would fight over volumes. A dead one's lock ends with it.
+fn lock_instance(paths: &Paths) -> Result<nix::fcntl::Flock<std::fs::File>, String> {
+    let path = paths.run().join("blkfilter.lock");
+    std::fs::create_dir_all(paths.run()).map_err(|e| format!("{}: {e}", paths.run().display()))?;
+    let file = std::fs::File::create(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+    nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusiveNonblock)
+        .map_err(|_| format!("another blkfilter holds {}; stop it first", path.display()))
+}
+
+fn answer(manager: &Manager, op: FilterOp, attached: Vec<u8>) -> Result<FilterReply, ControlError> {
+    Ok(match op {
+        FilterOp::Ping => FilterReply::Done,
+        FilterOp::Status => FilterReply::Status { volumes: manager.infos(), version: env!("CARGO_PKG_VERSION").to_owned() },
+        FilterOp::Protect { spec } => FilterReply::Volume { volume: manager.protect(spec)? },
+        FilterOp::Unprotect { name } => {
+            manager.unprotect(&name)?;
+            FilterReply::Done
+        }
+        FilterOp::Mark { name, label } => FilterReply::Instant { lsn: manager.mark(&name, &label)?.0 },
+        FilterOp::Seal { name } => {
+            let (below, lsn_end) = manager.seal(&name)?;
+            FilterReply::Sealed { sealed: SealedInfo { below: below.0, lsn_end: lsn_end.0 } }
+        }
+        FilterOp::Release { name, below } => {
+            manager.release(&name, SegmentSequence(below))?;
+            FilterReply::Done
+        }
+        FilterOp::RewindBegin { name, target } => {
+            manager.rewind_begin(&name, Lsn(target))?;
+            FilterReply::Done
+        }
+        FilterOp::RewindWrite { name, offset } => {
+            manager.rewind_write(&name, offset, attached)?;
+            FilterReply::Done
+        }
+        FilterOp::RewindEnd { name } => {
+            manager.rewind_end(&name)?;
+            FilterReply::Done
+        }
+        FilterOp::Shutdown => {
+            manager.shutdown();
+            std::process::exit(0);
+        }
+    })
+}

@@ -1,0 +1,171 @@
+// UNSAFETY: three ioctls that read a block device's shape.
+#![expect(unsafe_code)]
+//! The real files behind a volume: origin, log ring, state file, surviving memory. Opening them claims them.
+//!
+//! The origin is opened O_EXCL (a block device) or locked (a file). Both claims end only when the last reference is gone, and a dead daemon's
+//! operations in flight hold such references: so whoever gets the claim knows that no old write can still land.
+
+use nix::fcntl::{FallocateFlags, Flock, FlockArg, OFlag};
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
+use std::time::{Duration, Instant};
+use varve_format::{Fingerprint, Hash128};
+use varve_front::Geometry;
+
+nix::ioctl_read!(block_bytes, 0x12, 114, u64);
+nix::ioctl_read_bad!(sector_bytes, nix::request_code_none!(0x12, 104), i32);
+nix::ioctl_read_bad!(physical_bytes, nix::request_code_none!(0x12, 123), u32);
+
+/// How long a claim is waited for when a dead daemon may still have operations in flight.
+const CLAIM_WAIT: Duration = Duration::from_secs(20);
+
+/// Opens and claims an origin. Busy means: mounted, in use, or another daemon's.
+pub fn claim_origin(path: &Path, wait: bool) -> io::Result<File> {
+    let start = Instant::now();
+    loop {
+        match try_claim(path) {
+            Err(error) if wait && error.raw_os_error() == Some(libc::EBUSY) && start.elapsed() < CLAIM_WAIT => {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            result => return result,
+        }
+    }
+}
+
+fn try_claim(path: &Path) -> io::Result<File> {
+    let is_block = std::fs::metadata(path)?.file_type().is_block_device();
+    let exclusive = if is_block { libc::O_EXCL } else { 0 };
+    let file = open_direct(path, exclusive)?;
+    if is_block { Ok(file) } else { lock(file) }
+}
+
+fn open_direct(path: &Path, flags: i32) -> io::Result<File> {
+    let open = |direct: i32| OpenOptions::new().read(true).write(true).custom_flags(flags | direct | libc::O_CLOEXEC).open(path);
+    match open(libc::O_DIRECT) {
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => open(0), // A file system without direct I/O (tmpfs).
+        result => result,
+    }
+}
+
+fn lock(file: File) -> io::Result<File> {
+    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        // The lock belongs to the open file and ends with its last reference, so the guard is not needed.
+        Ok(guard) => {
+            let kept = guard.try_clone()?;
+            std::mem::forget(guard);
+            Ok(kept)
+        }
+        Err((_, _)) => Err(io::Error::from_raw_os_error(libc::EBUSY)),
+    }
+}
+
+/// The shape of a device or file.
+pub fn geometry(file: &File) -> io::Result<Geometry> {
+    let metadata = file.metadata()?;
+    if !metadata.file_type().is_block_device() {
+        let bytes = metadata.len() / 512 * 512;
+        return Ok(Geometry { bytes, sector_bytes: 512, physical_bytes: 4096, discard_granularity: 4096, read_only: false });
+    }
+    let (mut bytes, mut sector, mut physical) = (0u64, 0i32, 0u32);
+    // SAFETY: each ioctl writes one integer of the type given; the descriptor is a live block device.
+    unsafe {
+        block_bytes(file.as_raw_fd(), &raw mut bytes)?;
+        sector_bytes(file.as_raw_fd(), &raw mut sector)?;
+        physical_bytes(file.as_raw_fd(), &raw mut physical)?;
+    }
+    let discard = sysfs(&metadata, "queue/discard_granularity").or_else(|| sysfs(&metadata, "../queue/discard_granularity"));
+    let discard_granularity = discard.and_then(|text| text.trim().parse().ok()).unwrap_or(0);
+    Ok(Geometry { bytes, sector_bytes: sector as u32, physical_bytes: physical, discard_granularity, read_only: false })
+}
+
+fn sysfs(metadata: &std::fs::Metadata, name: &str) -> Option<String> {
+    let (major, minor) = (nix::sys::stat::major(metadata.rdev()), nix::sys::stat::minor(metadata.rdev()));
+    std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/{name}")).ok()
+}
+
+/// This boot.
+#[must_use]
+pub fn boot_id() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
+}
+
+/// The kernel's count of writes to the device, and this boot.
+#[must_use]
+pub fn kernel_counters(file: &File) -> Fingerprint {
+    let boot = Hash128::of(boot_id().as_bytes()).0;
+    let Ok(metadata) = file.metadata() else { return Fingerprint { boot, ..Fingerprint::default() } };
+    // Fields of /sys/block/*/stat: writes are the fifth, discards the twelfth.
+    let stat = sysfs(&metadata, "stat").unwrap_or_default();
+    let field = |index: usize| stat.split_whitespace().nth(index).and_then(|text| text.parse::<u64>().ok()).unwrap_or(0);
+    Fingerprint { kernel_writes: field(4) + field(11), boot, ..Fingerprint::default() }
+}
+
+/// A device's or file's identity while this boot lasts.
+pub fn identity(file: &File) -> io::Result<String> {
+    let metadata = file.metadata()?;
+    Ok(if metadata.file_type().is_block_device() {
+        format!("block {}", metadata.rdev())
+    } else {
+        format!("file {} {}", metadata.dev(), metadata.ino())
+    })
+}
+
+/// Opens a log ring, making and zero-filling it if it is not there: flushes are then flushes of data alone.
+pub fn open_log(path: &Path, bytes: u64) -> io::Result<File> {
+    if !path.exists() {
+        make_filled(path, bytes)?;
+    }
+    let file = open_direct(path, 0)?;
+    let metadata = file.metadata()?;
+    if metadata.file_type().is_block_device() {
+        return Ok(file);
+    }
+    if metadata.len() < bytes {
+        return Err(io::Error::other(format!("the log {} is {} bytes, {bytes} are needed: it was truncated", path.display(), metadata.len())));
+    }
+    lock(file)
+}
+
+fn make_filled(path: &Path, bytes: u64) -> io::Result<()> {
+    use std::io::Write;
+    if let Some(parent) = path.parent() {
+        std::fs::create_dir_all(parent)?;
+    }
+    let new = path.with_extension("new");
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+    let zeroes = vec![0u8; 1 << 20];
+    let mut left = bytes;
+    while left > 0 {
+        let part = left.min(zeroes.len() as u64) as usize;
+        file.write_all(&zeroes[..part])?;
+        left -= part as u64;
+    }
+    file.sync_all()?;
+    std::fs::rename(&new, path)?;
+    path.parent().map_or(Ok(()), |parent| File::open(parent)?.sync_all())
+}
+
+/// Opens a state file, making it if it is not there.
+pub fn open_state(path: &Path) -> io::Result<File> {
+    if !path.exists() {
+        make_filled(path, (varve_format::STATE_SLOTS * varve_format::STATE_SLOT_BYTES) as u64)?;
+    }
+    open_direct(path, 0)
+}
+
+/// Opens surviving memory: a file on a file system that lives in RAM, with its blocks allocated.
+pub fn open_memory(path: &Path, bytes: usize) -> io::Result<File> {
+    if let Some(parent) = path.parent() {
+        std::fs::create_dir_all(parent)?;
+    }
+    let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).custom_flags(OFlag::O_CLOEXEC.bits()).open(path)?;
+    if file.metadata()?.len() != bytes as u64 {
+        file.set_len(0)?;
+        file.set_len(bytes as u64)?;
+    }
+    nix::fcntl::fallocate(&file, FallocateFlags::empty(), 0, bytes as i64)?;
+    Ok(file)
+}
