@@ -8,7 +8,7 @@ use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
 use std::time::Duration;
 use varve_control::{Ack, ControlError, FrontKind, Paths, VolumeInfo, VolumeSpec};
 use varve_format::{Lsn, SegmentSequence, VolumeId};
@@ -191,7 +191,7 @@ impl Manager {
             Ok(Ok(report)) => report,
             Ok(Err(text)) => return Err(error("V017-start", text)),
             Err(_) => {
-                let why = if thread.is_finished() { thread.join().ok().and_then(Result::err).unwrap_or_default() } else { "no answer".to_owned() };
+                let why = if thread.is_finished() { thread.join().ok().and_then(Result::err).unwrap_or_default() } else { "the kernel did not answer (a known fault of some kernels' ADD_DEV: `varve doctor`)".to_owned() };
                 return Err(error("V018-front", format!("the device could not be shown: {why}")));
             }
         };
@@ -199,7 +199,7 @@ impl Manager {
             Ok(mapped) => mapped,
             Err(_) => {
                 stopper.stop();
-                let why = if thread.is_finished() { thread.join().ok().and_then(Result::err).unwrap_or_default() } else { "no answer".to_owned() };
+                let why = if thread.is_finished() { thread.join().ok().and_then(Result::err).unwrap_or_default() } else { "the kernel did not answer (a known fault of some kernels' ADD_DEV: `varve doctor`)".to_owned() };
                 return Err(error("V018-front", format!("the device could not be shown: {why}")));
             }
         };

@@ -15,9 +15,12 @@ use std::time::{Duration, Instant};
 use varve_format::{Fingerprint, Hash128};
 use varve_front::Geometry;
 
-nix::ioctl_read!(block_bytes, 0x12, 114, u64);
-nix::ioctl_read_bad!(sector_bytes, nix::request_code_none!(0x12, 104), i32);
-nix::ioctl_read_bad!(physical_bytes, nix::request_code_none!(0x12, 123), u32);
+// linux/fs.h: BLKGETSIZE64, BLKSSZGET, BLKPBSZGET.
+mod ioctl {
+    nix::ioctl_read!(block_bytes, 0x12, 114, u64);
+    nix::ioctl_read_bad!(sector_bytes, nix::request_code_none!(0x12, 104), i32);
+    nix::ioctl_read_bad!(physical_bytes, nix::request_code_none!(0x12, 123), u32);
+}
 
 /// How long a claim is waited for when a dead daemon may still have operations in flight.
 const CLAIM_WAIT: Duration = Duration::from_secs(20);
@@ -72,9 +75,9 @@ pub fn geometry(file: &File) -> io::Result<Geometry> {
     let (mut bytes, mut sector, mut physical) = (0u64, 0i32, 0u32);
     // SAFETY: each ioctl writes one integer of the type given; the descriptor is a live block device.
     unsafe {
-        block_bytes(file.as_raw_fd(), &raw mut bytes)?;
-        sector_bytes(file.as_raw_fd(), &raw mut sector)?;
-        physical_bytes(file.as_raw_fd(), &raw mut physical)?;
+        ioctl::block_bytes(file.as_raw_fd(), &raw mut bytes)?;
+        ioctl::sector_bytes(file.as_raw_fd(), &raw mut sector)?;
+        ioctl::physical_bytes(file.as_raw_fd(), &raw mut physical)?;
     }
     let discard = sysfs(&metadata, "queue/discard_granularity").or_else(|| sysfs(&metadata, "../queue/discard_granularity"));
     let discard_granularity = discard.and_then(|text| text.trim().parse().ok()).unwrap_or(0);

@@ -25,16 +25,12 @@ pub const DEPTH: u16 = 64;
 const REQUESTS_MAX: u16 = DEPTH - 4;
 /// Most bytes of one request: one batch.
 const IO_BYTES_MAX: u32 = 256 << 10;
-/// How long ADD_DEV may take; some kernels never come back from it.
-const ADD_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Why a ublk device could not be made.
 #[derive(Debug)]
 pub enum UblkFrontError {
     /// The kernel has no ublk (no /dev/ublk-control).
     Missing,
-    /// The kernel did not answer.
-    Stuck,
     /// libublk's word.
     Library(String),
 }
@@ -43,7 +39,6 @@ impl fmt::Display for UblkFrontError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             UblkFrontError::Missing => write!(f, "this kernel has no ublk: `modprobe ublk_drv`, or use the fallback (`--front fuse`)"),
-            UblkFrontError::Stuck => write!(f, "the kernel did not answer ADD_DEV within {} s: a known fault of some kernels; see `varve doctor`", ADD_TIMEOUT.as_secs()),
             UblkFrontError::Library(text) => write!(f, "ublk: {text}"),
         }
     }
@@ -127,35 +122,24 @@ pub fn serve(
     Ok(())
 }
 
+/// Everything happens on the calling thread, because libublk's control ring belongs to a thread. Some kernels never come back from ADD_DEV: whoever
+/// waits for `started` must not wait for ever.
 fn build(options: &UblkOptions) -> Result<UblkCtrl, UblkFrontError> {
-    let options = options.clone();
-    let (send, receive) = std::sync::mpsc::channel();
-    // On a thread of its own: if the kernel hangs, the thread is lost, not the daemon.
-    std::thread::spawn(move || {
-        let recovery = if options.lasting { u64::from(sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_REISSUE) } else { 0 };
-        let flags = if options.recover { UblkFlags::UBLK_DEV_F_RECOVER_DEV } else { UblkFlags::UBLK_DEV_F_ADD_DEV };
-        if options.recover
-            && let Some(id) = options.id
-            && let Err(error) = UblkCtrl::new_simple(id as i32).and_then(|old| old.start_user_recover())
-        {
-            let _ = send.send(Err(error));
-            return;
-        }
-        let control = UblkCtrlBuilder::default()
-            .name("varve")
-            .id(options.id.map_or(-1, |id| id as i32))
-            .nr_queues(1)
-            .depth(DEPTH)
-            .io_buf_bytes(IO_BYTES_MAX)
-            .ctrl_flags(recovery)
-            .dev_flags(flags)
-            .build();
-        let _ = send.send(control);
-    });
-    match receive.recv_timeout(ADD_TIMEOUT) {
-        Ok(control) => Ok(control?),
-        Err(_) => Err(UblkFrontError::Stuck),
+    let recovery = if options.lasting { u64::from(sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_REISSUE) } else { 0 };
+    let flags = if options.recover { UblkFlags::UBLK_DEV_F_RECOVER_DEV } else { UblkFlags::UBLK_DEV_F_ADD_DEV };
+    if let (true, Some(id)) = (options.recover, options.id) {
+        UblkCtrl::new_simple(id as i32)?.start_user_recover()?;
     }
+    let control = UblkCtrlBuilder::default()
+        .name("varve")
+        .id(options.id.map_or(-1, |id| id as i32))
+        .nr_queues(1)
+        .depth(DEPTH)
+        .io_buf_bytes(IO_BYTES_MAX)
+        .ctrl_flags(recovery)
+        .dev_flags(flags)
+        .build()?;
+    Ok(control)
 }
 
 fn set_parameters(device: &mut UblkDev, geometry: &Geometry) {

@@ -20,6 +20,8 @@ use varve_format::{
 use zerocopy::{FromBytes, IntoBytes};
 
 const PAGE: usize = 4096;
+/// Payloads begin at multiples of this: the origin's direct I/O reads them where they lie.
+pub const PAYLOAD_ALIGN: usize = 512;
 /// Memory of one slot.
 pub const SLOT_BYTES: usize = PAGE + BATCH_HEADER_BYTES + BATCH_PAYLOAD_BYTES_MAX;
 
@@ -171,7 +173,7 @@ impl BatchBuffer {
     /// Copies a payload in behind what is there; the record that names it comes next.
     pub fn push_payload(&self, slot: usize, copy: impl FnOnce(&mut [u8]), bytes: usize) -> usize {
         let at = self.payload_bytes(slot);
-        assert!(at + bytes <= BATCH_PAYLOAD_BYTES_MAX);
+        assert!(at.is_multiple_of(PAYLOAD_ALIGN) && at + bytes <= BATCH_PAYLOAD_BYTES_MAX);
         self.memory.write_with(self.payload_offset(slot) + at, bytes, copy);
         at
     }
@@ -186,7 +188,10 @@ impl BatchBuffer {
         let index = self.record_count(slot);
         assert!(index < BATCH_RECORDS_MAX);
         self.memory.copy_in(self.header_offset(slot) + BatchHeader::record_range(index).start, record.as_bytes());
-        self.memory.store(self.word(slot, WORD_PAYLOAD), (self.payload_bytes(slot) + record.payload_bytes.get() as usize) as u64);
+        let (at, bytes) = (self.payload_bytes(slot), record.payload_bytes.get() as usize);
+        let padded = bytes.next_multiple_of(PAYLOAD_ALIGN);
+        self.memory.write_with(self.payload_offset(slot) + at + bytes, padded - bytes, |tail| tail.fill(0));
+        self.memory.store(self.word(slot, WORD_PAYLOAD), (at + padded) as u64);
         self.memory.store(self.word(slot, WORD_RECORDS), index as u64 + 1);
         index
     }

@@ -100,7 +100,9 @@ impl<R: ReadAt> SegmentReader<R> {
         let header = SegmentHeader::parse(&block)?;
         let mut rest = vec![0u8; CHECKPOINT_BYTES_MAX.next_multiple_of(BLOCK_BYTES) as usize];
         let length = (header.data_offset() - SEGMENT_HEADER_BYTES as u64) as usize;
-        source.read_at(base + SEGMENT_HEADER_BYTES as u64, &mut rest[..length])?;
+        if length > 0 {
+            source.read_at(base + SEGMENT_HEADER_BYTES as u64, &mut rest[..length])?;
+        }
         let checkpoint = header.checkpoint(&rest[..length])?;
         Ok(SegmentReader {
             source,
@@ -160,7 +162,9 @@ impl<R: ReadAt> SegmentReader<R> {
             return Err(FormatError::Truncated { needed: view.stored_bytes(), found: self.end - self.position }.into());
         }
         let length = view.payload_bytes().next_multiple_of(BLOCK_BYTES as usize);
-        self.source.read_at(self.base + self.position + BATCH_HEADER_BYTES as u64, &mut self.payload[..length])?;
+        if length > 0 {
+            self.source.read_at(self.base + self.position + BATCH_HEADER_BYTES as u64, &mut self.payload[..length])?;
+        }
         view.check_payload(&self.payload[..view.payload_bytes()]).map_err(|(_, error)| error)?;
         self.batch_at = self.position;
         self.position += view.stored_bytes();

@@ -256,6 +256,10 @@ impl Medium for SimMedium {
         if machine.crashed {
             return;
         }
+        if let Operation::Read { buffer, .. } | Operation::Write { buffer, .. } = &operation {
+            assert!(!buffer.is_empty(), "a read or write of nothing looks like the end of the disk");
+            assert!((buffer.pointer() as usize).is_multiple_of(SECTOR), "direct I/O needs aligned memory");
+        }
         machine.count_operation();
         let submitted_at = machine.operations;
         machine.in_flight.push(InFlight { disk, token, operation, submitted_at });

@@ -12,7 +12,7 @@
 //! * A flush fails: dirty pages may have been dropped and marked clean, so a second flush would lie. The writer is poisoned: nothing becomes
 //!   durable any more until a new epoch begins in a new segment.
 
-use crate::buffer::{BatchBuffer, Chunk};
+use crate::buffer::{BatchBuffer, Chunk, PAYLOAD_ALIGN};
 use crate::{Buffer, Disk, IoError, Medium, Now, Operation};
 use std::collections::VecDeque;
 use varve_format::{
@@ -352,6 +352,7 @@ impl LogWriter {
 
     /// Slots that appending records with these payload lengths would take at most.
     fn slots_needed(&self, records: usize, payload: usize) -> usize {
+        let payload = payload.next_multiple_of(PAYLOAD_ALIGN);
         let room = self.open.map_or((0, 0), |slot| {
             (BATCH_RECORDS_MAX - self.buffer.record_count(slot), BATCH_PAYLOAD_BYTES_MAX - self.buffer.payload_bytes(slot))
         });
