@@ -95,15 +95,6 @@ pub struct PointInfo {
     pub time_ns: i64,
 }
 
-/// An instant that was resolved.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct ResolvedInstant {
-    /// LSN.
-    pub lsn: u64,
-    /// Wall time of the last record below it, ns.
-    pub time_ns: i64,
-}
-
 /// What the store knows of a volume.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
@@ -128,4 +119,56 @@ pub struct VolumeHistory {
     pub gaps: Vec<(i64, i64)>,
     /// Recovery points.
     pub points: Vec<PointInfo>,
+}
+
+/// An answer.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "is", rename_all = "kebab-case")]
+pub enum StoreReply {
+    /// Done.
+    Done,
+    /// Span, gaps, points.
+    History {
+        /// They.
+        history: Box<VolumeHistory>,
+    },
+    /// An instant.
+    Resolved {
+        /// Its LSN.
+        lsn: u64,
+        /// Wall time of the last record below it, ns.
+        time_ns: i64,
+    },
+    /// An image is shown.
+    Shown {
+        /// The block device or socket.
+        device: String,
+        /// Its LSN.
+        lsn: u64,
+        /// Its time, ns.
+        time_ns: i64,
+    },
+    /// What is shown: (device, what).
+    Exports {
+        /// They.
+        exports: Vec<(String, String)>,
+    },
+    /// Ranges: (offset, length).
+    Ranges {
+        /// They.
+        ranges: Vec<(u64, u64)>,
+        /// Their bytes.
+        bytes: u64,
+    },
+    /// A rewind was done (or computed).
+    Rewound {
+        /// The instant.
+        lsn: u64,
+        /// Its time, ns.
+        time_ns: i64,
+        /// Bytes that differed.
+        written_bytes: u64,
+        /// Rewind to this LSN to undo it; 0 for a dry run.
+        undo_lsn: u64,
+    },
 }

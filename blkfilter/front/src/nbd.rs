@@ -1,1 +1,245 @@
-//! stub
+//! The NBD front end: one export over a Unix socket, newstyle negotiation with fixed flags (the NBD protocol document). Never TCP.
+//!
+//! Bytes from a client are hostile: every length is bounded before anything is allocated, and an unknown option or command gets the protocol's own error.
+
+use crate::channel::{JOB_BYTES_MAX, JobSender};
+use crate::device::Stopper;
+use crate::{Geometry, RequestKind};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::time::Duration;
+
+const MAGIC: u64 = u64::from_be_bytes(*b"NBDMAGIC");
+const OPTION_MAGIC: u64 = u64::from_be_bytes(*b"IHAVEOPT");
+const REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
+const REQUEST_MAGIC: u32 = 0x2560_9513;
+const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
+
+const FLAG_FIXED_NEWSTYLE: u16 = 1;
+const FLAG_NO_ZEROES: u16 = 2;
+const OPT_EXPORT_NAME: u32 = 1;
+const OPT_ABORT: u32 = 2;
+const OPT_LIST: u32 = 3;
+const OPT_INFO: u32 = 6;
+const OPT_GO: u32 = 7;
+const REP_ACK: u32 = 1;
+const REP_SERVER: u32 = 2;
+const REP_INFO: u32 = 3;
+const REP_ERR_UNSUP: u32 = 0x8000_0001;
+const REP_ERR_TOO_BIG: u32 = 0x8000_0009;
+const INFO_EXPORT: u16 = 0;
+const INFO_BLOCK_SIZE: u16 = 3;
+
+const TRANSMIT_HAS_FLAGS: u16 = 1;
+const TRANSMIT_READ_ONLY: u16 = 2;
+const TRANSMIT_FLUSH: u16 = 4;
+const TRANSMIT_FUA: u16 = 8;
+const TRANSMIT_TRIM: u16 = 32;
+const TRANSMIT_ZEROES: u16 = 64;
+const TRANSMIT_MULTI_CONN: u16 = 256;
+
+const OPTION_BYTES_MAX: u32 = 64 << 10;
+const REQUEST_BYTES_MAX: u32 = 32 << 20;
+
+/// Serves `jobs` on `socket` from threads of its own until `stopper` says stop.
+pub fn listen(socket: &Path, geometry: Geometry, jobs: JobSender, stopper: &Stopper) -> io::Result<()> {
+    let _ = std::fs::remove_file(socket);
+    let listener = UnixListener::bind(socket)?;
+    std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))?;
+    listener.set_nonblocking(true)?;
+    let (stopper, path) = (stopper.clone(), socket.to_path_buf());
+    std::thread::spawn(move || {
+        while !stopper.is_stopping() {
+            match listener.accept() {
+                Ok((stream, _)) => {
+                    let jobs = jobs.clone();
+                    std::thread::spawn(move || {
+                        let _ = stream.set_nonblocking(false);
+                        let _ = Connection { stream, geometry, jobs }.run();
+                    });
+                }
+                Err(_) => std::thread::sleep(Duration::from_millis(20)),
+            }
+        }
+        let _ = std::fs::remove_file(&path);
+    });
+    Ok(())
+}
+
+struct Connection {
+    stream: UnixStream,
+    geometry: Geometry,
+    jobs: JobSender,
+}
+
+impl Connection {
+    fn u16(&mut self) -> io::Result<u16> {
+        let mut bytes = [0; 2];
+        self.stream.read_exact(&mut bytes)?;
+        Ok(u16::from_be_bytes(bytes))
+    }
+
+    fn u32(&mut self) -> io::Result<u32> {
+        let mut bytes = [0; 4];
+        self.stream.read_exact(&mut bytes)?;
+        Ok(u32::from_be_bytes(bytes))
+    }
+
+    fn u64(&mut self) -> io::Result<u64> {
+        let mut bytes = [0; 8];
+        self.stream.read_exact(&mut bytes)?;
+        Ok(u64::from_be_bytes(bytes))
+    }
+
+    fn run(mut self) -> io::Result<()> {
+        let mut hello = Vec::new();
+        hello.extend(MAGIC.to_be_bytes());
+        hello.extend(OPTION_MAGIC.to_be_bytes());
+        hello.extend((FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES).to_be_bytes());
+        self.stream.write_all(&hello)?;
+        let client = self.u32()?;
+        if self.negotiate(client & u32::from(FLAG_NO_ZEROES) != 0)? {
+            self.transmit()?;
+        }
+        Ok(())
+    }
+
+    fn transmission_flags(&self) -> u16 {
+        let flags = TRANSMIT_HAS_FLAGS | TRANSMIT_FLUSH | TRANSMIT_MULTI_CONN;
+        if self.geometry.read_only { flags | TRANSMIT_READ_ONLY } else { flags | TRANSMIT_FUA | TRANSMIT_TRIM | TRANSMIT_ZEROES }
+    }
+
+    /// True: transmission begins.
+    fn negotiate(&mut self, no_zeroes: bool) -> io::Result<bool> {
+        loop {
+            if self.u64()? != OPTION_MAGIC {
+                return Ok(false);
+            }
+            let option = self.u32()?;
+            let length = self.u32()?;
+            if length > OPTION_BYTES_MAX {
+                self.reply(option, REP_ERR_TOO_BIG, &[])?;
+                return Ok(false);
+            }
+            let mut data = vec![0u8; length as usize];
+            self.stream.read_exact(&mut data)?;
+            match option {
+                OPT_EXPORT_NAME => {
+                    let mut answer = Vec::new();
+                    answer.extend(self.geometry.bytes.to_be_bytes());
+                    answer.extend(self.transmission_flags().to_be_bytes());
+                    if !no_zeroes {
+                        answer.extend([0u8; 124]);
+                    }
+                    self.stream.write_all(&answer)?;
+                    return Ok(true);
+                }
+                OPT_ABORT => {
+                    self.reply(option, REP_ACK, &[])?;
+                    return Ok(false);
+                }
+                OPT_LIST => {
+                    self.reply(option, REP_SERVER, &0u32.to_be_bytes())?;
+                    self.reply(option, REP_ACK, &[])?;
+                }
+                OPT_INFO | OPT_GO => {
+                    let mut info = Vec::new();
+                    info.extend(INFO_EXPORT.to_be_bytes());
+                    info.extend(self.geometry.bytes.to_be_bytes());
+                    info.extend(self.transmission_flags().to_be_bytes());
+                    self.reply(option, REP_INFO, &info)?;
+                    let mut sizes = Vec::new();
+                    sizes.extend(INFO_BLOCK_SIZE.to_be_bytes());
+                    for size in [self.geometry.sector_bytes, 4096, REQUEST_BYTES_MAX] {
+                        sizes.extend(size.to_be_bytes());
+                    }
+                    self.reply(option, REP_INFO, &sizes)?;
+                    self.reply(option, REP_ACK, &[])?;
+                    if option == OPT_GO {
+                        return Ok(true);
+                    }
+                }
+                _ => self.reply(option, REP_ERR_UNSUP, &[])?,
+            }
+        }
+    }
+
+    fn reply(&mut self, option: u32, kind: u32, data: &[u8]) -> io::Result<()> {
+        let mut answer = Vec::new();
+        answer.extend(REPLY_MAGIC.to_be_bytes());
+        answer.extend(option.to_be_bytes());
+        answer.extend(kind.to_be_bytes());
+        answer.extend((data.len() as u32).to_be_bytes());
+        answer.extend(data);
+        self.stream.write_all(&answer)
+    }
+
+    fn transmit(&mut self) -> io::Result<()> {
+        loop {
+            if self.u32()? != REQUEST_MAGIC {
+                return Ok(());
+            }
+            let flags = self.u16()?;
+            let kind = self.u16()?;
+            let cookie = self.u64()?;
+            let offset = self.u64()?;
+            let length = self.u32()?;
+            let command = match kind {
+                0 => RequestKind::Read,
+                1 => RequestKind::Write,
+                2 => return Ok(()),
+                3 => RequestKind::Flush,
+                4 => RequestKind::Discard,
+                6 => RequestKind::Zero,
+                _ => {
+                    self.answer(cookie, Err(libc::EINVAL))?;
+                    continue;
+                }
+            };
+            if matches!(command, RequestKind::Read | RequestKind::Write) && length > REQUEST_BYTES_MAX {
+                return Ok(()); // What follows cannot be told apart from requests any more.
+            }
+            let mut data = Vec::new();
+            if command == RequestKind::Write {
+                data = vec![0u8; length as usize];
+                self.stream.read_exact(&mut data)?;
+            }
+            let inside = offset.checked_add(u64::from(length)).is_some_and(|end| end <= self.geometry.bytes);
+            let result = if !inside {
+                Err(libc::EINVAL)
+            } else if self.geometry.read_only && !matches!(command, RequestKind::Read | RequestKind::Flush) {
+                Err(libc::EPERM)
+            } else {
+                self.serve(command, offset, u64::from(length), &data, flags & 1 != 0)
+            };
+            self.answer(cookie, result)?;
+        }
+    }
+
+    fn serve(&self, kind: RequestKind, offset: u64, length: u64, data: &[u8], durable: bool) -> Result<Vec<u8>, i32> {
+        if !matches!(kind, RequestKind::Read | RequestKind::Write) {
+            return self.jobs.call(kind, offset, length, Vec::new(), durable);
+        }
+        let mut read = Vec::new();
+        let mut done = 0;
+        while done < length {
+            let part = (length - done).min(JOB_BYTES_MAX as u64);
+            let slice = if kind == RequestKind::Write { data[done as usize..(done + part) as usize].to_vec() } else { Vec::new() };
+            read.extend(self.jobs.call(kind, offset + done, part, slice, durable)?);
+            done += part;
+        }
+        Ok(read)
+    }
+
+    fn answer(&mut self, cookie: u64, result: Result<Vec<u8>, i32>) -> io::Result<()> {
+        let (errno, data) = result.map_or_else(|errno| (errno as u32, Vec::new()), |data| (0, data));
+        let mut answer = Vec::with_capacity(16 + data.len());
+        answer.extend(SIMPLE_REPLY_MAGIC.to_be_bytes());
+        answer.extend(errno.to_be_bytes());
+        answer.extend(cookie.to_be_bytes());
+        answer.extend(data);
+        self.stream.write_all(&answer)
+    }
+}

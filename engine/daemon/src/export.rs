@@ -1,0 +1,116 @@
+//! Images that are shown: as block devices or over NBD. Each has a thread; ending one ends its thread.
+
+use crate::image_device::ImageDevice;
+use crate::overlay::Overlay;
+use crossbeam_channel::bounded;
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use varve_control::{ControlError, Paths};
+use varve_front::channel;
+use varve_front::{Device, DeviceFactory, Geometry, RingPort, Stopper, Waker, fuse, nbd, ublk};
+use varve_store::Image;
+
+const SHOW_WAIT: Duration = Duration::from_secs(30);
+
+struct Export {
+    what: String,
+    stopper: Stopper,
+    thread: std::thread::JoinHandle<Result<(), String>>,
+}
+
+/// All exports.
+#[derive(Default)]
+pub struct Exports {
+    shown: Mutex<BTreeMap<String, Export>>,
+}
+
+impl Exports {
+    fn shown(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Export>> {
+        self.shown.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Shows an image; the answer is the block device, or the NBD socket.
+    pub fn show(&self, paths: &Paths, image: Image, what: String, writable: bool, socket: Option<String>) -> Result<String, ControlError> {
+        let sector_bytes = 512;
+        let geometry = Geometry { bytes: image.bytes(), sector_bytes, physical_bytes: 4096, discard_granularity: 0, read_only: !writable };
+        let overlay = if writable {
+            let directory = paths.store().join("scratch");
+            Some(Overlay::new(&directory, image.bytes()).map_err(|e| ControlError::new("X001-overlay", format!("{}: {e}", directory.display())))?)
+        } else {
+            None
+        };
+        let image = Arc::new(image);
+        let factory: DeviceFactory =
+            Box::new(move |_port: RingPort| -> Box<dyn Device> { Box::new(ImageDevice::new(image, overlay)) });
+        let waker = Waker::new()?;
+        let stopper = Stopper::new(&waker);
+        let (shown_in, shown) = bounded::<String>(1);
+        let directory = paths.run().join("fuse").join(format!("image-{}-{}", std::process::id(), self.next_number()));
+        let (thread_waker, thread_stopper) = (waker.clone(), stopper.clone());
+        let thread = std::thread::Builder::new().name("export".to_owned()).spawn(move || match socket {
+            Some(socket) => {
+                let (jobs, receiver) = channel::jobs(&thread_waker);
+                nbd::listen(Path::new(&socket), geometry, jobs, &thread_stopper).map_err(|e| format!("{socket}: {e}"))?;
+                let _ = shown_in.send(socket);
+                channel::serve(&receiver, factory, &thread_waker, &thread_stopper).map_err(|e| e.to_string())
+            }
+            None if ublk::is_available() => {
+                let options = ublk::UblkOptions { id: None, recover: false, lasting: false, geometry };
+                let started = move |id: u32| {
+                    let _ = shown_in.send(format!("/dev/ublkb{id}"));
+                };
+                ublk::serve(&options, factory, &thread_waker, &thread_stopper, started).map_err(|e| e.to_string())
+            }
+            None => {
+                let started = move |path: &str| {
+                    let _ = shown_in.send(path.to_owned());
+                };
+                let result = fuse::serve(&directory, geometry, factory, &thread_waker, &thread_stopper, started).map_err(|e| e.to_string());
+                let _ = std::fs::remove_dir(&directory);
+                result
+            }
+        })?;
+        match shown.recv_timeout(SHOW_WAIT) {
+            Ok(name) => {
+                self.shown().insert(name.clone(), Export { what, stopper, thread });
+                Ok(name)
+            }
+            Err(_) => {
+                stopper.stop();
+                let why = if thread.is_finished() { thread.join().ok().and_then(Result::err).unwrap_or_default() } else { "no answer".to_owned() };
+                Err(ControlError::new("X002-show", format!("the image could not be shown: {why}")))
+            }
+        }
+    }
+
+    fn next_number(&self) -> u64 {
+        static NUMBER: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
+        NUMBER.fetch_add(1, std::sync::atomic::Ordering::Relaxed)
+    }
+
+    /// Ends an export.
+    pub fn hide(&self, name: &str) -> Result<(), ControlError> {
+        let export = self.shown().remove(name);
+        let export = export.ok_or_else(|| ControlError::new("X003-unknown", format!("{name} is not an image of ours; `varve exports` lists them")))?;
+        export.stopper.stop();
+        match export.thread.join() {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(why)) => Err(ControlError::new("X004-hide", why)),
+            Err(_) => Err(ControlError::new("X004-hide", "its thread panicked")),
+        }
+    }
+
+    /// What is shown: (device, what).
+    pub fn list(&self) -> Vec<(String, String)> {
+        self.shown().iter().map(|(name, export)| (name.clone(), export.what.clone())).collect()
+    }
+
+    /// Ends all.
+    pub fn hide_all(&self) {
+        for (name, _) in self.list() {
+            let _ = self.hide(&name);
+        }
+    }
+}

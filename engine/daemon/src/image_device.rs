@@ -1,0 +1,75 @@
+//! An image behind a front end: reads come from the store, writes go to a scratch overlay or are refused.
+
+use crate::overlay::Overlay;
+use std::collections::VecDeque;
+use std::sync::Arc;
+use varve_front::{Answer, Device, Errno, Request, RequestKind};
+use varve_store::Image;
+
+/// The device. It answers at once, on the front end's thread.
+pub struct ImageDevice {
+    image: Arc<Image>,
+    overlay: Option<Overlay>,
+    answers: VecDeque<Answer>,
+}
+
+impl ImageDevice {
+    /// A device that shows `image`, writable if there is an overlay.
+    #[must_use]
+    pub fn new(image: Arc<Image>, overlay: Option<Overlay>) -> ImageDevice {
+        ImageDevice { image, overlay, answers: VecDeque::new() }
+    }
+
+    fn serve(&mut self, request: &Request) -> Result<(), Errno> {
+        if request.offset + request.length > self.image.bytes() {
+            return Err(libc::EINVAL);
+        }
+        match (request.kind, &request.buffer) {
+            (RequestKind::Flush, _) => Ok(()),
+            (RequestKind::Read, Some(buffer)) => buffer.write_with(|bytes| {
+                self.image.read(request.offset, bytes).map_err(|error| {
+                    eprintln!("varved: image at {}: {error}", self.image.lsn());
+                    libc::EIO
+                })?;
+                self.overlay.as_ref().map_or(Ok(()), |overlay| overlay.cover(request.offset, bytes)).map_err(|_| libc::EIO)
+            }),
+            (kind, buffer) => {
+                let Some(overlay) = self.overlay.as_mut() else { return Err(libc::EROFS) };
+                let errno = |error: std::io::Error| error.raw_os_error().unwrap_or(libc::EIO);
+                match (kind, buffer) {
+                    (RequestKind::Write, Some(buffer)) => buffer.read_with(|bytes| overlay.write(request.offset, bytes)).map_err(errno),
+                    _ => {
+                        let zeroes = vec![0u8; 1 << 20];
+                        let mut at = 0;
+                        while at < request.length {
+                            let part = (request.length - at).min(zeroes.len() as u64);
+                            overlay.write(request.offset + at, &zeroes[..part as usize]).map_err(errno)?;
+                            at += part;
+                        }
+                        Ok(())
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl Device for ImageDevice {
+    fn submit(&mut self, request: Request) {
+        let result = self.serve(&request);
+        self.answers.push_back(Answer { tag: request.tag, result });
+    }
+    fn completion(&mut self, _user_data: u64, _result: i32) {}
+    fn woken(&mut self) {}
+    fn run(&mut self) {}
+    fn take_answer(&mut self) -> Option<Answer> {
+        self.answers.pop_front()
+    }
+    fn next_run_ns(&self) -> u64 {
+        1_000_000_000
+    }
+    fn is_quiet(&self) -> bool {
+        self.answers.is_empty()
+    }
+    fn closed(&mut self) {}
+}

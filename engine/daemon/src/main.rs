@@ -1,0 +1,53 @@
+//! `varved`: the store's daemon. Takes sealed segments out of the logs, shows images of the past, rewinds. A Unix socket, never the network.
+
+mod export;
+mod image_device;
+mod overlay;
+mod service;
+
+use service::Service;
+use std::process::ExitCode;
+use std::sync::Arc;
+use varve_control::Paths;
+
+const HELP: &str = "varved: the store of Varve: keeps the history of protected volumes and gives back any instant.
+
+Usage: varved [--root DIR]
+
+It takes history out of the logs of blkfilter and answers `varve` on DIR/run/varve/varved.sock.
+
+Exit codes: 0 ended as asked, 1 failed, 2 wrong usage.";
+
+fn main() -> ExitCode {
+    let mut root = std::env::var("VARVE_ROOT").unwrap_or_else(|_| "/".to_owned());
+    let mut arguments = std::env::args().skip(1);
+    while let Some(argument) = arguments.next() {
+        match (argument.as_str(), arguments.next()) {
+            ("--root", Some(value)) => root = value,
+            ("--help" | "-h", _) => {
+                println!("{HELP}");
+                return ExitCode::SUCCESS;
+            }
+            ("--version" | "-V", _) => {
+                println!("varved {}", env!("CARGO_PKG_VERSION"));
+                return ExitCode::SUCCESS;
+            }
+            _ => {
+                eprintln!("{HELP}");
+                return ExitCode::from(2);
+            }
+        }
+    }
+    let paths = Paths::new(root);
+    let socket = paths.store_socket();
+    let service = Arc::new(Service::new(paths));
+    let background = Arc::clone(&service);
+    std::thread::spawn(move || background.follow());
+    match varve_control::serve(&socket, move |op, _, reporter| service.answer(op, reporter)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("varved: {}: {error}", socket.display());
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,90 @@
+//! Image against device: where do they differ, and make them equal. Shared by rewind, compare and (later) restore.
+//!
+//! Crash: writing is idempotent; after any cut the same difference is computed again and only what still differs is written.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use varve_store::{Image, RangeKind, StoreError};
+
+/// Granularity of differences.
+pub const BLOCK_BYTES: u64 = 4096;
+/// Bytes compared at a time.
+const STEP_BYTES: u64 = 1 << 20;
+
+/// Why it stopped.
+#[derive(Debug)]
+pub enum RestoreError {
+    /// The store.
+    Store(StoreError),
+    /// The device.
+    Device(std::io::Error),
+    /// Whoever was told of a difference said so.
+    Stopped(String),
+}
+
+impl std::fmt::Display for RestoreError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            RestoreError::Store(error) => error.fmt(f),
+            RestoreError::Device(error) => write!(f, "reading the device: {error}"),
+            RestoreError::Stopped(why) => f.write_str(why),
+        }
+    }
+}
+
+impl std::error::Error for RestoreError {}
+
+/// Calls `differs` with (offset, the image's bytes) for every run of blocks in which `device` is not what `image` is. Undefined ranges are
+/// skipped. `progress` hears (done, total) and says whether to go on. Returns the bytes that differ.
+pub fn differences(
+    image: &Image,
+    device: &File,
+    mut differs: impl FnMut(u64, &[u8]) -> Result<(), String>,
+    mut progress: impl FnMut(u64, u64) -> bool,
+) -> Result<u64, RestoreError> {
+    let total = image.bytes();
+    // Aligned for direct I/O.
+    let mut space = vec![0u8; (STEP_BYTES + BLOCK_BYTES) as usize];
+    let skip = space.as_ptr().align_offset(BLOCK_BYTES as usize);
+    let theirs = &mut space[skip..skip + STEP_BYTES as usize];
+    let mut ours = vec![0u8; STEP_BYTES as usize];
+    let mut different = 0;
+    let mut at = 0;
+    while at < total {
+        let length = (total - at).min(STEP_BYTES);
+        for range in image.ranges(at, length).into_iter().filter(|range| range.kind != RangeKind::Undefined) {
+            let size = range.length as usize;
+            image.read(range.offset, &mut ours[..size]).map_err(RestoreError::Store)?;
+            device.read_exact_at(&mut theirs[..size], range.offset).map_err(RestoreError::Device)?;
+            different += each_run(range.offset, &ours[..size], &theirs[..size], &mut differs).map_err(RestoreError::Stopped)?;
+        }
+        at += length;
+        if !progress(at, total) {
+            return Err(RestoreError::Stopped("interrupted".to_owned()));
+        }
+    }
+    Ok(different)
+}
+
+fn each_run(base: u64, ours: &[u8], theirs: &[u8], differs: &mut impl FnMut(u64, &[u8]) -> Result<(), String>) -> Result<u64, String> {
+    let block = BLOCK_BYTES as usize;
+    let mut different = 0;
+    let mut start = None;
+    for (index, (left, right)) in ours.chunks(block).zip(theirs.chunks(block)).enumerate() {
+        let at = index * block;
+        match (left == right, start) {
+            (false, None) => start = Some(at),
+            (true, Some(from)) => {
+                differs(base + from as u64, &ours[from..at])?;
+                different += (at - from) as u64;
+                start = None;
+            }
+            _ => {}
+        }
+    }
+    if let Some(from) = start {
+        differs(base + from as u64, &ours[from..])?;
+        different += (ours.len() - from) as u64;
+    }
+    Ok(different)
+}

@@ -1,0 +1,77 @@
+//! What can go wrong with a store: each with a stable code, what it was, and what to do.
+
+use std::fmt;
+use std::path::PathBuf;
+use varve_format::{FormatError, SegmentSequence};
+use varve_log::SegmentError;
+
+/// An error of a store.
+#[derive(Debug)]
+pub enum StoreError {
+    /// The disk or file system failed.
+    Io(PathBuf, std::io::Error),
+    /// A file is damaged.
+    Damaged(PathBuf, FormatError),
+    /// Another process has this volume's store open.
+    Locked(PathBuf),
+    /// The log no longer holds a segment that the store lacks.
+    Missing(SegmentSequence),
+    /// The log's segment is damaged before its end.
+    LogDamaged(SegmentSequence, String),
+    /// A payload's checksum does not match.
+    Payload {
+        /// The segment.
+        segment: SegmentSequence,
+        /// LSN of the record.
+        lsn: u64,
+        /// First byte of the volume that is lost.
+        offset: u64,
+        /// Bytes.
+        length: u64,
+    },
+}
+
+impl StoreError {
+    /// Stable code.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            StoreError::Io(..) => "S001-io",
+            StoreError::Damaged(..) => "S002-damaged",
+            StoreError::Locked(_) => "S003-locked",
+            StoreError::Missing(_) => "S004-missing",
+            StoreError::LogDamaged(..) => "S005-log-damaged",
+            StoreError::Payload { .. } => "S006-payload",
+        }
+    }
+
+    pub(crate) fn io(path: &std::path::Path) -> impl Fn(std::io::Error) -> StoreError + '_ {
+        move |error| StoreError::Io(path.to_path_buf(), error)
+    }
+
+    pub(crate) fn segment(path: &std::path::Path) -> impl Fn(SegmentError) -> StoreError + '_ {
+        move |error| match error {
+            SegmentError::Io(error) => StoreError::Io(path.to_path_buf(), error),
+            SegmentError::Format(error) => StoreError::Damaged(path.to_path_buf(), error),
+        }
+    }
+}
+
+impl fmt::Display for StoreError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            StoreError::Io(path, error) => write!(f, "{}: {error}", path.display()),
+            StoreError::Damaged(path, error) => write!(f, "{}: {error}. Other segments stay readable", path.display()),
+            StoreError::Locked(path) => write!(f, "{} is open in another varved; stop that one first", path.display()),
+            StoreError::Missing(sequence) => write!(f, "segment {sequence} is neither in the store nor in the log: the history has a hole there"),
+            StoreError::LogDamaged(sequence, why) => write!(f, "segment {sequence} of the log is damaged: {why}. It is kept; the volume goes on"),
+            StoreError::Payload { segment, lsn, offset, length } => write!(
+                f,
+                "segment {segment}, LSN {lsn}: bytes {offset} to {} of the volume are damaged from this instant until they were next written",
+                offset + length
+            ),
+        }
+    }
+}
+
+impl std::error::Error for StoreError {}

@@ -1,0 +1,113 @@
+//! What a command prints: words for people, one JSON envelope for programs, progress on a terminal only.
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde::Serialize;
+use std::io::{BufRead, IsTerminal, Write};
+use std::process::ExitCode;
+use varve_control::{ControlError, Progress};
+
+/// How to print.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Output {
+    /// One JSON object on standard output, errors included.
+    pub json: bool,
+    /// Nothing but what was asked for.
+    pub quiet: bool,
+}
+
+#[derive(Serialize)]
+struct Envelope<'a, T> {
+    /// 1: first version.
+    schema: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    result: Option<T>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<&'a ControlError>,
+}
+
+impl Output {
+    /// Prints a result: as JSON, or with `words`.
+    pub fn result<T: Serialize>(&self, value: &T, words: impl FnOnce()) {
+        if self.json {
+            self.envelope(&Envelope { schema: 1, result: Some(value), error: None });
+        } else {
+            words();
+        }
+    }
+
+    fn envelope<T: Serialize>(&self, envelope: &Envelope<'_, T>) {
+        let mut out = std::io::stdout().lock();
+        let _ = serde_json::to_writer_pretty(&mut out, envelope);
+        let _ = writeln!(out);
+    }
+
+    /// Prints an error and gives the exit code for it.
+    pub fn error(&self, error: &ControlError) -> ExitCode {
+        if self.json {
+            self.envelope(&Envelope::<()> { schema: 1, result: None, error: Some(error) });
+        } else {
+            eprintln!("varve: {error}");
+        }
+        ExitCode::from(exit_code(error))
+    }
+
+    /// A line for people, unless quiet or JSON.
+    pub fn say(&self, text: impl AsRef<str>) {
+        if !self.quiet && !self.json {
+            println!("{}", text.as_ref());
+        }
+    }
+
+    /// A progress bar for bytes; hidden where standard error is no terminal.
+    #[must_use]
+    pub fn bar(&self, what: &str) -> impl FnMut(Progress) + use<> {
+        let visible = !self.quiet && !self.json && std::io::stderr().is_terminal();
+        let bar = ProgressBar::with_draw_target(None, if visible { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() });
+        let style = ProgressStyle::with_template("{msg} [{bar:40}] {bytes}/{total_bytes} {bytes_per_sec} {eta}");
+        bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+        bar.set_message(what.to_owned());
+        move |progress: Progress| {
+            bar.set_length(progress.total);
+            bar.set_position(progress.done);
+            if progress.done >= progress.total {
+                bar.finish_and_clear();
+            }
+        }
+    }
+}
+
+/// The exit code of an error: 1 failed, 3 partial, 4 not found, 5 locked or busy, 6 not authorised, 7 integrity.
+#[must_use]
+pub fn exit_code(error: &ControlError) -> u8 {
+    match error.code.split('-').next().unwrap_or_default() {
+        "V019" | "V027" | "I002" | "I003" | "I004" | "X003" => 4,
+        "V010" | "V012" | "V023" | "S003" => 5,
+        "S002" | "S004" | "S005" | "S006" => 7,
+        "C006" => 6,
+        _ => 1,
+    }
+}
+
+/// Asks on the terminal; without one the answer is no.
+#[must_use]
+pub fn confirm(question: &str) -> bool {
+    if !std::io::stdin().is_terminal() {
+        return false;
+    }
+    eprint!("{question} [y/N] ");
+    let mut line = String::new();
+    std::io::stdin().lock().read_line(&mut line).is_ok() && matches!(line.trim(), "y" | "Y" | "yes")
+}
+
+/// Bytes with a unit.
+#[must_use]
+pub fn show_bytes(bytes: u64) -> String {
+    const UNITS: [&str; 6] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 { format!("{bytes} B") } else { format!("{value:.1} {}", UNITS[unit]) }
+}

@@ -1,0 +1,97 @@
+//! Reaching the daemons, and starting them where systemd does not.
+
+use crate::Context;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+use varve_control::{Client, ControlError, FilterOp, FilterReply, StoreOp, StoreReply, VolumeInfo};
+
+/// Connects to the data path.
+pub fn filter(context: &Context) -> Result<Client, ControlError> {
+    connect(&context.paths.filter_socket(), "blkfilter")
+}
+
+/// Connects to the store.
+pub fn store(context: &Context) -> Result<Client, ControlError> {
+    connect(&context.paths.store_socket(), "varved")
+}
+
+fn connect(socket: &Path, name: &str) -> Result<Client, ControlError> {
+    Client::connect(socket).map_err(|error| match error.kind() {
+        std::io::ErrorKind::PermissionDenied => ControlError::new("C006-permission", format!("{}: only root may ask {name}", socket.display())),
+        _ => ControlError::new("C007-daemon", format!("{name} does not answer on {} ({error}). Start it: `varve up`, or systemctl start {name}", socket.display())),
+    })
+}
+
+/// All volumes.
+pub fn volumes(context: &Context) -> Result<Vec<VolumeInfo>, ControlError> {
+    match filter(context)?.call(&FilterOp::Status)? {
+        FilterReply::Status { volumes, .. } => Ok(volumes),
+        _ => Err(ControlError::new("C005-answer", "blkfilter gave an unexpected answer")),
+    }
+}
+
+/// The volume that is meant: the one named, or the only one.
+pub fn volume(context: &Context, name: Option<String>) -> Result<String, ControlError> {
+    if let Some(name) = name {
+        return Ok(name);
+    }
+    let volumes = volumes(context)?;
+    match volumes.as_slice() {
+        [only] => Ok(only.name.clone()),
+        [] => Err(ControlError::new("V019-unknown", "no volume is protected; `varve protect DEVICE` begins")),
+        several => {
+            let names: Vec<&str> = several.iter().map(|volume| volume.name.as_str()).collect();
+            Err(ControlError::new("V031-which", format!("which volume? Say --volume: {}", names.join(", "))))
+        }
+    }
+}
+
+/// Starts what does not run.
+pub fn up(context: &Context) -> Result<(), ControlError> {
+    std::fs::create_dir_all(context.paths.run())?;
+    for name in ["blkfilter", "varved"] {
+        let alive = |context: &Context| match name {
+            "blkfilter" => filter(context).and_then(|mut c| c.call::<_, FilterReply>(&FilterOp::Ping)).is_ok(),
+            _ => store(context).and_then(|mut c| c.call::<_, StoreReply>(&StoreOp::Ping)).is_ok(),
+        };
+        if alive(context) {
+            context.output.say(format!("{name}: runs already"));
+            continue;
+        }
+        let log_path = context.paths.run().join(format!("{name}.log"));
+        let log = std::fs::File::options().create(true).append(true).open(&log_path)?;
+        let program = std::env::current_exe()?.with_file_name(name);
+        Command::new(&program)
+            .arg("--root")
+            .arg(context.paths.root())
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .process_group(0)
+            .spawn()
+            .map_err(|e| ControlError::new("D002-start", format!("{}: {e}", program.display())))?;
+        let start = Instant::now();
+        while !alive(context) {
+            if start.elapsed() > Duration::from_secs(60) {
+                return Err(ControlError::new("D002-start", format!("{name} did not come up; see {}", log_path.display())));
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        context.output.say(format!("{name}: started (its messages: {})", log_path.display()));
+    }
+    Ok(())
+}
+
+/// Stops both.
+pub fn down(context: &Context) -> Result<(), ControlError> {
+    if let Ok(mut client) = store(context) {
+        let _ = client.call::<_, StoreReply>(&StoreOp::Shutdown); // It closes the connection instead of answering.
+    }
+    if let Ok(mut client) = filter(context) {
+        let _ = client.call::<_, FilterReply>(&FilterOp::Shutdown);
+    }
+    context.output.say("stopped");
+    Ok(())
+}

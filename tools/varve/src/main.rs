@@ -1,0 +1,210 @@
+//! `varve`: protects devices, shows their past, brings it back. It asks the daemons; it opens neither logs nor stores itself.
+
+mod daemons;
+mod doctor;
+mod past;
+mod protect;
+mod status;
+
+use clap::{Args, Parser, Subcommand};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use varve_cli::Output;
+use varve_control::{ControlError, Paths};
+
+/// Continuous data protection for Linux block devices: every write recorded, any instant back.
+///
+/// Begin with `varve doctor`, then `varve up`, then `varve protect /dev/sdX`. `varve status` answers "am I safe?".
+/// What others call a snapshot or a backup of an instant is an image here: `varve mount '5 minutes ago' /mnt`.
+///
+/// Exit codes: 0 ok, 1 failed, 2 wrong usage, 3 partly, 4 not found, 5 locked or busy, 6 not authorised, 7 integrity.
+#[derive(Parser)]
+#[command(name = "varve", version, verbatim_doc_comment)]
+struct Cli {
+    #[command(flatten)]
+    common: Common,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Args)]
+struct Common {
+    /// Answer with one JSON object, errors included.
+    #[arg(long, global = true)]
+    json: bool,
+    /// Say nothing but what was asked for.
+    #[arg(long, short, global = true)]
+    quiet: bool,
+    /// Everything under this directory instead of / (also: VARVE_ROOT).
+    #[arg(long, global = true, value_name = "DIR")]
+    root: Option<PathBuf>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Check this machine: kernel, ublk, memory, disks; says what to do.
+    Doctor,
+    /// Start the daemons (where systemd does not).
+    Up,
+    /// Stop the daemons; volumes that are in use are taken over by the next start.
+    Down,
+    /// Am I safe? Every volume on one screen; exit code 0 only if all are protected.
+    Status {
+        /// Wait up to this many seconds until every volume is protected.
+        #[arg(long, value_name = "SECONDS")]
+        wait: Option<u64>,
+    },
+    /// Protect a device from now on (it must not be mounted; what is on it stays).
+    Protect(protect::ProtectArgs),
+    /// Stop protecting: the device is a plain disk again; its history stays in the store.
+    Unprotect {
+        /// Volume.
+        volume: String,
+        /// Also delete its history.
+        #[arg(long)]
+        forget: bool,
+    },
+    /// Give this instant a name.
+    Mark {
+        /// Name of the recovery point.
+        name: String,
+        #[command(flatten)]
+        volume: Volume,
+    },
+    /// List recovery points.
+    Points {
+        #[command(flatten)]
+        volume: Volume,
+    },
+    /// From when to when can I go back? Span, gaps, rates.
+    History {
+        #[command(flatten)]
+        volume: Volume,
+    },
+    /// Mount an instant: `varve mount '2026-11-22 14:03:07.5' /mnt`.
+    Mount {
+        /// A time, `5 minutes ago`, `lsn:N`, a point's name, or `now`.
+        instant: String,
+        /// Where.
+        directory: PathBuf,
+        /// Writable (into a scratch overlay; gone at umount).
+        #[arg(long)]
+        writable: bool,
+        /// Partition of a whole disk's image.
+        #[arg(long, value_name = "N")]
+        partition: Option<u32>,
+        #[command(flatten)]
+        volume: Volume,
+    },
+    /// Unmount an instant and take its device away.
+    Umount {
+        /// Where it is mounted.
+        directory: PathBuf,
+    },
+    /// Show an instant as a block device, or over NBD.
+    Export {
+        /// As for `mount`.
+        instant: String,
+        /// Serve NBD on this Unix socket instead of a block device.
+        #[arg(long, value_name = "SOCKET")]
+        nbd: Option<String>,
+        /// Writable (into a scratch overlay).
+        #[arg(long)]
+        writable: bool,
+        #[command(flatten)]
+        volume: Volume,
+    },
+    /// End an export.
+    Unexport {
+        /// The device or socket that `export` named.
+        device: String,
+    },
+    /// List exports.
+    Exports,
+    /// Write an instant back over the device. Recorded, so that it can be undone by another rewind.
+    Rewind {
+        /// As for `mount`.
+        instant: String,
+        /// Only say how much would be written.
+        #[arg(long)]
+        dry_run: bool,
+        /// Do not ask.
+        #[arg(long)]
+        yes: bool,
+        #[command(flatten)]
+        volume: Volume,
+    },
+    /// Which block ranges were written between two instants?
+    Diff {
+        /// The older.
+        from: String,
+        /// The newer.
+        to: String,
+        #[command(flatten)]
+        volume: Volume,
+    },
+    /// Compare the device with the end of its history.
+    Compare {
+        #[command(flatten)]
+        volume: Volume,
+    },
+    /// Show the formats' byte tables.
+    Dump {
+        /// The tables in FORMAT.md.
+        #[arg(long, required = true)]
+        layout: bool,
+    },
+}
+
+#[derive(Args)]
+struct Volume {
+    /// Volume; not needed while there is only one.
+    #[arg(long = "volume", short = 'V', value_name = "NAME")]
+    name: Option<String>,
+}
+
+/// What every command needs.
+struct Context {
+    paths: Paths,
+    output: Output,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let root = cli.common.root.or_else(|| std::env::var_os("VARVE_ROOT").map(PathBuf::from)).unwrap_or_else(|| PathBuf::from("/"));
+    let output = Output { json: cli.common.json, quiet: cli.common.quiet };
+    let context = Context { paths: Paths::new(root), output };
+    match run(&context, cli.command) {
+        Ok(code) => code,
+        Err(error) => output.error(&error),
+    }
+}
+
+fn run(context: &Context, command: Command) -> Result<ExitCode, ControlError> {
+    let done = |()| ExitCode::SUCCESS;
+    match command {
+        Command::Doctor => Ok(doctor::run(context)),
+        Command::Up => daemons::up(context).map(done),
+        Command::Down => daemons::down(context).map(done),
+        Command::Status { wait } => status::run(context, wait),
+        Command::Protect(args) => protect::protect(context, &args).map(done),
+        Command::Unprotect { volume, forget } => protect::unprotect(context, &volume, forget).map(done),
+        Command::Mark { name, volume } => past::mark(context, volume.name, &name).map(done),
+        Command::Points { volume } => past::points(context, volume.name).map(done),
+        Command::History { volume } => past::history(context, volume.name).map(done),
+        Command::Mount { instant, directory, writable, partition, volume } => {
+            past::mount(context, volume.name, &instant, &directory, writable, partition).map(done)
+        }
+        Command::Umount { directory } => past::umount(context, &directory).map(done),
+        Command::Export { instant, nbd, writable, volume } => past::export(context, volume.name, &instant, nbd, writable).map(done),
+        Command::Unexport { device } => past::unexport(context, device).map(done),
+        Command::Exports => past::exports(context).map(done),
+        Command::Rewind { instant, dry_run, yes, volume } => past::rewind(context, volume.name, &instant, dry_run, yes).map(done),
+        Command::Diff { from, to, volume } => past::diff(context, volume.name, &from, &to).map(done),
+        Command::Compare { volume } => past::compare(context, volume.name),
+        Command::Dump { .. } => {
+            print!("{}", varve_format::layout::markdown());
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
