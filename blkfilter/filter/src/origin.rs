@@ -5,7 +5,7 @@
 //! The origin is opened O_EXCL (a block device) or locked (a file). Both claims end only when the last reference is gone, and a dead daemon's
 //! operations in flight hold such references: so whoever gets the claim knows that no old write can still land.
 
-use nix::fcntl::{FallocateFlags, Flock, FlockArg, OFlag};
+use nix::fcntl::{FallocateFlags, OFlag};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
@@ -53,16 +53,10 @@ fn open_direct(path: &Path, flags: i32) -> io::Result<File> {
     }
 }
 
+/// The lock belongs to the open file and ends with its last reference.
 fn lock(file: File) -> io::Result<File> {
-    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-        // The lock belongs to the open file and ends with its last reference, so the guard is not needed.
-        Ok(guard) => {
-            let kept = guard.try_clone()?;
-            std::mem::forget(guard);
-            Ok(kept)
-        }
-        Err((_, _)) => Err(io::Error::from_raw_os_error(libc::EBUSY)),
-    }
+    file.try_lock().map_err(|_| io::Error::from_raw_os_error(libc::EBUSY))?;
+    Ok(file)
 }
 
 /// The shape of a device or file.

@@ -240,12 +240,14 @@ fn submit(queue: &UblkQueue<'_>, tag: u16, buffers: &[Buffer], target: &mut dyn 
             return;
         }
     };
+    // A flush has no place; the kernel leaves something else there.
+    let (offset, length) = if kind == RequestKind::Flush { (0, 0) } else { (offset, length) };
     let has_bytes = matches!(kind, RequestKind::Read | RequestKind::Write);
     target.submit(Request {
         tag: u32::from(tag),
         kind,
         offset,
-        length: if kind == RequestKind::Flush { 0 } else { length },
+        length,
         force_unit_access: descriptor.op_flags & sys::UBLK_IO_F_FUA != 0,
         buffer: has_bytes.then(|| buffers[tag as usize].slice(0, length as usize)),
     });

@@ -67,7 +67,8 @@ enum Command {
     /// Give this instant a name.
     Mark {
         /// Name of the recovery point.
-        name: String,
+        #[arg(value_name = "NAME")]
+        label: String,
         #[command(flatten)]
         volume: Volume,
     },
@@ -189,7 +190,7 @@ fn run(context: &Context, command: Command) -> Result<ExitCode, ControlError> {
         Command::Status { wait } => status::run(context, wait),
         Command::Protect(args) => protect::protect(context, &args).map(done),
         Command::Unprotect { volume, forget } => protect::unprotect(context, &volume, forget).map(done),
-        Command::Mark { name, volume } => past::mark(context, volume.name, &name).map(done),
+        Command::Mark { label, volume } => past::mark(context, volume.name, &label).map(done),
         Command::Points { volume } => past::points(context, volume.name).map(done),
         Command::History { volume } => past::history(context, volume.name).map(done),
         Command::Mount { instant, directory, writable, partition, volume } => {
@@ -206,5 +207,16 @@ fn run(context: &Context, command: Command) -> Result<ExitCode, ControlError> {
             print!("{}", varve_format::layout::markdown());
             Ok(ExitCode::SUCCESS)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Cli;
+    use clap::CommandFactory;
+
+    #[test]
+    fn every_command_line_is_well_formed() {
+        Cli::command().debug_assert();
     }
 }
