@@ -50,7 +50,11 @@ impl History {
             let Ok(mut reader) = SegmentReader::open(log, segment.base, segment_bytes) else {
                 // A segment that never became durable: nothing of it counts, as the header behind it must say.
                 assert!(
-                    next.is_none() || lsn_limit <= history.end || next.is_some_and(|n| n.header.sequence().0 != segment.header.sequence().0 + 1),
+                    next.is_none()
+                        || lsn_limit <= history.end
+                        || next.is_some_and(
+                            |n| n.header.sequence().0 != segment.header.sequence().0 + 1
+                        ),
                     "segment {} cannot be opened, but history up to {lsn_limit} should be in it",
                     segment.header.sequence()
                 );
@@ -74,7 +78,11 @@ impl History {
                             payload: found.payload.to_vec(),
                             time: found.time,
                         };
-                        assert!(history.entries.insert(found.lsn, entry).is_none(), "LSN {} twice", found.lsn);
+                        assert!(
+                            history.entries.insert(found.lsn, entry).is_none(),
+                            "LSN {} twice",
+                            found.lsn
+                        );
                         history.end = found.lsn.plus(1);
                     })
                     .unwrap();
@@ -82,7 +90,12 @@ impl History {
             if let Some(next) = next {
                 let wanted = SegmentSequence(segment.header.sequence.get() + 1);
                 if next.header.sequence() == wanted {
-                    assert!(reader.tail().2 >= lsn_limit, "segment {} ends at {}, not at {lsn_limit}", segment.header.sequence(), reader.tail().2);
+                    assert!(
+                        reader.tail().2 >= lsn_limit,
+                        "segment {} ends at {}, not at {lsn_limit}",
+                        segment.header.sequence(),
+                        reader.tail().2
+                    );
                 }
             }
         }
@@ -120,7 +133,10 @@ impl History {
     /// Number of records of a kind.
     #[must_use]
     pub fn count(&self, kind: RecordKind) -> usize {
-        self.entries.values().filter(|entry| entry.kind == kind).count()
+        self.entries
+            .values()
+            .filter(|entry| entry.kind == kind)
+            .count()
     }
 }
 

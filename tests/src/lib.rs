@@ -1,4 +1,10 @@
 //! What the tests share: the simulated volume with its model, and readers of histories that know nothing of the code under test but the format.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "in tests a surprise should end the test"
+)]
+
 pub mod history;
+pub mod scenario;
 pub mod simulated;

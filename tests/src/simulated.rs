@@ -4,7 +4,9 @@
 //! request it came from. The model remembers when each request was issued and answered, and which flush was answered after it.
 
 use crate::history::History;
-use blkfilter::{AckPolicy, Law, Rules, StartReport, SurvivingIdentity, SurvivingMemory, Volume, VolumeConfig};
+use blkfilter::{
+    AckPolicy, Law, Rules, StartReport, SurvivingIdentity, SurvivingMemory, Volume, VolumeConfig,
+};
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::rc::Rc;
@@ -133,10 +135,21 @@ impl<R: Rules> Simulated<R> {
     /// Starts the volume. False: the machine crashed meanwhile.
     pub fn start(&mut self) -> bool {
         let bytes = SurvivingMemory::bytes_needed(&self.config);
-        let memory = self.memory.get_or_insert_with(|| Memory::anonymous(bytes).unwrap()).clone();
-        let identity = SurvivingIdentity { boot: "boot".to_owned(), device: "device".to_owned(), volume: self.config.volume };
+        let memory = self
+            .memory
+            .get_or_insert_with(|| Memory::anonymous(bytes).unwrap())
+            .clone();
+        let identity = SurvivingIdentity {
+            boot: "boot".to_owned(),
+            device: "device".to_owned(),
+            volume: self.config.volume,
+        };
         let surviving = SurvivingMemory::new(memory, &identity);
-        let kernel = Fingerprint { kernel_writes: self.kernel_writes, boot: [1; 16], ..Fingerprint::default() };
+        let kernel = Fingerprint {
+            kernel_writes: self.kernel_writes,
+            boot: [1; 16],
+            ..Fingerprint::default()
+        };
         match Volume::start(&mut self.medium, self.config, surviving, kernel, None) {
             Ok((volume, report)) => {
                 if report.in_bypass {
@@ -156,7 +169,9 @@ impl<R: Rules> Simulated<R> {
 
     /// One turn: run, maybe one completion, answers. False: crashed.
     fn turn(&mut self) -> bool {
-        let Some(volume) = self.volume.as_mut() else { return false };
+        let Some(volume) = self.volume.as_mut() else {
+            return false;
+        };
         volume.run(&mut self.medium);
         match self.medium.poll(false) {
             Some(completion) => {
@@ -170,14 +185,20 @@ impl<R: Rules> Simulated<R> {
         }
         while let Some(answer) = volume.take_answer() {
             self.clock += 1;
-            let Some((number, issued_at)) = self.in_flight.remove(&answer.tag) else { continue };
+            let Some((number, issued_at)) = self.in_flight.remove(&answer.tag) else {
+                continue;
+            };
             let at = self.clock;
             let request = &mut self.issued[number as usize];
             request.answered_at = Some(at);
             request.ok = answer.result.is_ok();
             let kind = request.kind;
             if kind == RequestKind::Flush && answer.result.is_ok() {
-                for earlier in self.issued.iter_mut().filter(|r| r.ok && !r.lost && r.answered_at.is_some_and(|a| a < issued_at)) {
+                for earlier in self
+                    .issued
+                    .iter_mut()
+                    .filter(|r| r.ok && !r.lost && r.answered_at.is_some_and(|a| a < issued_at))
+                {
                     earlier.durable = true;
                 }
             }
@@ -196,14 +217,31 @@ impl<R: Rules> Simulated<R> {
                 for (index, sector) in bytes.chunks_mut(SECTOR).enumerate() {
                     sector.fill(number as u8);
                     sector[..8].copy_from_slice(&(number + 1).to_le_bytes());
-                    sector[8..16].copy_from_slice(&((offset / SECTOR + index) as u64).to_le_bytes());
+                    sector[8..16]
+                        .copy_from_slice(&((offset / SECTOR + index) as u64).to_le_bytes());
                 }
             });
             buffer
         });
-        self.issued.push(Issued { kind, offset, length, issued_at: self.clock, answered_at: None, durable: false, lost: false, ok: false });
+        self.issued.push(Issued {
+            kind,
+            offset,
+            length,
+            issued_at: self.clock,
+            answered_at: None,
+            durable: false,
+            lost: false,
+            ok: false,
+        });
         self.in_flight.insert(tag, (number, self.clock));
-        let request = Request { tag, kind, offset: offset as u64, length: length as u64, force_unit_access, buffer };
+        let request = Request {
+            tag,
+            kind,
+            offset: offset as u64,
+            length: length as u64,
+            force_unit_access,
+            buffer,
+        };
         if let Some(volume) = self.volume.as_mut() {
             volume.submit(&mut self.medium, request);
         }
@@ -219,7 +257,11 @@ impl<R: Rules> Simulated<R> {
             }
             let choice = self.random(100);
             let length = (1 + self.random(if choice < 10 { 48 } else { 10 })) as usize * SECTOR;
-            let offset = if self.random(3) == 0 { 8192 } else { self.random(((VOLUME_BYTES - length) / SECTOR) as u64 + 1) as usize * SECTOR };
+            let offset = if self.random(3) == 0 {
+                8192
+            } else {
+                self.random(((VOLUME_BYTES - length) / SECTOR) as u64 + 1) as usize * SECTOR
+            };
             let fua = self.random(12) == 0;
             match choice {
                 0..70 => self.issue(RequestKind::Write, offset, length, fua),
@@ -242,7 +284,8 @@ impl<R: Rules> Simulated<R> {
                     return false;
                 }
             }
-            self.bypasses += u64::from(self.volume.as_ref().unwrap().state() == VolumeState::Bypass);
+            self.bypasses +=
+                u64::from(self.volume.as_ref().unwrap().state() == VolumeState::Bypass);
         }
         self.settle()
     }
@@ -255,7 +298,11 @@ impl<R: Rules> Simulated<R> {
         }
         for _ in 0..200_000 {
             let volume = self.volume.as_ref().unwrap();
-            if self.in_flight.is_empty() && volume.state() == VolumeState::Protected && !volume.in_span() && volume.is_idle() {
+            if self.in_flight.is_empty()
+                && volume.state() == VolumeState::Protected
+                && !volume.in_span()
+                && volume.is_idle()
+            {
                 break;
             }
             if !self.turn() {
@@ -263,7 +310,12 @@ impl<R: Rules> Simulated<R> {
             }
         }
         let state = self.volume.as_ref().unwrap().state();
-        assert_eq!(state, VolumeState::Protected, "never settled: {:?}", self.volume.as_ref().unwrap().status());
+        assert_eq!(
+            state,
+            VolumeState::Protected,
+            "never settled: {:?}",
+            self.volume.as_ref().unwrap().status()
+        );
         let end = self.volume.as_ref().unwrap().next_lsn();
         self.volume.as_mut().unwrap().seal();
         for _ in 0..100_000 {
@@ -283,7 +335,8 @@ impl<R: Rules> Simulated<R> {
             let volume = self.volume.as_ref().unwrap();
             if volume.is_idle() && volume.state() == VolumeState::Protected && !volume.in_span() {
                 let lsn = volume.next_lsn();
-                self.snapshots.push((lsn, self.machine.borrow().content(Disk::Origin).to_vec()));
+                self.snapshots
+                    .push((lsn, self.machine.borrow().content(Disk::Origin).to_vec()));
                 return;
             }
             if !self.turn() {
@@ -294,7 +347,11 @@ impl<R: Rules> Simulated<R> {
 
     /// The process or the machine is gone.
     pub fn cut(&mut self, cut: Cut) {
-        let promised = self.volume.take().filter(|v| v.state() != VolumeState::Bypass).map_or(Lsn(0), |v| v.durable_lsn());
+        let promised = self
+            .volume
+            .take()
+            .filter(|v| v.state() != VolumeState::Bypass)
+            .map_or(Lsn(0), |v| v.durable_lsn());
         self.in_flight.clear();
         match cut {
             Cut::Power(plan) => {
@@ -306,7 +363,9 @@ impl<R: Rules> Simulated<R> {
                 // What the log had not made durable is not history any more.
                 let end = self.history().end;
                 if end < promised {
-                    self.broken = Some(format!("records below {promised} were durable, the log ends at {end}"));
+                    self.broken = Some(format!(
+                        "records below {promised} were durable, the log ends at {end}"
+                    ));
                 }
                 self.snapshots.retain(|(lsn, _)| *lsn <= end);
             }
@@ -319,8 +378,16 @@ impl<R: Rules> Simulated<R> {
     /// Closes the volume cleanly.
     pub fn close(&mut self) {
         let kernel_writes = self.kernel_writes;
-        let kernel = || Fingerprint { kernel_writes, boot: [1; 16], ..Fingerprint::default() };
-        self.volume.take().unwrap().close(&mut self.medium, kernel).unwrap();
+        let kernel = || Fingerprint {
+            kernel_writes,
+            boot: [1; 16],
+            ..Fingerprint::default()
+        };
+        self.volume
+            .take()
+            .unwrap()
+            .close(&mut self.medium, kernel)
+            .unwrap();
     }
 
     /// The state now.
@@ -332,7 +399,11 @@ impl<R: Rules> Simulated<R> {
     /// What the log disk holds.
     #[must_use]
     pub fn history(&self) -> History {
-        History::read(self.machine.borrow().content(Disk::Log), SEGMENT_BYTES, SEGMENT_COUNT)
+        History::read(
+            self.machine.borrow().content(Disk::Log),
+            SEGMENT_BYTES,
+            SEGMENT_COUNT,
+        )
     }
 
     /// Checks every promise. An error says which one was broken.
@@ -347,7 +418,11 @@ impl<R: Rules> Simulated<R> {
         let image = history.image(end, VOLUME_BYTES);
         for (index, (left, right)) in image.chunks(SECTOR).zip(origin.chunks(SECTOR)).enumerate() {
             if left != right {
-                return Err(format!("sector {index}: the image at the end has request {}, the origin {}", stamp_of(left), stamp_of(right)));
+                return Err(format!(
+                    "sector {index}: the image at the end has request {}, the origin {}",
+                    stamp_of(left),
+                    stamp_of(right)
+                ));
             }
         }
         self.check_flushed(origin)?;
@@ -357,7 +432,9 @@ impl<R: Rules> Simulated<R> {
                 continue; // Given up in a bypass: a gap says so.
             }
             if history.image(*lsn, VOLUME_BYTES) != *content {
-                return Err(format!("the image at {lsn} is not what the origin was then"));
+                return Err(format!(
+                    "the image at {lsn} is not what the origin was then"
+                ));
             }
         }
         Ok(())
@@ -367,22 +444,33 @@ impl<R: Rules> Simulated<R> {
     fn check_flushed(&self, origin: &[u8]) -> Result<(), String> {
         for (index, sector) in origin.chunks(SECTOR).enumerate() {
             let touches = |request: &Issued| {
-                request.kind != RequestKind::Flush && request.offset <= index * SECTOR && index * SECTOR < request.offset + request.length
+                request.kind != RequestKind::Flush
+                    && request.offset <= index * SECTOR
+                    && index * SECTOR < request.offset + request.length
             };
             let found = stamp_of(sector);
-            let durable = self.issued.iter().enumerate().filter(|(_, r)| r.durable && touches(r));
+            let durable = self
+                .issued
+                .iter()
+                .enumerate()
+                .filter(|(_, r)| r.durable && touches(r));
             for (number, request) in durable {
                 // Stale: the sector's content was answered before the durable write was issued, and nothing else explains it.
                 let explained = if found == 0 {
                     self.issued.iter().any(|r| {
-                        touches(r) && r.kind != RequestKind::Write && r.answered_at.is_none_or(|a| a >= request.issued_at)
+                        touches(r)
+                            && r.kind != RequestKind::Write
+                            && r.answered_at.is_none_or(|a| a >= request.issued_at)
                     })
                 } else {
                     let writer = &self.issued[found as usize - 1];
                     writer.answered_at.is_none_or(|a| a >= request.issued_at)
                 };
                 if !explained {
-                    return Err(format!("sector {index}: request {} was flushed, the origin has request {found}", number + 1));
+                    return Err(format!(
+                        "sector {index}: request {} was flushed, the origin has request {found}",
+                        number + 1
+                    ));
                 }
             }
         }
@@ -393,7 +481,9 @@ impl<R: Rules> Simulated<R> {
     fn check_order(&self, history: &History) -> Result<(), String> {
         let mut newest_issue = 0;
         for entry in history.entries.values() {
-            if entry.kind != RecordKind::Write || entry.flags & varve_format::RecordFlags::COPIED != 0 {
+            if entry.kind != RecordKind::Write
+                || entry.flags & varve_format::RecordFlags::COPIED != 0
+            {
                 continue;
             }
             let number = stamp_of(&entry.payload);
@@ -402,12 +492,23 @@ impl<R: Rules> Simulated<R> {
             };
             for (index, sector) in entry.payload.chunks(SECTOR).enumerate() {
                 let place = u64::from_le_bytes(sector[8..16].try_into().unwrap());
-                if stamp_of(sector) != number || place != entry.offset / SECTOR as u64 + index as u64 {
-                    return Err(format!("LSN {}: the payload is not request {number}'s", entry.lsn));
+                if stamp_of(sector) != number
+                    || place != entry.offset / SECTOR as u64 + index as u64
+                {
+                    return Err(format!(
+                        "LSN {}: the payload is not request {number}'s",
+                        entry.lsn
+                    ));
                 }
             }
-            if request.answered_at.is_some_and(|answered| answered < newest_issue) {
-                return Err(format!("LSN {}: request {number} was answered before an earlier record's request was issued", entry.lsn));
+            if request
+                .answered_at
+                .is_some_and(|answered| answered < newest_issue)
+            {
+                return Err(format!(
+                    "LSN {}: request {number} was answered before an earlier record's request was issued",
+                    entry.lsn
+                ));
             }
             newest_issue = newest_issue.max(request.issued_at);
         }
@@ -416,7 +517,10 @@ impl<R: Rules> Simulated<R> {
 
     /// Writes to the origin without Varve.
     pub fn tamper(&mut self, offset: usize, data: &[u8]) {
-        self.machine.borrow_mut().disk(Disk::Origin).tamper(offset, data);
+        self.machine
+            .borrow_mut()
+            .disk(Disk::Origin)
+            .tamper(offset, data);
         self.kernel_writes += 1;
     }
 
@@ -430,7 +534,12 @@ impl<R: Rules> Simulated<R> {
 
 /// Runs the script, crashes at operation `crash_at`, restarts (crashing again at `again` operations into the restart, if given), and
 /// checks every promise. Returns whether the crash happened before the script's end.
-pub fn crash_and_check<R: Rules>(script: Script, crash_at: u64, cut: Cut, again: Option<u64>) -> Result<bool, String> {
+pub fn crash_and_check<R: Rules>(
+    script: Script,
+    crash_at: u64,
+    cut: Cut,
+    again: Option<u64>,
+) -> Result<bool, String> {
     let mut sim = Simulated::<R>::new(script);
     sim.machine.borrow_mut().crash_at(crash_at);
     let finished = sim.start() && sim.run(script);
@@ -450,7 +559,11 @@ pub fn crash_and_check<R: Rules>(script: Script, crash_at: u64, cut: Cut, again:
         }
     }
     // Life goes on: more writes, then the end.
-    let after = Script { requests: 12, log_faults: false, ..script };
+    let after = Script {
+        requests: 12,
+        log_faults: false,
+        ..script
+    };
     if !sim.run(after) {
         return Err("did not settle".to_owned());
     }
@@ -462,6 +575,5 @@ pub fn crash_and_check<R: Rules>(script: Script, crash_at: u64, cut: Cut, again:
 pub fn operations_of(script: Script) -> u64 {
     let mut sim = Simulated::<Law>::new(script);
     assert!(sim.start() && sim.run(script));
-    let operations = sim.machine.borrow().operations();
-    operations
+    sim.machine.borrow().operations()
 }

@@ -1,12 +1,26 @@
 //! The simulated machine: a crash at every operation of scripted runs, and each protection left out once.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "in tests a surprise should end the test"
+)]
+
 use blkfilter::{AckPolicy, Law, Rules};
 use varve_log::{CrashPlan, Disk, DiskFault};
 use varve_tests::simulated::{Cut, Script, Simulated, crash_and_check, operations_of};
 
 fn script(seed: u64) -> Script {
-    let ack = if seed.is_multiple_of(4) { AckPolicy::Local } else { AckPolicy::Async };
-    Script { seed, requests: 60, log_faults: seed.is_multiple_of(3), ack }
+    let ack = if seed.is_multiple_of(4) {
+        AckPolicy::Local
+    } else {
+        AckPolicy::Async
+    };
+    Script {
+        seed,
+        requests: 60,
+        log_faults: seed.is_multiple_of(3),
+        ack,
+    }
 }
 
 fn cut(seed: u64, crash_at: u64) -> Cut {
@@ -27,7 +41,10 @@ fn every_operation(seeds: std::ops::Range<u64>) -> u64 {
             let again = crash_at.is_multiple_of(3).then_some(crash_at % 97);
             match crash_and_check::<Law>(script, crash_at, cut(seed, crash_at), again) {
                 Ok(crashed) => points += u64::from(crashed),
-                Err(broken) => panic!("seed {seed}, crash at {crash_at}, {:?}, again {again:?}: {broken}", cut(seed, crash_at)),
+                Err(broken) => panic!(
+                    "seed {seed}, crash at {crash_at}, {:?}, again {again:?}: {broken}",
+                    cut(seed, crash_at)
+                ),
             }
         }
     }
@@ -61,7 +78,10 @@ crash_points! {
 /// Leaves a protection out; the same crash points must then find a broken promise.
 fn is_caught<R: Rules>(seeds: std::ops::Range<u64>, plan: CrashPlan, lying: Option<Disk>) -> bool {
     seeds.into_iter().any(|seed| {
-        let script = Script { log_faults: R::MARK_BEFORE_BYPASS != Law::MARK_BEFORE_BYPASS, ..script(seed) };
+        let script = Script {
+            log_faults: R::MARK_BEFORE_BYPASS != Law::MARK_BEFORE_BYPASS,
+            ..script(seed)
+        };
         (1..=operations_of(script)).step_by(3).any(|crash_at| {
             let outcome = std::panic::catch_unwind(|| {
                 let mut sim = Simulated::<R>::new(script);
@@ -91,12 +111,20 @@ fn with_all_protections_nothing_is_caught() {
 
 #[test]
 fn leaving_out_the_origin_flush_is_caught() {
-    assert!(is_caught::<Law>(900..910, CrashPlan::DropAll, Some(Disk::Origin)));
+    assert!(is_caught::<Law>(
+        900..910,
+        CrashPlan::DropAll,
+        Some(Disk::Origin)
+    ));
 }
 
 #[test]
 fn leaving_out_the_log_flush_is_caught() {
-    assert!(is_caught::<Law>(900..910, CrashPlan::DropAll, Some(Disk::Log)));
+    assert!(is_caught::<Law>(
+        900..910,
+        CrashPlan::DropAll,
+        Some(Disk::Log)
+    ));
 }
 
 #[test]
@@ -146,7 +174,12 @@ fn letting_overlapping_writes_race_is_caught() {
 
 #[test]
 fn clean_close_needs_no_reread_and_notices_a_foreign_write() {
-    let script = Script { seed: 1, requests: 60, log_faults: false, ack: AckPolicy::Async };
+    let script = Script {
+        seed: 1,
+        requests: 60,
+        log_faults: false,
+        ack: AckPolicy::Async,
+    };
     let mut sim = Simulated::<Law>::new(script);
     assert!(sim.start() && sim.run(script));
     sim.close();
@@ -159,15 +192,26 @@ fn clean_close_needs_no_reread_and_notices_a_foreign_write() {
     assert!(sim.start());
     assert_eq!(sim.state(), varve_format::VolumeState::Unverified);
     assert!(sim.settle());
-    let image = sim.history().image(sim.history().end, varve_tests::simulated::VOLUME_BYTES);
-    assert_eq!(image[4096..4608], [0xee; 512], "what was written behind our back is in the history after healing");
+    let image = sim
+        .history()
+        .image(sim.history().end, varve_tests::simulated::VOLUME_BYTES);
+    assert_eq!(
+        image[4096..4608],
+        [0xee; 512],
+        "what was written behind our back is in the history after healing"
+    );
 }
 
 #[test]
 fn log_faults_reach_bypass_and_heal() {
     let mut bypasses = 0;
     for seed in 0..10 {
-        let script = Script { seed, requests: 80, log_faults: true, ack: AckPolicy::Async };
+        let script = Script {
+            seed,
+            requests: 80,
+            log_faults: true,
+            ack: AckPolicy::Async,
+        };
         let mut sim = Simulated::<Law>::new(script);
         assert!(sim.start() && sim.run(script));
         sim.check().unwrap();

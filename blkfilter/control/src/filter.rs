@@ -158,7 +158,7 @@ pub enum FilterReply {
     /// One volume.
     Volume {
         /// It.
-        volume: VolumeInfo,
+        volume: Box<VolumeInfo>,
     },
     /// An instant.
     Instant {

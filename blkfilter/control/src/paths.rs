@@ -70,6 +70,10 @@ impl Paths {
     /// Links to the mapped devices.
     #[must_use]
     pub fn devices(&self) -> PathBuf {
-        if self.root == Path::new("/") { PathBuf::from("/dev/varve") } else { self.run().join("dev") }
+        if self.root == Path::new("/") {
+            PathBuf::from("/dev/varve")
+        } else {
+            self.run().join("dev")
+        }
     }
 }

@@ -86,7 +86,11 @@ impl fmt::Display for SpecError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             SpecError::Io(path, error) => write!(f, "{}: {error}", path.display()),
-            SpecError::Invalid(path, why) => write!(f, "{}: {why}. Correct it, or `varve unprotect` and `varve protect` again", path.display()),
+            SpecError::Invalid(path, why) => write!(
+                f,
+                "{}: {why}. Correct it, or `varve unprotect` and `varve protect` again",
+                path.display()
+            ),
         }
     }
 }
@@ -100,12 +104,17 @@ impl VolumeSpec {
         !name.is_empty()
             && name.len() <= 64
             && !name.starts_with(['.', '-'])
-            && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+            && name
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
     }
 
     fn check(&self) -> Result<(), String> {
         if !VolumeSpec::is_valid_name(&self.name) {
-            return Err(format!("the name {:?} may hold letters, digits, '-', '_' and '.' only", self.name));
+            return Err(format!(
+                "the name {:?} may hold letters, digits, '-', '_' and '.' only",
+                self.name
+            ));
         }
         if self.id.len() != 32 || !self.id.bytes().all(|b| b.is_ascii_hexdigit()) {
             return Err("`id` must be 32 hex digits".to_owned());
@@ -113,8 +122,11 @@ impl VolumeSpec {
         if !matches!(self.sector_bytes, 512 | 4096) {
             return Err("`sector_bytes` must be 512 or 4096".to_owned());
         }
-        if self.segment_bytes < 1 << 20 || !self.segment_bytes.is_multiple_of(4096) || !(4..=4096).contains(&self.segment_count) {
-            return Err("`segment_bytes` must be at least 1 MiB and a multiple of 4096, `segment_count` from 4 to 4096".to_owned());
+        if self.segment_bytes < 1 << 20
+            || !self.segment_bytes.is_multiple_of(4096)
+            || !(6..=4096).contains(&self.segment_count)
+        {
+            return Err("`segment_bytes` must be at least 1 MiB and a multiple of 4096, `segment_count` from 6 to 4096".to_owned());
         }
         Ok(())
     }
@@ -123,16 +135,22 @@ impl VolumeSpec {
 /// Reads all volumes' files; each bad one is reported on its own.
 #[must_use]
 pub fn load_specs(directory: &Path) -> Vec<Result<VolumeSpec, SpecError>> {
-    let Ok(entries) = std::fs::read_dir(directory) else { return Vec::new() };
-    let mut paths: Vec<PathBuf> =
-        entries.flatten().map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|e| e == "toml")).collect();
+    let Ok(entries) = std::fs::read_dir(directory) else {
+        return Vec::new();
+    };
+    let mut paths: Vec<PathBuf> = entries
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| path.extension().is_some_and(|e| e == "toml"))
+        .collect();
     paths.sort();
     paths.into_iter().map(load).collect()
 }
 
 fn load(path: PathBuf) -> Result<VolumeSpec, SpecError> {
     let text = std::fs::read_to_string(&path).map_err(|e| SpecError::Io(path.clone(), e))?;
-    let spec: VolumeSpec = toml::from_str(&text).map_err(|e| SpecError::Invalid(path.clone(), e.to_string()))?;
+    let spec: VolumeSpec =
+        toml::from_str(&text).map_err(|e| SpecError::Invalid(path.clone(), e.to_string()))?;
     spec.check().map_err(|why| SpecError::Invalid(path, why))?;
     Ok(spec)
 }
@@ -140,8 +158,10 @@ fn load(path: PathBuf) -> Result<VolumeSpec, SpecError> {
 /// Writes a volume's file, durably: a new file, flushed, renamed over the old one, the directory flushed.
 pub fn save_spec(directory: &Path, spec: &VolumeSpec) -> Result<(), SpecError> {
     let path = directory.join(format!("{}.toml", spec.name));
-    spec.check().map_err(|why| SpecError::Invalid(path.clone(), why))?;
-    let text = toml::to_string(spec).map_err(|e| SpecError::Invalid(path.clone(), e.to_string()))?;
+    spec.check()
+        .map_err(|why| SpecError::Invalid(path.clone(), why))?;
+    let text =
+        toml::to_string(spec).map_err(|e| SpecError::Invalid(path.clone(), e.to_string()))?;
     let write = || {
         std::fs::create_dir_all(directory)?;
         let new = directory.join(format!(".{}.new", spec.name));

@@ -32,7 +32,10 @@ impl ControlError {
     /// An error with a code and a message.
     #[must_use]
     pub fn new(code: &str, message: impl fmt::Display) -> ControlError {
-        ControlError { code: code.to_owned(), message: message.to_string() }
+        ControlError {
+            code: code.to_owned(),
+            message: message.to_string(),
+        }
     }
 }
 
@@ -88,9 +91,14 @@ fn read_line<T: DeserializeOwned>(reader: &mut BufReader<UnixStream>) -> io::Res
         return Ok(None);
     }
     if line.last() != Some(&b'\n') {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "a line is cut or too long"));
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "a line is cut or too long",
+        ));
     }
-    serde_json::from_slice(&line).map(Some).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
+    serde_json::from_slice(&line)
+        .map(Some)
+        .map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
 }
 
 /// The asking side.
@@ -101,11 +109,16 @@ pub struct Client {
 impl Client {
     /// Connects to a daemon's socket.
     pub fn connect(socket: &Path) -> io::Result<Client> {
-        Ok(Client { reader: BufReader::new(UnixStream::connect(socket)?) })
+        Ok(Client {
+            reader: BufReader::new(UnixStream::connect(socket)?),
+        })
     }
 
     /// Asks and waits for the answer.
-    pub fn call<Op: Serialize, Reply: DeserializeOwned>(&mut self, op: &Op) -> Result<Reply, ControlError> {
+    pub fn call<Op: Serialize, Reply: DeserializeOwned>(
+        &mut self,
+        op: &Op,
+    ) -> Result<Reply, ControlError> {
         self.call_with(op, &[], |_| {})
     }
 
@@ -117,14 +130,26 @@ impl Client {
         mut progress: impl FnMut(Progress),
     ) -> Result<Reply, ControlError> {
         let stream = self.reader.get_mut();
-        write_line(stream, &Envelope { v: VERSION, op, attach: attached.len() })?;
+        write_line(
+            stream,
+            &Envelope {
+                v: VERSION,
+                op,
+                attach: attached.len(),
+            },
+        )?;
         stream.write_all(attached)?;
         loop {
             match read_line::<Line<Reply>>(&mut self.reader)? {
                 Some(Line::Progress(step)) => progress(step),
                 Some(Line::Ok(reply)) => return Ok(reply),
                 Some(Line::Error(error)) => return Err(error),
-                None => return Err(ControlError::new("C002-closed", "the daemon closed the connection before it answered; see its log")),
+                None => {
+                    return Err(ControlError::new(
+                        "C002-closed",
+                        "the daemon closed the connection before it answered; see its log",
+                    ));
+                }
             }
         }
     }
@@ -147,13 +172,17 @@ pub fn serve<Op, Reply, Handler>(socket: &Path, handler: Handler) -> io::Result<
 where
     Op: DeserializeOwned,
     Reply: Serialize,
-    Handler: Fn(Op, Vec<u8>, &mut Reporter<'_>) -> Result<Reply, ControlError> + Send + Sync + 'static,
+    Handler:
+        Fn(Op, Vec<u8>, &mut Reporter<'_>) -> Result<Reply, ControlError> + Send + Sync + 'static,
 {
     if let Some(parent) = socket.parent() {
         std::fs::create_dir_all(parent)?;
     }
     if UnixStream::connect(socket).is_ok() {
-        return Err(io::Error::new(io::ErrorKind::AddrInUse, format!("another daemon answers on {}", socket.display())));
+        return Err(io::Error::new(
+            io::ErrorKind::AddrInUse,
+            format!("another daemon answers on {}", socket.display()),
+        ));
     }
     let _ = std::fs::remove_file(socket);
     let listener = UnixListener::bind(socket)?;
@@ -187,18 +216,36 @@ where
             Ok(Some(envelope)) => envelope,
             Ok(None) => return Ok(()),
             Err(error) => {
-                write_line(&mut stream, &Line::<()>::Error(ControlError::new("C003-question", format!("not understood: {error}"))))?;
+                write_line(
+                    &mut stream,
+                    &Line::<()>::Error(ControlError::new(
+                        "C003-question",
+                        format!("not understood: {error}"),
+                    )),
+                )?;
                 return Ok(());
             }
         };
         if envelope.v != VERSION || envelope.attach > ATTACH_BYTES_MAX {
-            let message = format!("protocol version {} is not spoken here, only {VERSION}; use the programs of one release", envelope.v);
-            write_line(&mut stream, &Line::<()>::Error(ControlError::new("C004-version", message)))?;
+            let message = format!(
+                "protocol version {} is not spoken here, only {VERSION}; use the programs of one release",
+                envelope.v
+            );
+            write_line(
+                &mut stream,
+                &Line::<()>::Error(ControlError::new("C004-version", message)),
+            )?;
             return Ok(());
         }
         let mut attached = vec![0u8; envelope.attach];
         reader.read_exact(&mut attached)?;
-        let answer = match handler(envelope.op, attached, &mut Reporter { stream: &mut stream }) {
+        let answer = match handler(
+            envelope.op,
+            attached,
+            &mut Reporter {
+                stream: &mut stream,
+            },
+        ) {
             Ok(reply) => Line::Ok(reply),
             Err(error) => Line::Error(error),
         };

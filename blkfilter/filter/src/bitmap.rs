@@ -29,9 +29,16 @@ impl Bitmap {
     /// A bitmap over what `memory` holds at `base`.
     #[must_use]
     pub fn new(memory: &Rc<Memory>, base: usize, volume_bytes: u64) -> Bitmap {
-        let mut bitmap =
-            Bitmap { memory: Rc::clone(memory), base, blocks: volume_bytes.div_ceil(BITMAP_BLOCK_BYTES), volume_bytes, count: 0 };
-        bitmap.count = (0..bitmap.words()).map(|word| u64::from(bitmap.word(word).count_ones())).sum();
+        let mut bitmap = Bitmap {
+            memory: Rc::clone(memory),
+            base,
+            blocks: volume_bytes.div_ceil(BITMAP_BLOCK_BYTES),
+            volume_bytes,
+            count: 0,
+        };
+        bitmap.count = (0..bitmap.words())
+            .map(|word| u64::from(bitmap.word(word).count_ones()))
+            .sum();
         bitmap
     }
 
@@ -63,7 +70,9 @@ impl Bitmap {
     /// Marks every block that the range touches.
     pub fn set(&mut self, offset: u64, length: u64) {
         if length > 0 {
-            let end = (offset + length).div_ceil(BITMAP_BLOCK_BYTES).min(self.blocks);
+            let end = (offset + length)
+                .div_ceil(BITMAP_BLOCK_BYTES)
+                .min(self.blocks);
             self.change(offset / BITMAP_BLOCK_BYTES, end, true);
         }
     }
@@ -71,7 +80,11 @@ impl Bitmap {
     /// Clears the blocks of a range that begins and ends on block boundaries (or at the end of the volume).
     pub fn clear(&mut self, offset: u64, length: u64) {
         debug_assert!(offset.is_multiple_of(BITMAP_BLOCK_BYTES));
-        self.change(offset / BITMAP_BLOCK_BYTES, (offset + length).div_ceil(BITMAP_BLOCK_BYTES), false);
+        self.change(
+            offset / BITMAP_BLOCK_BYTES,
+            (offset + length).div_ceil(BITMAP_BLOCK_BYTES),
+            false,
+        );
     }
 
     /// Clears everything.
@@ -95,15 +108,25 @@ impl Bitmap {
     #[must_use]
     pub fn next_run(&self, offset: u64, length_max: u64) -> Option<(u64, u64)> {
         let start = self.find(offset.div_ceil(BITMAP_BLOCK_BYTES), true)?;
-        let end = self.find(start, false).unwrap_or(self.blocks).min(start + length_max / BITMAP_BLOCK_BYTES);
+        let end = self
+            .find(start, false)
+            .unwrap_or(self.blocks)
+            .min(start + length_max / BITMAP_BLOCK_BYTES);
         let first = start * BITMAP_BLOCK_BYTES;
-        Some((first, (end * BITMAP_BLOCK_BYTES).min(self.volume_bytes) - first))
+        Some((
+            first,
+            (end * BITMAP_BLOCK_BYTES).min(self.volume_bytes) - first,
+        ))
     }
 
     fn find(&self, from: u64, set: bool) -> Option<u64> {
         let mut block = from;
         while block < self.blocks {
-            let word = if set { self.word(block / 64) } else { !self.word(block / 64) } & (u64::MAX << (block % 64));
+            let word = if set {
+                self.word(block / 64)
+            } else {
+                !self.word(block / 64)
+            } & (u64::MAX << (block % 64));
             if word != 0 {
                 let found = block / 64 * 64 + u64::from(word.trailing_zeros());
                 return (found < self.blocks).then_some(found);

@@ -17,7 +17,11 @@ const SAMPLES: u64 = 64;
 impl<R: Rules> Volume<R> {
     /// Closes the volume. The front end must have stopped and every request must have been answered. Blocks.
     /// `kernel` is asked for the device's write counter after the last write.
-    pub fn close(&mut self, medium: &mut dyn Medium, kernel: impl FnOnce() -> Fingerprint) -> Result<(), IoError> {
+    pub fn close(
+        &mut self,
+        medium: &mut dyn Medium,
+        kernel: impl FnOnce() -> Fingerprint,
+    ) -> Result<(), IoError> {
         if self.state == VolumeState::Bypass || !self.is_logging() {
             return Ok(()); // The state file says so, and memory keeps the bitmap.
         }
@@ -28,7 +32,12 @@ impl<R: Rules> Volume<R> {
         self.append(medium, Record::new(RecordKind::CleanClose, 0, 0, 0), &[]);
         self.settle_log(medium)?;
         let print = fingerprint(medium, self.config.volume_bytes, kernel())?;
-        let word = StateWord { kind: StateKind::Clean, epoch: self.writer.epoch(), start: self.epoch_start, fingerprint: print };
+        let word = StateWord {
+            kind: StateKind::Clean,
+            epoch: self.writer.epoch(),
+            start: self.epoch_start,
+            fingerprint: print,
+        };
         self.state_file.write_blocking(medium, &word)?;
         self.surviving.disclaim();
         Ok(())
@@ -36,19 +45,34 @@ impl<R: Rules> Volume<R> {
 }
 
 /// Reads the origin's fingerprint; `kernel` brings counter and boot.
-pub(crate) fn fingerprint(medium: &mut dyn Medium, volume_bytes: u64, kernel: Fingerprint) -> Result<Fingerprint, IoError> {
-    let buffer = Buffer::anonymous(4096).map_err(|e| IoError(e.raw_os_error().unwrap_or(libc::ENOMEM)))?;
+pub(crate) fn fingerprint(
+    medium: &mut dyn Medium,
+    volume_bytes: u64,
+    kernel: Fingerprint,
+) -> Result<Fingerprint, IoError> {
+    let buffer =
+        Buffer::anonymous(4096).map_err(|e| IoError(e.raw_os_error().unwrap_or(libc::ENOMEM)))?;
     let mut hashes = Vec::new();
     let mut read = |offset: u64| {
         let length = (volume_bytes - offset).min(4096) as usize;
         let part = buffer.slice(0, length);
-        run_blocking(medium, Disk::Origin, Operation::Read { offset, buffer: part.clone() })?;
+        run_blocking(
+            medium,
+            Disk::Origin,
+            Operation::Read {
+                offset,
+                buffer: part.clone(),
+            },
+        )?;
         hashes.extend_from_slice(&part.read_with(Hash128::of).0);
         Ok::<(), IoError>(())
     };
     let head = HEAD_BYTES.min(volume_bytes);
     let tail = volume_bytes.saturating_sub(TAIL_BYTES) / 4096 * 4096;
-    for offset in (0..head).step_by(4096).chain((tail.max(head)..volume_bytes).step_by(4096)) {
+    for offset in (0..head)
+        .step_by(4096)
+        .chain((tail.max(head)..volume_bytes).step_by(4096))
+    {
         read(offset)?;
     }
     for sample in 0..SAMPLES {
@@ -57,5 +81,9 @@ pub(crate) fn fingerprint(medium: &mut dyn Medium, volume_bytes: u64, kernel: Fi
             read(offset)?;
         }
     }
-    Ok(Fingerprint { volume_bytes, content: Hash128::of(&hashes).0, ..kernel })
+    Ok(Fingerprint {
+        volume_bytes,
+        content: Hash128::of(&hashes).0,
+        ..kernel
+    })
 }

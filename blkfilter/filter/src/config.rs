@@ -63,7 +63,7 @@ impl VolumeConfig {
             ack: AckPolicy::Async,
             segment_bytes: 32 << 20,
             segment_count: 16, // × 32 MiB: half a GiB for the store to fall behind.
-            slots: 24,         // × 264 KiB = 6.2 MiB: stays below the usual 8 MiB limit for locked memory.
+            slots: 24, // × 264 KiB = 6.2 MiB: stays below the usual 8 MiB limit for locked memory.
             depth: 128,
             copy_bytes: 256 << 10,
         }

@@ -7,7 +7,9 @@
 use crate::bitmap::BITMAP_BLOCK_BYTES;
 use crate::config::Rules;
 use crate::volume::{TOKEN_COPY, Volume};
-use varve_format::{RECORD_PAYLOAD_BYTES_MAX, Record, RecordFlags, RecordKind, SpanKind, VolumeState};
+use varve_format::{
+    RECORD_PAYLOAD_BYTES_MAX, Record, RecordFlags, RecordKind, SpanKind, VolumeState,
+};
 use varve_log::{Buffer, Disk, IoError, Medium, Operation};
 
 /// Copies in flight: one reads while the other is recorded.
@@ -31,8 +33,14 @@ pub struct Copier {
 impl Copier {
     /// A copier that reads `copy_bytes` at a time.
     pub fn new(copy_bytes: u64) -> std::io::Result<Copier> {
-        let buffers = (0..COPIES).map(|_| Buffer::anonymous(copy_bytes as usize)).collect::<Result<_, _>>()?;
-        Ok(Copier { copies: [const { None }; COPIES], buffers, cursor: 0 })
+        let buffers = (0..COPIES)
+            .map(|_| Buffer::anonymous(copy_bytes as usize))
+            .collect::<Result<_, _>>()?;
+        Ok(Copier {
+            copies: [const { None }; COPIES],
+            buffers,
+            cursor: 0,
+        })
     }
 
     /// Whether a copy is in flight.
@@ -51,7 +59,10 @@ impl<R: Rules> Volume<R> {
 
     pub(crate) fn copy(&mut self, medium: &mut dyn Medium) {
         for index in 0..COPIES {
-            if self.copier.copies[index].as_ref().is_some_and(|copy| copy.result.is_some()) {
+            if self.copier.copies[index]
+                .as_ref()
+                .is_some_and(|copy| copy.result.is_some())
+            {
                 self.record_copy(medium, index);
             }
         }
@@ -63,7 +74,10 @@ impl<R: Rules> Volume<R> {
             return;
         };
         if self.span_end.is_some() {
-            if self.span_end.is_some_and(|end| self.writer.durable_lsn() > end) {
+            if self
+                .span_end
+                .is_some_and(|end| self.writer.durable_lsn() > end)
+            {
                 self.span = None;
                 self.span_end = None;
                 if self.state != VolumeState::Bypass {
@@ -77,7 +91,10 @@ impl<R: Rules> Volume<R> {
         }
         if self.bitmap.is_empty() {
             // A rewind ends when whoever writes it says so.
-            if kind != SpanKind::Rewind && !self.copier.is_busy() && self.writer.has_room(1, 0, true) {
+            if kind != SpanKind::Rewind
+                && !self.copier.is_busy()
+                && self.writer.has_room(1, 0, true)
+            {
                 self.append_span_end(medium);
             }
             return;
@@ -94,28 +111,56 @@ impl<R: Rules> Volume<R> {
     }
 
     fn start_copy(&mut self, medium: &mut dyn Medium, index: usize) {
-        let region_room = self.regions.has_room(1 + (self.config.copy_bytes / u64::from(self.config.region_bytes)) as usize * COPIES + COPIES);
+        let region_room = self.regions.has_room(
+            1 + (self.config.copy_bytes / u64::from(self.config.region_bytes)) as usize * COPIES
+                + COPIES,
+        );
         if !region_room {
             self.regions_wanted = true;
             return;
         }
-        let run = self.bitmap.next_run(self.copier.cursor, self.config.copy_bytes).or_else(|| self.bitmap.next_run(0, self.config.copy_bytes));
+        let run = self
+            .bitmap
+            .next_run(self.copier.cursor, self.config.copy_bytes)
+            .or_else(|| self.bitmap.next_run(0, self.config.copy_bytes));
         let Some((offset, length)) = run else { return };
         if self.locks.overlaps(offset, offset + length) {
             // Come back to it; meanwhile go on behind it.
-            self.copier.cursor = if self.copier.cursor > offset { 0 } else { offset + BITMAP_BLOCK_BYTES };
+            self.copier.cursor = if self.copier.cursor > offset {
+                0
+            } else {
+                offset + BITMAP_BLOCK_BYTES
+            };
             return;
         }
-        let Some(lock) = self.locks.lock(offset, offset + length) else { return };
+        let Some(lock) = self.locks.lock(offset, offset + length) else {
+            return;
+        };
         self.copier.cursor = offset + length;
-        self.copier.copies[index] = Some(Copy { offset, length, lock, result: None });
+        self.copier.copies[index] = Some(Copy {
+            offset,
+            length,
+            lock,
+            result: None,
+        });
         let buffer = self.copier.buffers[index].slice(0, length as usize);
-        medium.submit(Disk::Origin, TOKEN_COPY | index as u64, Operation::Read { offset, buffer });
+        medium.submit(
+            Disk::Origin,
+            TOKEN_COPY | index as u64,
+            Operation::Read { offset, buffer },
+        );
     }
 
     fn record_copy(&mut self, medium: &mut dyn Medium, index: usize) {
-        let Some(copy) = self.copier.copies[index].as_ref() else { return };
-        let (offset, length, lock, failed) = (copy.offset, copy.length, copy.lock, copy.result != Some(Ok(())));
+        let Some(copy) = self.copier.copies[index].as_ref() else {
+            return;
+        };
+        let (offset, length, lock, failed) = (
+            copy.offset,
+            copy.length,
+            copy.lock,
+            copy.result != Some(Ok(())),
+        );
         if !self.is_logging() {
             // Bypassed meanwhile: the blocks stay marked.
             self.locks.unlock(lock);
@@ -138,8 +183,9 @@ impl<R: Rules> Volume<R> {
                 _ => (RecordKind::Write, part as usize),
             };
             let record = Record::new(kind, offset + done, part, 0).with_flags(RecordFlags::COPIED);
-            let (lsn, _) =
-                self.writer.append(medium.now(), record, payload, |target| source.read_with(|bytes| target.copy_from_slice(bytes)));
+            let (lsn, _) = self.writer.append(medium.now(), record, payload, |target| {
+                source.read_with(|bytes| target.copy_from_slice(bytes))
+            });
             self.regions.touch(offset + done, part, lsn);
             done += part;
         }

@@ -51,11 +51,21 @@ impl VolumeDevice {
         closed: Sender<Result<(), String>>,
     ) -> VolumeDevice {
         let medium = Some(medium.with_port(port));
-        VolumeDevice { volume, medium, messages, waiting: Vec::new(), answers: VecDeque::new(), kernel, closed: Some(closed) }
+        VolumeDevice {
+            volume,
+            medium,
+            messages,
+            waiting: Vec::new(),
+            answers: VecDeque::new(),
+            kernel,
+            closed: Some(closed),
+        }
     }
 
     fn serve_waiting(&mut self) {
-        let Some(medium) = self.medium.as_mut() else { return };
+        let Some(medium) = self.medium.as_mut() else {
+            return;
+        };
         let volume = &mut self.volume;
         let durable = volume.durable_lsn();
         let bypassed = volume.state() == varve_format::VolumeState::Bypass;
@@ -107,7 +117,9 @@ impl Device for VolumeDevice {
     }
 
     fn woken(&mut self) {
-        let Some(medium) = self.medium.as_mut() else { return };
+        let Some(medium) = self.medium.as_mut() else {
+            return;
+        };
         while let Ok(message) = self.messages.try_recv() {
             match message {
                 Message::Status(reply) => {
@@ -126,7 +138,8 @@ impl Device for VolumeDevice {
                         let _ = reply.send((status.sequence, status.next_lsn));
                     } else {
                         self.volume.seal();
-                        self.waiting.push(Waiting::Seal(status.sequence, status.next_lsn, reply));
+                        self.waiting
+                            .push(Waiting::Seal(status.sequence, status.next_lsn, reply));
                     }
                 }
                 Message::Release(below) => self.volume.release_segments_below(below),
@@ -136,14 +149,19 @@ impl Device for VolumeDevice {
     }
 
     fn run(&mut self) {
-        let Some(medium) = self.medium.as_mut() else { return };
+        let Some(medium) = self.medium.as_mut() else {
+            return;
+        };
         // Completions that never reached the kernel.
         while let Some(completion) = medium.poll(false) {
             self.volume.complete(medium, completion);
         }
         self.volume.run(medium);
         while let Some(answer) = self.volume.take_answer() {
-            self.answers.push_back(Answer { tag: answer.tag, result: answer.result.map_err(|error| error.0) });
+            self.answers.push_back(Answer {
+                tag: answer.tag,
+                result: answer.result.map_err(|error| error.0),
+            });
         }
         if !self.waiting.is_empty() {
             self.serve_waiting();
@@ -155,26 +173,42 @@ impl Device for VolumeDevice {
     }
 
     fn next_run_ns(&self) -> u64 {
-        let Some(medium) = self.medium.as_ref() else { return 1_000_000_000 };
+        let Some(medium) = self.medium.as_ref() else {
+            return 1_000_000_000;
+        };
         let now = medium.now().monotonic_ns;
         self.volume.deadline_ns(now).saturating_sub(now).max(20_000)
     }
 
     fn is_quiet(&self) -> bool {
-        self.volume.is_idle() && self.answers.is_empty() && self.medium.as_ref().is_none_or(|medium| medium.in_flight() == 0)
+        self.volume.is_idle()
+            && self.answers.is_empty()
+            && self
+                .medium
+                .as_ref()
+                .is_none_or(|medium| medium.in_flight() == 0)
     }
 
     fn closed(&mut self) {
-        let Some(medium) = self.medium.take() else { return };
+        let Some(medium) = self.medium.take() else {
+            return;
+        };
         let result = if medium.in_flight() > 0 {
             Err("operations were still in flight: not closed cleanly, the next start reads open regions again".to_owned())
         } else {
-            OwnRing::new(64).map_err(|error| error.to_string()).and_then(|ring| {
-                let mut medium = medium.with_port(ring);
-                let origin = medium.origin().try_clone().map_err(|error| error.to_string())?;
-                let kernel = self.kernel;
-                self.volume.close(&mut medium, || kernel(&origin)).map_err(|error| error.to_string())
-            })
+            OwnRing::new(64)
+                .map_err(|error| error.to_string())
+                .and_then(|ring| {
+                    let mut medium = medium.with_port(ring);
+                    let origin = medium
+                        .origin()
+                        .try_clone()
+                        .map_err(|error| error.to_string())?;
+                    let kernel = self.kernel;
+                    self.volume
+                        .close(&mut medium, || kernel(&origin))
+                        .map_err(|error| error.to_string())
+                })
         };
         if let Some(closed) = self.closed.take() {
             let _ = closed.send(result);
@@ -191,7 +225,9 @@ impl FailedDevice {
     /// A device that fails.
     #[must_use]
     pub fn new() -> FailedDevice {
-        FailedDevice { answers: VecDeque::new() }
+        FailedDevice {
+            answers: VecDeque::new(),
+        }
     }
 }
 
@@ -203,7 +239,10 @@ impl Default for FailedDevice {
 
 impl Device for FailedDevice {
     fn submit(&mut self, request: Request) {
-        self.answers.push_back(Answer { tag: request.tag, result: Err(libc::EIO) });
+        self.answers.push_back(Answer {
+            tag: request.tag,
+            result: Err(libc::EIO),
+        });
     }
     fn completion(&mut self, _user_data: u64, _result: i32) {}
     fn woken(&mut self) {}
@@ -225,10 +264,16 @@ impl Device for FailedDevice {
 pub fn describe(report: &StartReport) -> String {
     let mut text = report.summary.clone();
     if report.records_survived + report.records_redone > 0 {
-        text += &format!("; {} records survived in memory, {} written to the device again", report.records_survived, report.records_redone);
+        text += &format!(
+            "; {} records survived in memory, {} written to the device again",
+            report.records_survived, report.records_redone
+        );
     }
     if report.reread_bytes > 0 {
-        text += &format!("; {} MiB are being read again", report.reread_bytes.div_ceil(1 << 20));
+        text += &format!(
+            "; {} MiB are being read again",
+            report.reread_bytes.div_ceil(1 << 20)
+        );
     }
     if let Some(error) = report.state_error {
         text += &format!("; WARNING: the state file cannot be written ({error})");

@@ -78,7 +78,11 @@ impl OriginFlusher {
 }
 
 impl<R: Rules> Volume<R> {
-    pub(crate) fn complete_origin_flush(&mut self, medium: &mut dyn Medium, result: Result<(), IoError>) {
+    pub(crate) fn complete_origin_flush(
+        &mut self,
+        medium: &mut dyn Medium,
+        result: Result<(), IoError>,
+    ) {
         self.flusher.finished = self.flusher.started;
         match result {
             Ok(()) => self.flusher.flushed = self.flusher.flushed.max(self.flusher.covers),
@@ -88,7 +92,8 @@ impl<R: Rules> Volume<R> {
                 self.flusher.failed = Some((self.flusher.finished, error));
                 let open: Vec<(u64, u64)> = self.regions.touched_since(Lsn(0)).collect();
                 for (offset, length) in open {
-                    self.bitmap.set(offset, length.min(self.config.volume_bytes - offset));
+                    self.bitmap
+                        .set(offset, length.min(self.config.volume_bytes - offset));
                 }
                 if self.is_logging() && self.writer.has_room(1, 0, true) {
                     self.begin_span(medium, SpanKind::Resync, VolumeState::Healing);
@@ -108,15 +113,25 @@ impl<R: Rules> Volume<R> {
         let now_ns = medium.now().monotonic_ns;
         let status = self.writer.status();
         let due = status.bytes_written - self.stable_bytes_mark >= self.config.stable_bytes
-            || (now_ns.saturating_sub(self.stable_time_ns) >= self.config.stable_interval_ns && self.writer.next_lsn() > self.stable_lsn.plus(1))
+            || (now_ns.saturating_sub(self.stable_time_ns) >= self.config.stable_interval_ns
+                && self.writer.next_lsn() > self.stable_lsn.plus(1))
             || self.regions.is_crowded()
             || self.regions_wanted;
         if !due {
             return;
         }
         let completed = self.completed_below();
-        let target = if R::STABLE_AFTER_FLUSH { self.flusher.flushed() } else { completed };
-        if target > self.stable_lsn || (self.regions_wanted && self.regions.can_retire(target.min(self.writer.durable_lsn()))) {
+        let target = if R::STABLE_AFTER_FLUSH {
+            self.flusher.flushed()
+        } else {
+            completed
+        };
+        if target > self.stable_lsn
+            || (self.regions_wanted
+                && self
+                    .regions
+                    .can_retire(target.min(self.writer.durable_lsn())))
+        {
             self.append_checkpoint(medium, target);
         } else {
             self.flusher.want_stable(medium, completed);
@@ -135,11 +150,22 @@ impl<R: Rules> Volume<R> {
         // Regions in use stay hot over one checkpoint, unless somebody waits for their places.
         // A region whose records the log could still lose stays, too: if the log fails, the open set says what it does not hold.
         let both = stable.min(self.writer.durable_lsn());
-        self.regions.retire(both, if self.regions_wanted { both } else { self.stable_before });
+        self.regions.retire(
+            both,
+            if self.regions_wanted {
+                both
+            } else {
+                self.stable_before
+            },
+        );
         self.regions_wanted = false;
         let mut payload = Vec::new();
         self.checkpoint().encode_into(&mut payload);
-        self.append(medium, Record::new(RecordKind::Stable, 0, 0, stable.0), &payload);
+        self.append(
+            medium,
+            Record::new(RecordKind::Stable, 0, 0, stable.0),
+            &payload,
+        );
         self.stable_bytes_mark = self.writer.status().bytes_written;
         self.stable_time_ns = medium.now().monotonic_ns;
     }

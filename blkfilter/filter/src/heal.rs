@@ -13,7 +13,10 @@
 use crate::config::Rules;
 use crate::state_file::StateWord;
 use crate::volume::{Phase, Volume};
-use varve_format::{Checkpoint, EpochId, Fingerprint, Hash128, Lsn, Record, RecordKind, SegmentSequence, SpanKind, StateKind, VolumeState, WallTime};
+use varve_format::{
+    Checkpoint, EpochId, Fingerprint, Hash128, Lsn, Record, RecordKind, SegmentSequence, SpanKind,
+    StateKind, VolumeState, WallTime,
+};
 use varve_log::{IoError, Medium, SegmentOpening};
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -79,7 +82,13 @@ impl Healer {
     }
 
     /// Begins life in bypass: the log could not be used at the start.
-    pub(crate) fn start_bypassed(&mut self, old: OldEpoch, reason: IoError, since: WallTime, now_ns: u64) {
+    pub(crate) fn start_bypassed(
+        &mut self,
+        old: OldEpoch,
+        reason: IoError,
+        since: WallTime,
+        now_ns: u64,
+    ) {
         self.old = old;
         self.reason = Some(reason);
         self.gap_since = since;
@@ -106,7 +115,10 @@ impl<R: Rules> Volume<R> {
             Stage::Normal => {
                 if let Some(error) = self.writer.failure() {
                     self.enter_bypass(medium, error);
-                } else if self.waits_for_log_since().is_some_and(|since| now.saturating_sub(since) >= self.config.log_wait_max_ns) {
+                } else if self
+                    .waits_for_log_since()
+                    .is_some_and(|since| now.saturating_sub(since) >= self.config.log_wait_max_ns)
+                {
                     self.enter_bypass(medium, IoError(libc::ETIMEDOUT));
                 }
             }
@@ -117,13 +129,22 @@ impl<R: Rules> Volume<R> {
                 }
             }
             Stage::Bypassed(due) => {
-                let place = self.writer.has_place(SegmentSequence(self.healer.old.sequence.0 + 1));
-                if now >= due && place && self.writer.is_quiet() && !self.state_file.is_busy() && !self.has_gated() {
+                let place = self
+                    .writer
+                    .has_place(SegmentSequence(self.healer.old.sequence.0 + 1));
+                if now >= due
+                    && place
+                    && self.writer.is_quiet()
+                    && !self.state_file.is_busy()
+                    && !self.has_gated()
+                {
                     self.begin_probe(medium, now);
                 }
             }
             Stage::Probing(since, span_begin) => {
-                if self.writer.failure().is_some() || now.saturating_sub(since) >= self.config.log_wait_max_ns {
+                if self.writer.failure().is_some()
+                    || now.saturating_sub(since) >= self.config.log_wait_max_ns
+                {
                     self.writer.poison(IoError(libc::ETIMEDOUT));
                     self.pause_longer(now);
                 } else if self.writer.durable_lsn() > span_begin {
@@ -143,14 +164,19 @@ impl<R: Rules> Volume<R> {
     }
 
     fn has_gated(&self) -> bool {
-        self.table.iter().any(|active| active.logged && matches!(active.phase, Phase::Gated(_) | Phase::Origin))
+        self.table
+            .iter()
+            .any(|active| active.logged && matches!(active.phase, Phase::Gated(_) | Phase::Origin))
     }
 
     /// Since when the request that has waited longest has waited for the log.
     fn waits_for_log_since(&self) -> Option<u64> {
         let durable = self.writer.durable_lsn();
         // A write that waits for room waits for the log only if the log itself makes no progress (a slow origin holds room, too).
-        let starved = self.writer.stuck_since().filter(|_| !self.pending.is_empty());
+        let starved = self
+            .writer
+            .stuck_since()
+            .filter(|_| !self.pending.is_empty());
         self.table
             .iter()
             .filter(|active| match active.phase {
@@ -164,7 +190,12 @@ impl<R: Rules> Volume<R> {
     }
 
     pub(crate) fn word(&self, kind: StateKind) -> StateWord {
-        StateWord { kind, epoch: self.writer.epoch(), start: self.epoch_start, fingerprint: Fingerprint::default() }
+        StateWord {
+            kind,
+            epoch: self.writer.epoch(),
+            start: self.epoch_start,
+            fingerprint: Fingerprint::default(),
+        }
     }
 
     fn mark(&mut self, medium: &mut dyn Medium, now: u64) {
@@ -195,7 +226,8 @@ impl<R: Rules> Volume<R> {
         // Whatever the log does not durably hold is marked, by whole regions: it over-reports.
         let lost: Vec<(u64, u64)> = self.regions.touched_since(durable).collect();
         for (offset, length) in lost {
-            self.bitmap.set(offset, length.min(self.config.volume_bytes - offset));
+            self.bitmap
+                .set(offset, length.min(self.config.volume_bytes - offset));
         }
         if self.span_end.is_some_and(|end| end >= durable) {
             self.span_end = None;
@@ -247,13 +279,26 @@ impl<R: Rules> Volume<R> {
             state: VolumeState::Healing,
             regions: Vec::new(),
         };
-        self.writer.begin_epoch(medium, opening, old.oldest_held.max(self.writer.oldest_held()), &checkpoint);
+        self.writer.begin_epoch(
+            medium,
+            opening,
+            old.oldest_held.max(self.writer.oldest_held()),
+            &checkpoint,
+        );
         self.epoch_start = (lsn_start, sequence);
         self.append(medium, Record::new(RecordKind::Epoch, 0, 0, 0), &[]);
         let gap = Record::new(RecordKind::Gap, 0, 0, self.healer.gap_since.0 as u64);
         self.append(medium, gap, &[]);
-        let kind = if self.healer.unmarked { SpanKind::Verify } else { SpanKind::CatchUp };
-        let (begin, _) = self.append(medium, Record::new(RecordKind::SpanBegin, 0, 0, 0).with_detail(kind as u8), &[]);
+        let kind = if self.healer.unmarked {
+            SpanKind::Verify
+        } else {
+            SpanKind::CatchUp
+        };
+        let (begin, _) = self.append(
+            medium,
+            Record::new(RecordKind::SpanBegin, 0, 0, 0).with_detail(kind as u8),
+            &[],
+        );
         self.span = Some((kind, begin, 0));
         self.span_end = None;
         self.writer.want_durable(begin.plus(1));

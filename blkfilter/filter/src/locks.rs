@@ -12,13 +12,18 @@ impl RangeLocks {
     /// A table with `capacity` places.
     #[must_use]
     pub fn new(capacity: usize) -> RangeLocks {
-        RangeLocks { ranges: vec![(0, 0); capacity], free: (0..capacity as u16).rev().collect() }
+        RangeLocks {
+            ranges: vec![(0, 0); capacity],
+            free: (0..capacity as u16).rev().collect(),
+        }
     }
 
     /// Whether `[start, end)` overlaps a locked range.
     #[must_use]
     pub fn overlaps(&self, start: u64, end: u64) -> bool {
-        self.ranges.iter().any(|range| range.0 < end && start < range.1)
+        self.ranges
+            .iter()
+            .any(|range| range.0 < end && start < range.1)
     }
 
     /// Locks `[start, end)`; the caller has asked [`RangeLocks::overlaps`]. `None`: the table is full.

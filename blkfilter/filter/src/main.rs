@@ -10,6 +10,7 @@ use varve_format::{Lsn, SegmentSequence};
 const HELP: &str = "blkfilter: the data path of Varve: records every write to protected devices.
 
 Usage: blkfilter [--root DIR]
+       blkfilter --is-origin DEVICE   (for udev: exit code 0 if DEVICE is a protected volume's)
 
 It opens all volumes in DIR/etc/varve/volumes (DIR is / by default, or VARVE_ROOT) and answers `varve` on
 DIR/run/varve/blkfilter.sock. SIGTERM closes every volume that is not in use; one that is in use is left
@@ -23,6 +24,7 @@ fn main() -> ExitCode {
     while let Some(argument) = arguments.next() {
         match (argument.as_str(), arguments.next()) {
             ("--root", Some(value)) => root = value,
+            ("--is-origin", Some(device)) => return is_origin(&Paths::new(root), &device),
             ("--help" | "-h", _) => {
                 println!("{HELP}");
                 return ExitCode::SUCCESS;
@@ -38,6 +40,28 @@ fn main() -> ExitCode {
         }
     }
     run(Paths::new(root))
+}
+
+/// For udev: whether the device is the origin of a protected volume.
+fn is_origin(paths: &Paths, device: &str) -> ExitCode {
+    let number = |path: &std::path::Path| {
+        std::fs::metadata(path)
+            .map(|m| std::os::unix::fs::MetadataExt::rdev(&m))
+            .ok()
+            .filter(|n| *n != 0)
+    };
+    let asked = number(std::path::Path::new(device));
+    let specs = varve_control::load_specs(&paths.volumes());
+    let found = asked.is_some()
+        && specs
+            .iter()
+            .flatten()
+            .any(|spec| number(&spec.device) == asked);
+    if found {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
 }
 
 fn run(paths: Paths) -> ExitCode {
@@ -63,7 +87,9 @@ fn run(paths: Paths) -> ExitCode {
         std::process::exit(0);
     });
     let socket = paths.filter_socket();
-    let result = varve_control::serve(&socket, move |op: FilterOp, attached, _| answer(&manager, op, attached));
+    let result = varve_control::serve(&socket, move |op: FilterOp, attached, _| {
+        answer(&manager, op, attached)
+    });
     drop(lock);
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -86,16 +112,28 @@ fn lock_instance(paths: &Paths) -> Result<nix::fcntl::Flock<std::fs::File>, Stri
 fn answer(manager: &Manager, op: FilterOp, attached: Vec<u8>) -> Result<FilterReply, ControlError> {
     Ok(match op {
         FilterOp::Ping => FilterReply::Done,
-        FilterOp::Status => FilterReply::Status { volumes: manager.infos(), version: env!("CARGO_PKG_VERSION").to_owned() },
-        FilterOp::Protect { spec } => FilterReply::Volume { volume: manager.protect(spec)? },
+        FilterOp::Status => FilterReply::Status {
+            volumes: manager.infos(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        },
+        FilterOp::Protect { spec } => FilterReply::Volume {
+            volume: Box::new(manager.protect(spec)?),
+        },
         FilterOp::Unprotect { name } => {
             manager.unprotect(&name)?;
             FilterReply::Done
         }
-        FilterOp::Mark { name, label } => FilterReply::Instant { lsn: manager.mark(&name, &label)?.0 },
+        FilterOp::Mark { name, label } => FilterReply::Instant {
+            lsn: manager.mark(&name, &label)?.0,
+        },
         FilterOp::Seal { name } => {
             let (below, lsn_end) = manager.seal(&name)?;
-            FilterReply::Sealed { sealed: SealedInfo { below: below.0, lsn_end: lsn_end.0 } }
+            FilterReply::Sealed {
+                sealed: SealedInfo {
+                    below: below.0,
+                    lsn_end: lsn_end.0,
+                },
+            }
         }
         FilterOp::Release { name, below } => {
             manager.release(&name, SegmentSequence(below))?;

@@ -3,7 +3,10 @@
 use crate::driver::{FailedDevice, Message, VolumeDevice, describe};
 use crate::origin;
 use crate::start::peek_rewind;
-use crate::{AckPolicy, Law, RewindRequest, SurvivingIdentity, SurvivingMemory, Volume, VolumeConfig, VolumeStatus};
+use crate::{
+    AckPolicy, Law, RewindRequest, SurvivingIdentity, SurvivingMemory, Volume, VolumeConfig,
+    VolumeStatus,
+};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -65,11 +68,16 @@ impl Manager {
     /// A manager of the volumes under `paths`.
     #[must_use]
     pub fn new(paths: Paths) -> Manager {
-        Manager { paths, slots: Mutex::new(BTreeMap::new()) }
+        Manager {
+            paths,
+            slots: Mutex::new(BTreeMap::new()),
+        }
     }
 
     fn slots(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Slot>> {
-        self.slots.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.slots
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     /// Opens every volume that has a file. One that fails does not keep the others from starting.
@@ -80,7 +88,8 @@ impl Manager {
                     let name = spec.name.clone();
                     if let Err(error) = self.open(spec.clone(), None) {
                         eprintln!("blkfilter: {name}: {error}");
-                        self.slots().insert(name, Slot::Failed(spec, error.to_string()));
+                        self.slots()
+                            .insert(name, Slot::Failed(spec, error.to_string()));
                     }
                 }
                 Err(error) => eprintln!("blkfilter: {error}"),
@@ -91,32 +100,63 @@ impl Manager {
     /// Protects a new volume: claims the device, makes its files, starts it, and only then writes the file that lasts.
     pub fn protect(&self, spec: VolumeSpec) -> Result<VolumeInfo, ControlError> {
         if self.slots().contains_key(&spec.name) {
-            return Err(error("V010-exists", format!("a volume named {} is protected already; choose another with --name", spec.name)));
+            return Err(error(
+                "V010-exists",
+                format!(
+                    "a volume named {} is protected already; choose another with --name",
+                    spec.name
+                ),
+            ));
         }
         let name = spec.name.clone();
         self.open(spec.clone(), None)?;
-        varve_control::save_spec(&self.paths.volumes(), &spec).map_err(|e| error("V011-config", e))?;
+        varve_control::save_spec(&self.paths.volumes(), &spec)
+            .map_err(|e| error("V011-config", e))?;
         self.info(&name)
     }
 
     fn open(&self, spec: VolumeSpec, rewind: Option<Lsn>) -> Result<(), ControlError> {
         let recover = self.recorded_ublk(&spec.name);
-        let origin = origin::claim_origin(&spec.device, recover.is_some() || self.memory_path(&spec).exists())
-            .map_err(|e| claim_error(&spec.device, &e))?;
-        let geometry = origin::geometry(&origin).map_err(|e| error("V013-device", format!("{}: {e}", spec.device.display())))?;
+        let origin = origin::claim_origin(
+            &spec.device,
+            recover.is_some() || self.memory_path(&spec).exists(),
+        )
+        .map_err(|e| claim_error(&spec.device, &e))?;
+        let geometry = origin::geometry(&origin)
+            .map_err(|e| error("V013-device", format!("{}: {e}", spec.device.display())))?;
         check_size(&spec, &geometry)?;
         let config = config_of(&spec)?;
         let log = origin::open_log(&spec.log, spec.segment_bytes * spec.segment_count)
             .map_err(|e| error("V014-log", format!("the log {}: {e}", spec.log.display())))?;
-        let state = origin::open_state(&spec.state).map_err(|e| error("V015-state", format!("the state file {}: {e}", spec.state.display())))?;
+        let state = origin::open_state(&spec.state).map_err(|e| {
+            error(
+                "V015-state",
+                format!("the state file {}: {e}", spec.state.display()),
+            )
+        })?;
         let memory_bytes = SurvivingMemory::bytes_needed(&config);
-        let memory = origin::open_memory(&self.memory_path(&spec), memory_bytes)
-            .map_err(|e| error("V016-memory", format!("surviving memory under {}: {e}", self.paths.run().display())))?;
-        let files = Files { origin, log, state, memory, memory_bytes };
+        let memory = origin::open_memory(&self.memory_path(&spec), memory_bytes).map_err(|e| {
+            error(
+                "V016-memory",
+                format!("surviving memory under {}: {e}", self.paths.run().display()),
+            )
+        })?;
+        let files = Files {
+            origin,
+            log,
+            state,
+            memory,
+            memory_bytes,
+        };
         let interrupted = rewind.is_none().then(|| files.peek(&config)).flatten();
-        let mode = if rewind.is_some() || interrupted.is_some() { Mode::Rewinding(rewind) } else { Mode::Offered };
+        let mode = if rewind.is_some() || interrupted.is_some() {
+            Mode::Rewinding(rewind)
+        } else {
+            Mode::Offered
+        };
         let running = self.launch(spec, config, geometry, files, mode, recover)?;
-        self.slots().insert(running.spec.name.clone(), Slot::Running(Box::new(running)));
+        self.slots()
+            .insert(running.spec.name.clone(), Slot::Running(Box::new(running)));
         Ok(())
     }
 
@@ -144,7 +184,14 @@ impl Manager {
             match files.start(config, rewind) {
                 Ok((volume, medium, report)) => {
                     let _ = report_in.send(Ok(report));
-                    Box::new(VolumeDevice::new(volume, medium, port, inbox, origin::kernel_counters, closed_in))
+                    Box::new(VolumeDevice::new(
+                        volume,
+                        medium,
+                        port,
+                        inbox,
+                        origin::kernel_counters,
+                        closed_in,
+                    ))
                 }
                 Err(text) => {
                     let _ = report_in.send(Err(text));
@@ -167,49 +214,95 @@ impl Manager {
         let record = self.ublk_record(&spec.name);
         let directory = self.paths.run().join("fuse").join(&spec.name);
         let (thread_waker, thread_stopper) = (waker.clone(), stopper.clone());
-        let thread = std::thread::Builder::new().name(format!("volume-{}", spec.name)).spawn(move || match front {
-            "none" => {
-                let _ = shown_in.send(String::new());
-                channel::serve(&receiver, factory, &thread_waker, &thread_stopper).map_err(|e| e.to_string())
-            }
-            "ublk" => {
-                let options = ublk::UblkOptions { id: recover, recover: recover.is_some(), lasting: true, geometry };
-                let started = move |id: u32| {
-                    let _ = std::fs::write(&record, id.to_string());
-                    let _ = shown_in.send(format!("/dev/ublkb{id}"));
-                };
-                ublk::serve(&options, factory, &thread_waker, &thread_stopper, started).map_err(|e| e.to_string())
-            }
-            _ => {
-                let started = move |path: &str| {
-                    let _ = shown_in.send(path.to_owned());
-                };
-                fuse::serve(&directory, geometry, factory, &thread_waker, &thread_stopper, started).map_err(|e| e.to_string())
-            }
-        })?;
+        let thread = std::thread::Builder::new()
+            .name(format!("volume-{}", spec.name))
+            .spawn(move || match front {
+                "none" => {
+                    let _ = shown_in.send(String::new());
+                    channel::serve(&receiver, factory, &thread_waker, &thread_stopper)
+                        .map_err(|e| e.to_string())
+                }
+                "ublk" => {
+                    let options = ublk::UblkOptions {
+                        id: recover,
+                        recover: recover.is_some(),
+                        lasting: true,
+                        geometry,
+                    };
+                    let started = move |id: u32| {
+                        let _ = std::fs::write(&record, id.to_string());
+                        let _ = shown_in.send(format!("/dev/ublkb{id}"));
+                    };
+                    ublk::serve(&options, factory, &thread_waker, &thread_stopper, started)
+                        .map_err(|e| e.to_string())
+                }
+                _ => {
+                    let started = move |path: &str| {
+                        let _ = shown_in.send(path.to_owned());
+                    };
+                    fuse::serve(
+                        &directory,
+                        geometry,
+                        factory,
+                        &thread_waker,
+                        &thread_stopper,
+                        started,
+                    )
+                    .map_err(|e| e.to_string())
+                }
+            })?;
         let report = match report_out.recv_timeout(START_WAIT) {
             Ok(Ok(report)) => report,
             Ok(Err(text)) => return Err(error("V017-start", text)),
             Err(_) => {
-                let why = if thread.is_finished() { thread.join().ok().and_then(Result::err).unwrap_or_default() } else { "the kernel did not answer (a known fault of some kernels' ADD_DEV: `varve doctor`)".to_owned() };
-                return Err(error("V018-front", format!("the device could not be shown: {why}")));
+                let why = if thread.is_finished() {
+                    thread.join().ok().and_then(Result::err).unwrap_or_default()
+                } else {
+                    "the kernel did not answer (a known fault of some kernels' ADD_DEV: `varve doctor`)".to_owned()
+                };
+                return Err(error(
+                    "V018-front",
+                    format!("the device could not be shown: {why}"),
+                ));
             }
         };
         let mapped = match shown.recv_timeout(START_WAIT) {
             Ok(mapped) => mapped,
             Err(_) => {
                 stopper.stop();
-                let why = if thread.is_finished() { thread.join().ok().and_then(Result::err).unwrap_or_default() } else { "the kernel did not answer (a known fault of some kernels' ADD_DEV: `varve doctor`)".to_owned() };
-                return Err(error("V018-front", format!("the device could not be shown: {why}")));
+                let why = if thread.is_finished() {
+                    thread.join().ok().and_then(Result::err).unwrap_or_default()
+                } else {
+                    "the kernel did not answer (a known fault of some kernels' ADD_DEV: `varve doctor`)".to_owned()
+                };
+                return Err(error(
+                    "V018-front",
+                    format!("the device could not be shown: {why}"),
+                ));
             }
         };
         if !mapped.is_empty() {
             self.link(&spec.name, &mapped);
         }
         let jobs = matches!(mode, Mode::Rewinding(_)).then_some(jobs);
-        let (note, reread_bytes, rewind_target) = (describe(&report), report.reread_bytes, report.rewind_target);
+        let (note, reread_bytes, rewind_target) =
+            (describe(&report), report.reread_bytes, report.rewind_target);
         eprintln!("blkfilter: {}: {note}", spec.name);
-        Ok(Running { spec, mode, front, mapped, note, reread_bytes, rewind_target, messages, waker, stopper, jobs, closed, thread })
+        Ok(Running {
+            spec,
+            mode,
+            front,
+            mapped,
+            note,
+            reread_bytes,
+            rewind_target,
+            messages,
+            waker,
+            stopper,
+            jobs,
+            closed,
+            thread,
+        })
     }
 
     fn memory_path(&self, spec: &VolumeSpec) -> PathBuf {
@@ -222,7 +315,11 @@ impl Manager {
 
     /// The ublk device that an earlier daemon of this boot left behind.
     fn recorded_ublk(&self, name: &str) -> Option<u32> {
-        let id: u32 = std::fs::read_to_string(self.ublk_record(name)).ok()?.trim().parse().ok()?;
+        let id: u32 = std::fs::read_to_string(self.ublk_record(name))
+            .ok()?
+            .trim()
+            .parse()
+            .ok()?;
         Path::new(&format!("/dev/ublkc{id}")).exists().then_some(id)
     }
 
@@ -250,27 +347,46 @@ impl Manager {
                 note: why.clone(),
                 ..VolumeInfo::default()
             }),
-            None => Err(error("V019-unknown", format!("no volume is named {name}; `varve status` lists them"))),
+            None => Err(error(
+                "V019-unknown",
+                format!("no volume is named {name}; `varve status` lists them"),
+            )),
         }
     }
 
     /// All volumes' figures.
     pub fn infos(&self) -> Vec<VolumeInfo> {
         let names: Vec<String> = self.slots().keys().cloned().collect();
-        names.iter().filter_map(|name| self.info(name).ok()).collect()
+        names
+            .iter()
+            .filter_map(|name| self.info(name).ok())
+            .collect()
     }
 
-    fn ask<T>(&self, name: &str, wait: Duration, message: impl FnOnce(Sender<T>) -> Message) -> Result<T, ControlError> {
+    fn ask<T>(
+        &self,
+        name: &str,
+        wait: Duration,
+        message: impl FnOnce(Sender<T>) -> Message,
+    ) -> Result<T, ControlError> {
         let (reply, answer) = bounded(1);
         {
             let slots = self.slots();
             let Some(Slot::Running(running)) = slots.get(name) else {
-                return Err(error("V019-unknown", format!("no running volume is named {name}; `varve status` lists them")));
+                return Err(error(
+                    "V019-unknown",
+                    format!("no running volume is named {name}; `varve status` lists them"),
+                ));
             };
             let _ = running.messages.send(message(reply));
             running.waker.wake();
         }
-        answer.recv_timeout(wait).map_err(|_| error("V020-late", format!("volume {name} did not answer in {} s", wait.as_secs())))
+        answer.recv_timeout(wait).map_err(|_| {
+            error(
+                "V020-late",
+                format!("volume {name} did not answer in {} s", wait.as_secs()),
+            )
+        })
     }
 
     /// Appends a recovery point.
@@ -306,19 +422,33 @@ impl Manager {
                     if !running.mapped.is_empty() && is_busy(&running.mapped) {
                         return Err(error(
                             "V012-busy",
-                            format!("{} is mounted or in use; unmount it first (`findmnt {}` shows where)", running.mapped, running.mapped),
+                            format!(
+                                "{} is mounted or in use; unmount it first (`findmnt {}` shows where)",
+                                running.mapped, running.mapped
+                            ),
                         ));
                     }
                 }
                 Some(Slot::Failed(spec, _)) => return Ok(spec.clone()),
-                None => return Err(error("V019-unknown", format!("no volume is named {name}; `varve status` lists them"))),
+                None => {
+                    return Err(error(
+                        "V019-unknown",
+                        format!("no volume is named {name}; `varve status` lists them"),
+                    ));
+                }
             }
         }
         let Some(Slot::Running(running)) = self.slots().remove(name) else {
-            return Err(error("V019-unknown", format!("no running volume is named {name}")));
+            return Err(error(
+                "V019-unknown",
+                format!("no running volume is named {name}"),
+            ));
         };
         running.stopper.stop();
-        let closed = running.closed.recv_timeout(START_WAIT).unwrap_or_else(|_| Err("it did not close in time".to_owned()));
+        let closed = running
+            .closed
+            .recv_timeout(START_WAIT)
+            .unwrap_or_else(|_| Err("it did not close in time".to_owned()));
         if let Ok(Err(why)) = running.thread.join() {
             eprintln!("blkfilter: {name}: {why}");
         }
@@ -354,7 +484,11 @@ impl Manager {
                     Some(old) if old == target => Ok(()),
                     old => Err(error(
                         "V023-rewinding",
-                        format!("a rewind to LSN {} was interrupted; finish it first: `varve rewind lsn:{}`", old.unwrap_or_default(), old.unwrap_or_default()),
+                        format!(
+                            "a rewind to LSN {} was interrupted; finish it first: `varve rewind lsn:{}`",
+                            old.unwrap_or_default(),
+                            old.unwrap_or_default()
+                        ),
                     )),
                 };
             }
@@ -372,12 +506,25 @@ impl Manager {
             Some(Slot::Running(running)) => running.jobs.clone(),
             _ => None,
         };
-        let jobs = jobs.ok_or_else(|| error("V024-no-rewind", format!("volume {name} is not being rewound")))?;
+        let jobs = jobs.ok_or_else(|| {
+            error(
+                "V024-no-rewind",
+                format!("volume {name} is not being rewound"),
+            )
+        })?;
         let mut at = offset;
         for part in data.chunks(channel::JOB_BYTES_MAX) {
             let length = part.len() as u64;
             jobs.call(RequestKind::Write, at, length, part.to_vec(), false)
-                .map_err(|errno| error("V025-write", format!("writing at {at}: {}", std::io::Error::from_raw_os_error(errno))))?;
+                .map_err(|errno| {
+                    error(
+                        "V025-write",
+                        format!(
+                            "writing at {at}: {}",
+                            std::io::Error::from_raw_os_error(errno)
+                        ),
+                    )
+                })?;
             at += length;
         }
         Ok(())
@@ -389,11 +536,24 @@ impl Manager {
             Some(Slot::Running(running)) => running.jobs.clone(),
             _ => None,
         };
-        let jobs = jobs.ok_or_else(|| error("V024-no-rewind", format!("volume {name} is not being rewound")))?;
+        let jobs = jobs.ok_or_else(|| {
+            error(
+                "V024-no-rewind",
+                format!("volume {name} is not being rewound"),
+            )
+        })?;
         jobs.call(RequestKind::Flush, 0, 0, Vec::new(), false)
-            .map_err(|errno| error("V025-write", format!("flushing: {}", std::io::Error::from_raw_os_error(errno))))?;
+            .map_err(|errno| {
+                error(
+                    "V025-write",
+                    format!("flushing: {}", std::io::Error::from_raw_os_error(errno)),
+                )
+            })?;
         if !self.ask(name, START_WAIT, Message::EndRewind)? {
-            return Err(error("V026-bypass", "the log is in bypass: the rewind's end could not be recorded. Try again once `varve status` says healing or protected"));
+            return Err(error(
+                "V026-bypass",
+                "the log is in bypass: the rewind's end could not be recorded. Try again once `varve status` says healing or protected",
+            ));
         }
         let spec = self.stop(name)?;
         self.open(spec, None)
@@ -419,14 +579,21 @@ fn claim_error(device: &Path, why: &std::io::Error) -> ControlError {
                 device.display()
             ),
         ),
-        Some(libc::ENOENT) => error("V027-missing", format!("{} does not exist; `lsblk` lists devices", device.display())),
+        Some(libc::ENOENT) => error(
+            "V027-missing",
+            format!("{} does not exist; `lsblk` lists devices", device.display()),
+        ),
         _ => error("V013-device", format!("{}: {why}", device.display())),
     }
 }
 
 fn check_size(spec: &VolumeSpec, geometry: &Geometry) -> Result<(), ControlError> {
     if geometry.bytes != spec.bytes {
-        let how = if geometry.bytes < spec.bytes { "shrunk" } else { "grown" };
+        let how = if geometry.bytes < spec.bytes {
+            "shrunk"
+        } else {
+            "grown"
+        };
         return Err(error(
             "V028-size",
             format!(
@@ -442,11 +609,13 @@ fn check_size(spec: &VolumeSpec, geometry: &Geometry) -> Result<(), ControlError
 }
 
 fn config_of(spec: &VolumeSpec) -> Result<VolumeConfig, ControlError> {
-    let id = VolumeId::parse(&spec.id).ok_or_else(|| error("V029-id", "the volume's id is not 32 hex digits"))?;
+    let id = VolumeId::parse(&spec.id)
+        .ok_or_else(|| error("V029-id", "the volume's id is not 32 hex digits"))?;
     let mut config = VolumeConfig::new(id, spec.bytes, spec.sector_bytes);
     config.segment_bytes = spec.segment_bytes;
     config.segment_count = spec.segment_count;
-    config.open_regions_max = ((spec.resync_bytes_max / u64::from(config.region_bytes)) as usize).clamp(16, varve_format::OPEN_REGIONS_MAX);
+    config.open_regions_max = ((spec.resync_bytes_max / u64::from(config.region_bytes)) as usize)
+        .clamp(16, varve_format::OPEN_REGIONS_MAX);
     config.log_wait_max_ns = spec.log_wait_max_ms * 1_000_000;
     config.ack = match spec.ack {
         Ack::Async => AckPolicy::Async,
@@ -457,7 +626,10 @@ fn config_of(spec: &VolumeSpec) -> Result<VolumeConfig, ControlError> {
 
 fn is_busy(mapped: &str) -> bool {
     use std::os::unix::fs::OpenOptionsExt;
-    let open = File::options().read(true).custom_flags(libc::O_EXCL).open(mapped);
+    let open = File::options()
+        .read(true)
+        .custom_flags(libc::O_EXCL)
+        .open(mapped);
     matches!(open, Err(e) if e.raw_os_error() == Some(libc::EBUSY))
 }
 
@@ -526,23 +698,35 @@ impl Files {
     /// Whether the log ends inside a rewind: then the device must not be offered before it is finished.
     fn peek(&self, config: &VolumeConfig) -> Option<Lsn> {
         let ring = OwnRing::new(16).ok()?;
-        let mut medium = UringMedium::new(ring, self.origin.try_clone().ok()?, self.log.try_clone().ok()?, self.state.try_clone().ok()?).ok()?;
+        let mut medium = UringMedium::new(
+            ring,
+            self.origin.try_clone().ok()?,
+            self.log.try_clone().ok()?,
+            self.state.try_clone().ok()?,
+        )
+        .ok()?;
         peek_rewind(&mut medium, config)
     }
 
     fn start(self, config: VolumeConfig, rewind: Option<RewindRequest>) -> Result<Started, String> {
         let text = |e: std::io::Error| e.to_string();
-        let identity =
-            SurvivingIdentity { boot: origin::boot_id(), device: origin::identity(&self.origin).map_err(text)?, volume: config.volume };
+        let identity = SurvivingIdentity {
+            boot: origin::boot_id(),
+            device: origin::identity(&self.origin).map_err(text)?,
+            volume: config.volume,
+        };
         let memory = Memory::of_file(&self.memory, self.memory_bytes).map_err(text)?;
         if let Err(error) = memory.lock() {
-            eprintln!("blkfilter: memory is not locked ({error}): under memory pressure writes may be slow; see `varve doctor`");
+            eprintln!(
+                "blkfilter: memory is not locked ({error}): under memory pressure writes may be slow; see `varve doctor`"
+            );
         }
         let kernel = origin::kernel_counters(&self.origin);
         let ring = OwnRing::new(256).map_err(text)?;
         let mut medium = UringMedium::new(ring, self.origin, self.log, self.state).map_err(text)?;
         let surviving = SurvivingMemory::new(memory, &identity);
-        let (volume, report) = Volume::start(&mut medium, config, surviving, kernel, rewind).map_err(|e| e.to_string())?;
+        let (volume, report) = Volume::start(&mut medium, config, surviving, kernel, rewind)
+            .map_err(|e| e.to_string())?;
         Ok((volume, medium, report))
     }
 }

@@ -30,7 +30,11 @@ pub fn claim_origin(path: &Path, wait: bool) -> io::Result<File> {
     let start = Instant::now();
     loop {
         match try_claim(path) {
-            Err(error) if wait && error.raw_os_error() == Some(libc::EBUSY) && start.elapsed() < CLAIM_WAIT => {
+            Err(error)
+                if wait
+                    && error.raw_os_error() == Some(libc::EBUSY)
+                    && start.elapsed() < CLAIM_WAIT =>
+            {
                 std::thread::sleep(Duration::from_millis(2));
             }
             result => return result,
@@ -46,7 +50,13 @@ fn try_claim(path: &Path) -> io::Result<File> {
 }
 
 fn open_direct(path: &Path, flags: i32) -> io::Result<File> {
-    let open = |direct: i32| OpenOptions::new().read(true).write(true).custom_flags(flags | direct | libc::O_CLOEXEC).open(path);
+    let open = |direct: i32| {
+        OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(flags | direct | libc::O_CLOEXEC)
+            .open(path)
+    };
     match open(libc::O_DIRECT) {
         Err(error) if error.raw_os_error() == Some(libc::EINVAL) => open(0), // A file system without direct I/O (tmpfs).
         result => result,
@@ -55,7 +65,8 @@ fn open_direct(path: &Path, flags: i32) -> io::Result<File> {
 
 /// The lock belongs to the open file and ends with its last reference.
 fn lock(file: File) -> io::Result<File> {
-    file.try_lock().map_err(|_| io::Error::from_raw_os_error(libc::EBUSY))?;
+    file.try_lock()
+        .map_err(|_| io::Error::from_raw_os_error(libc::EBUSY))?;
     Ok(file)
 }
 
@@ -64,7 +75,13 @@ pub fn geometry(file: &File) -> io::Result<Geometry> {
     let metadata = file.metadata()?;
     if !metadata.file_type().is_block_device() {
         let bytes = metadata.len() / 512 * 512;
-        return Ok(Geometry { bytes, sector_bytes: 512, physical_bytes: 4096, discard_granularity: 4096, read_only: false });
+        return Ok(Geometry {
+            bytes,
+            sector_bytes: 512,
+            physical_bytes: 4096,
+            discard_granularity: 4096,
+            read_only: false,
+        });
     }
     let (mut bytes, mut sector, mut physical) = (0u64, 0i32, 0u32);
     // SAFETY: each ioctl writes one integer of the type given; the descriptor is a live block device.
@@ -73,31 +90,60 @@ pub fn geometry(file: &File) -> io::Result<Geometry> {
         ioctl::sector_bytes(file.as_raw_fd(), &raw mut sector)?;
         ioctl::physical_bytes(file.as_raw_fd(), &raw mut physical)?;
     }
-    let discard = sysfs(&metadata, "queue/discard_granularity").or_else(|| sysfs(&metadata, "../queue/discard_granularity"));
-    let discard_granularity = discard.and_then(|text| text.trim().parse().ok()).unwrap_or(0);
-    Ok(Geometry { bytes, sector_bytes: sector as u32, physical_bytes: physical, discard_granularity, read_only: false })
+    let discard = sysfs(&metadata, "queue/discard_granularity")
+        .or_else(|| sysfs(&metadata, "../queue/discard_granularity"));
+    let discard_granularity = discard
+        .and_then(|text| text.trim().parse().ok())
+        .unwrap_or(0);
+    Ok(Geometry {
+        bytes,
+        sector_bytes: sector as u32,
+        physical_bytes: physical,
+        discard_granularity,
+        read_only: false,
+    })
 }
 
 fn sysfs(metadata: &std::fs::Metadata, name: &str) -> Option<String> {
-    let (major, minor) = (nix::sys::stat::major(metadata.rdev()), nix::sys::stat::minor(metadata.rdev()));
+    let (major, minor) = (
+        nix::sys::stat::major(metadata.rdev()),
+        nix::sys::stat::minor(metadata.rdev()),
+    );
     std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/{name}")).ok()
 }
 
 /// This boot.
 #[must_use]
 pub fn boot_id() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
+        .unwrap_or_default()
+        .trim()
+        .to_owned()
 }
 
 /// The kernel's count of writes to the device, and this boot.
 #[must_use]
 pub fn kernel_counters(file: &File) -> Fingerprint {
     let boot = Hash128::of(boot_id().as_bytes()).0;
-    let Ok(metadata) = file.metadata() else { return Fingerprint { boot, ..Fingerprint::default() } };
+    let Ok(metadata) = file.metadata() else {
+        return Fingerprint {
+            boot,
+            ..Fingerprint::default()
+        };
+    };
     // Fields of /sys/block/*/stat: writes are the fifth, discards the twelfth.
     let stat = sysfs(&metadata, "stat").unwrap_or_default();
-    let field = |index: usize| stat.split_whitespace().nth(index).and_then(|text| text.parse::<u64>().ok()).unwrap_or(0);
-    Fingerprint { kernel_writes: field(4) + field(11), boot, ..Fingerprint::default() }
+    let field = |index: usize| {
+        stat.split_whitespace()
+            .nth(index)
+            .and_then(|text| text.parse::<u64>().ok())
+            .unwrap_or(0)
+    };
+    Fingerprint {
+        kernel_writes: field(4) + field(11),
+        boot,
+        ..Fingerprint::default()
+    }
 }
 
 /// A device's or file's identity while this boot lasts.
@@ -121,7 +167,11 @@ pub fn open_log(path: &Path, bytes: u64) -> io::Result<File> {
         return Ok(file);
     }
     if metadata.len() < bytes {
-        return Err(io::Error::other(format!("the log {} is {} bytes, {bytes} are needed: it was truncated", path.display(), metadata.len())));
+        return Err(io::Error::other(format!(
+            "the log {} is {} bytes, {bytes} are needed: it was truncated",
+            path.display(),
+            metadata.len()
+        )));
     }
     lock(file)
 }
@@ -132,7 +182,12 @@ fn make_filled(path: &Path, bytes: u64) -> io::Result<()> {
         std::fs::create_dir_all(parent)?;
     }
     let new = path.with_extension("new");
-    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&new)?;
     let zeroes = vec![0u8; 1 << 20];
     let mut left = bytes;
     while left > 0 {
@@ -142,13 +197,17 @@ fn make_filled(path: &Path, bytes: u64) -> io::Result<()> {
     }
     file.sync_all()?;
     std::fs::rename(&new, path)?;
-    path.parent().map_or(Ok(()), |parent| File::open(parent)?.sync_all())
+    path.parent()
+        .map_or(Ok(()), |parent| File::open(parent)?.sync_all())
 }
 
 /// Opens a state file, making it if it is not there.
 pub fn open_state(path: &Path) -> io::Result<File> {
     if !path.exists() {
-        make_filled(path, (varve_format::STATE_SLOTS * varve_format::STATE_SLOT_BYTES) as u64)?;
+        make_filled(
+            path,
+            (varve_format::STATE_SLOTS * varve_format::STATE_SLOT_BYTES) as u64,
+        )?;
     }
     open_direct(path, 0)
 }
@@ -158,7 +217,14 @@ pub fn open_memory(path: &Path, bytes: usize) -> io::Result<File> {
     if let Some(parent) = path.parent() {
         std::fs::create_dir_all(parent)?;
     }
-    let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).custom_flags(OFlag::O_CLOEXEC.bits()).open(path)?;
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .custom_flags(OFlag::O_CLOEXEC.bits())
+        .open(path)?;
     if file.metadata()?.len() != bytes as u64 {
         file.set_len(0)?;
         file.set_len(bytes as u64)?;

@@ -25,23 +25,32 @@ impl OpenRegions {
     /// An empty set with room for `capacity` regions.
     #[must_use]
     pub fn new(region_bytes: u32, capacity: usize) -> OpenRegions {
-        OpenRegions { region_bytes: u64::from(region_bytes), capacity, regions: HashMap::with_capacity(capacity * 2) }
+        OpenRegions {
+            region_bytes: u64::from(region_bytes),
+            capacity,
+            regions: HashMap::with_capacity(capacity * 2),
+        }
     }
 
     fn span(&self, offset: u64, length: u64) -> std::ops::RangeInclusive<u32> {
-        (offset / self.region_bytes) as u32..=((offset + length.max(1) - 1) / self.region_bytes) as u32
+        (offset / self.region_bytes) as u32
+            ..=((offset + length.max(1) - 1) / self.region_bytes) as u32
     }
 
     /// The LSN that must be durable before a write to the range may start on the origin; `None` if a region is not open yet.
     #[must_use]
     pub fn gate(&self, offset: u64, length: u64) -> Option<Lsn> {
-        self.span(offset, length).try_fold(Lsn(0), |gate, index| Some(gate.max(self.regions.get(&index)?.opened.plus(1))))
+        self.span(offset, length).try_fold(Lsn(0), |gate, index| {
+            Some(gate.max(self.regions.get(&index)?.opened.plus(1)))
+        })
     }
 
     /// Regions of the range that are not open yet.
     #[must_use]
     pub fn missing(&self, offset: u64, length: u64) -> usize {
-        self.span(offset, length).filter(|index| !self.regions.contains_key(index)).count()
+        self.span(offset, length)
+            .filter(|index| !self.regions.contains_key(index))
+            .count()
     }
 
     /// Whether so many more fit.
@@ -53,20 +62,30 @@ impl OpenRegions {
     /// Notes a record in the range.
     pub fn touch(&mut self, offset: u64, length: u64, lsn: Lsn) {
         for index in self.span(offset, length) {
-            self.regions.entry(index).and_modify(|region| region.last = lsn).or_insert(Region { opened: lsn, last: lsn });
+            self.regions
+                .entry(index)
+                .and_modify(|region| region.last = lsn)
+                .or_insert(Region {
+                    opened: lsn,
+                    last: lsn,
+                });
         }
     }
 
     /// Opens a region that a checkpoint or a crash left open.
     pub fn reopen(&mut self, index: u32, lsn: Lsn) {
-        self.regions.entry(index).or_insert(Region { opened: Lsn(0), last: lsn });
+        self.regions.entry(index).or_insert(Region {
+            opened: Lsn(0),
+            last: lsn,
+        });
     }
 
     /// Closes what the origin holds durably: every region whose last record is below `stable`. Regions used at or after `recent` stay hot, unless
     /// the set is more than half full.
     pub fn retire(&mut self, stable: Lsn, recent: Lsn) {
         let keep_hot = self.regions.len() * 2 <= self.capacity;
-        self.regions.retain(|_, region| region.last >= stable || (keep_hot && region.last >= recent));
+        self.regions
+            .retain(|_, region| region.last >= stable || (keep_hot && region.last >= recent));
     }
 
     /// Whether a checkpoint at `stable` could close any region.
@@ -84,7 +103,10 @@ impl OpenRegions {
     /// Regions whose last record is at or above `lsn`, as ranges.
     pub fn touched_since(&self, lsn: Lsn) -> impl Iterator<Item = (u64, u64)> + '_ {
         let bytes = self.region_bytes;
-        self.regions.iter().filter(move |(_, region)| region.last >= lsn).map(move |(index, _)| (u64::from(*index) * bytes, bytes))
+        self.regions
+            .iter()
+            .filter(move |(_, region)| region.last >= lsn)
+            .map(move |(index, _)| (u64::from(*index) * bytes, bytes))
     }
 
     /// The indexes of all open regions, sorted.

@@ -31,12 +31,13 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::marker::PhantomData;
 use varve_format::{
-    Checkpoint, EpochId, Fingerprint, FormatError, Hash128, Lsn, Record, RecordKind, SegmentSequence, SpanKind, StateKind, StateSlot,
-    VolumeState, WallTime,
+    Checkpoint, EpochId, Fingerprint, FormatError, Hash128, Lsn, Record, RecordKind,
+    SegmentSequence, SpanKind, StateKind, StateSlot, VolumeState, WallTime,
 };
 use varve_log::{
-    BatchBuffer, Buffer, Disk, IoError, LogGeometry, LogWriter, Medium, Memory, Operation, SLOT_BYTES, ScanResult, SegmentError, SegmentOpening,
-    SurvivingRecord, note_record, run_blocking, scan,
+    BatchBuffer, Buffer, Disk, IoError, LogGeometry, LogWriter, Medium, Memory, Operation,
+    SLOT_BYTES, ScanResult, SegmentError, SegmentOpening, SurvivingRecord, note_record,
+    run_blocking, scan,
 };
 
 /// If the log is lost, numbering goes on this far above what the state file remembers: more records than any epoch writes.
@@ -92,8 +93,14 @@ pub enum StartError {
 impl fmt::Display for StartError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            StartError::Io(what, error) => write!(f, "B001: {what} cannot be read or written: {error}. Nothing was changed. Check the disk"),
-            StartError::Format(what, error) => write!(f, "B002: {what} cannot be used: {error}. Nothing was changed"),
+            StartError::Io(what, error) => write!(
+                f,
+                "B001: {what} cannot be read or written: {error}. Nothing was changed. Check the disk"
+            ),
+            StartError::Format(what, error) => write!(
+                f,
+                "B002: {what} cannot be used: {error}. Nothing was changed"
+            ),
             StartError::Size { expected, found } => write!(
                 f,
                 "B003: the device is {found} bytes, its history says {expected}. Nothing was changed. Was it resized, or is it another device? \
@@ -143,30 +150,48 @@ impl<R: Rules> Volume<R> {
         kernel: Fingerprint,
         rewind: Option<RewindRequest>,
     ) -> Result<(Volume<R>, StartReport), StartError> {
-        let (state_file, slot) = StateFile::open(medium, config.volume, TOKEN_STATE).map_err(|error| match error {
-            StateError::Io(error) => StartError::Io("the state file", error),
-            StateError::Format(error) => StartError::Format("the state file", error),
-        })?;
+        let (state_file, slot) =
+            StateFile::open(medium, config.volume, TOKEN_STATE).map_err(|error| match error {
+                StateError::Io(error) => StartError::Io("the state file", error),
+                StateError::Format(error) => StartError::Format("the state file", error),
+            })?;
         let geometry = config.geometry();
         let (scan, log_error) = match scan(medium, &geometry) {
             Ok(scan) => (scan, None),
-            Err(SegmentError::Io(error)) => (None, Some(IoError(error.raw_os_error().unwrap_or(libc::EIO)))),
+            Err(SegmentError::Io(error)) => (
+                None,
+                Some(IoError(error.raw_os_error().unwrap_or(libc::EIO))),
+            ),
             Err(SegmentError::Format(error)) => return Err(StartError::Format("the log", error)),
         };
         if let Some(scan) = &scan
             && scan.volume_bytes != config.volume_bytes
         {
-            return Err(StartError::Size { expected: scan.volume_bytes, found: config.volume_bytes });
+            return Err(StartError::Size {
+                expected: scan.volume_bytes,
+                found: config.volume_bytes,
+            });
         }
-        let found = Found { slot, scan, log_error };
-        let buffer = BatchBuffer::new(surviving.memory(), SurvivingMemory::slots_base(), config.slots);
+        let found = Found {
+            slot,
+            scan,
+            log_error,
+        };
+        let buffer = BatchBuffer::new(
+            surviving.memory(),
+            SurvivingMemory::slots_base(),
+            config.slots,
+        );
         let mut plan = plan(medium, &config, &surviving, &buffer, &found, kernel)?;
         // The start itself writes out of memory of its own, so that what survived stays as it is until it is safe.
         let own = Memory::anonymous(START_SLOTS * SLOT_BYTES).map_err(StartError::Memory)?;
         let own = BatchBuffer::new(&own, 0, START_SLOTS);
-        let mut volume = Volume::<R>::assemble(config, surviving, state_file, own, geometry).map_err(StartError::Memory)?;
+        let mut volume = Volume::<R>::assemble(config, surviving, state_file, own, geometry)
+            .map_err(StartError::Memory)?;
         if let Some(request) = rewind {
-            plan.checkpoint.span.get_or_insert((SpanKind::Rewind, Lsn(0), request.target.0));
+            plan.checkpoint
+                .span
+                .get_or_insert((SpanKind::Rewind, Lsn(0), request.target.0));
         }
         let report = volume.carry_out(medium, &found, plan, rewind)?;
         volume.writer.replace_buffer(buffer);
@@ -181,7 +206,11 @@ impl<R: Rules> Volume<R> {
         buffer: BatchBuffer,
         geometry: LogGeometry,
     ) -> std::io::Result<Volume<R>> {
-        let bitmap = Bitmap::new(surviving.memory(), SurvivingMemory::bitmap_base(&config), config.volume_bytes);
+        let bitmap = Bitmap::new(
+            surviving.memory(),
+            SurvivingMemory::bitmap_base(&config),
+            config.volume_bytes,
+        );
         let places = config.depth + 8;
         let idle = || Active {
             request: None,
@@ -232,7 +261,10 @@ impl<R: Rules> Volume<R> {
         mut plan: Plan,
         rewind: Option<RewindRequest>,
     ) -> Result<StartReport, StartError> {
-        let mut report = StartReport { summary: plan.summary.clone(), ..StartReport::default() };
+        let mut report = StartReport {
+            summary: plan.summary.clone(),
+            ..StartReport::default()
+        };
         if !matches!(plan.mark, Mark::Kept) {
             self.surviving.disclaim();
         }
@@ -257,7 +289,11 @@ impl<R: Rules> Volume<R> {
         let mut opened = checkpoint.clone();
         if plan.span.is_some() && opened.span.is_none() {
             // Until the span's begin record is durable the header itself must say that things are open.
-            opened.copy_cursor = if matches!(plan.mark, Mark::All | Mark::Kept) { 0 } else { u64::MAX };
+            opened.copy_cursor = if matches!(plan.mark, Mark::All | Mark::Kept) {
+                0
+            } else {
+                u64::MAX
+            };
             opened.span = plan.span.map(|kind| (kind, old.next, 0));
         }
         let opening = SegmentOpening {
@@ -277,7 +313,8 @@ impl<R: Rules> Volume<R> {
             self.start_in_bypass(medium, old, IoError(libc::ENOSPC), &mut report);
             return Ok(report);
         }
-        self.writer.begin_epoch(medium, opening, old.oldest_held, &opened);
+        self.writer
+            .begin_epoch(medium, opening, old.oldest_held, &opened);
         self.epoch_start = (opening.lsn_start, opening.sequence);
         self.flusher.reset(old.next);
         self.stable_lsn = old.next;
@@ -285,12 +322,22 @@ impl<R: Rules> Volume<R> {
         for region in &checkpoint.regions {
             self.regions.reopen(*region, old.next);
         }
-        for survivor in plan.records.iter().filter(|survivor| survivor.lsn >= old.next) {
+        for survivor in plan
+            .records
+            .iter()
+            .filter(|survivor| survivor.lsn >= old.next)
+        {
             report.records_survived += 1;
             self.make_room(medium)?;
-            let record = Record { payload_offset: 0.into(), payload_bytes: 0.into(), payload_crc: 0.into(), ..survivor.record };
+            let record = Record {
+                payload_offset: 0.into(),
+                payload_bytes: 0.into(),
+                payload_crc: 0.into(),
+                ..survivor.record
+            };
             self.append(medium, record, &survivor.payload);
-            self.regions.touch(record.offset.get(), record.length.get(), survivor.lsn);
+            self.regions
+                .touch(record.offset.get(), record.length.get(), survivor.lsn);
         }
         self.append_beginning(medium, &plan, rewind)?;
         if let Err(error) = self.settle_log(medium) {
@@ -300,7 +347,8 @@ impl<R: Rules> Volume<R> {
         let word = self.word(StateKind::LogSpeaks);
         report.state_error = self.state_file.write_blocking(medium, &word).err();
         for survivor in plan.records.iter().filter(|survivor| !survivor.done) {
-            report.records_redone += u64::from(redo(medium, survivor).map_err(|e| StartError::Io("the device", e))?);
+            report.records_redone +=
+                u64::from(redo(medium, survivor).map_err(|e| StartError::Io("the device", e))?);
         }
         report.reread_bytes = self.bitmap.bytes();
         if let Some((SpanKind::Rewind, _, target)) = self.span
@@ -316,24 +364,42 @@ impl<R: Rules> Volume<R> {
     }
 
     /// The epoch's first records of its own: epoch, gap, span.
-    fn append_beginning(&mut self, medium: &mut dyn Medium, plan: &Plan, rewind: Option<RewindRequest>) -> Result<(), StartError> {
+    fn append_beginning(
+        &mut self,
+        medium: &mut dyn Medium,
+        plan: &Plan,
+        rewind: Option<RewindRequest>,
+    ) -> Result<(), StartError> {
         self.make_room(medium)?;
         let gap_since = self.last_record_time;
-        self.append(medium, Record::new(RecordKind::Epoch, 0, 0, 0).with_detail(plan.epoch_detail), &[]);
+        self.append(
+            medium,
+            Record::new(RecordKind::Epoch, 0, 0, 0).with_detail(plan.epoch_detail),
+            &[],
+        );
         if plan.gap {
-            self.append(medium, Record::new(RecordKind::Gap, 0, 0, gap_since.0 as u64), &[]);
+            self.append(
+                medium,
+                Record::new(RecordKind::Gap, 0, 0, gap_since.0 as u64),
+                &[],
+            );
         }
         self.state = plan.checkpoint.state;
         self.span = plan.checkpoint.span;
         if let Some(request) = rewind
             && self.span.is_some_and(|span| span.1 == Lsn(0))
         {
-            let begin = Record::new(RecordKind::SpanBegin, 0, 0, request.target.0).with_detail(SpanKind::Rewind as u8);
+            let begin = Record::new(RecordKind::SpanBegin, 0, 0, request.target.0)
+                .with_detail(SpanKind::Rewind as u8);
             let (lsn, _) = self.append(medium, begin, &[]);
             self.span = Some((SpanKind::Rewind, lsn, request.target.0));
             self.state = VolumeState::Rewinding;
         } else if let (Some(kind), None) = (plan.span, self.span) {
-            let (lsn, _) = self.append(medium, Record::new(RecordKind::SpanBegin, 0, 0, 0).with_detail(kind as u8), &[]);
+            let (lsn, _) = self.append(
+                medium,
+                Record::new(RecordKind::SpanBegin, 0, 0, 0).with_detail(kind as u8),
+                &[],
+            );
             self.span = Some((kind, lsn, 0));
         }
         self.state = match self.span {
@@ -348,8 +414,12 @@ impl<R: Rules> Volume<R> {
 
     /// Runs the log until there is room again (many survivors, few slots).
     fn make_room(&mut self, medium: &mut dyn Medium) -> Result<(), StartError> {
-        while !self.writer.has_room(4, varve_format::RECORD_PAYLOAD_BYTES_MAX as usize, true) {
-            self.settle_log(medium).map_err(|error| StartError::Io("the log", error))?;
+        while !self
+            .writer
+            .has_room(4, varve_format::RECORD_PAYLOAD_BYTES_MAX as usize, true)
+        {
+            self.settle_log(medium)
+                .map_err(|error| StartError::Io("the log", error))?;
         }
         Ok(())
     }
@@ -382,20 +452,35 @@ impl<R: Rules> Volume<R> {
     }
 
     /// The log cannot be used: production must start all the same. Everything is marked.
-    fn start_in_bypass(&mut self, medium: &mut dyn Medium, old: OldEpoch, error: IoError, report: &mut StartReport) {
-        self.writer.stand_by(old.epoch, old.sequence, old.oldest_held, old.next);
+    fn start_in_bypass(
+        &mut self,
+        medium: &mut dyn Medium,
+        old: OldEpoch,
+        error: IoError,
+        report: &mut StartReport,
+    ) {
+        self.writer
+            .stand_by(old.epoch, old.sequence, old.oldest_held, old.next);
         self.writer.poison(error);
         self.state = VolumeState::Bypass;
         self.bitmap.set(0, self.config.volume_bytes);
         self.span = None;
         self.epoch_start = (old.next, SegmentSequence(old.sequence.0 + 1));
-        let word = StateWord { kind: StateKind::Bypass, epoch: old.epoch, start: self.epoch_start, fingerprint: Fingerprint::default() };
+        let word = StateWord {
+            kind: StateKind::Bypass,
+            epoch: old.epoch,
+            start: self.epoch_start,
+            fingerprint: Fingerprint::default(),
+        };
         report.state_error = self.state_file.write_blocking(medium, &word).err();
-        self.healer.start_bypassed(old, error, self.last_record_time, medium.now().monotonic_ns);
+        self.healer
+            .start_bypassed(old, error, self.last_record_time, medium.now().monotonic_ns);
         self.counters.bypasses += 1;
         report.in_bypass = true;
         report.reread_bytes = self.bitmap.bytes();
-        report.summary = format!("the log cannot be used ({error}): started in bypass; everything is read again once it can");
+        report.summary = format!(
+            "the log cannot be used ({error}): started in bypass; everything is read again once it can"
+        );
     }
 }
 
@@ -427,9 +512,16 @@ fn old_epoch(found: &Found) -> OldEpoch {
         },
         (None, slot) => {
             // The log is gone or out of reach. What the state file remembers keeps numbers from being used twice.
-            let (epoch, lsn, sequence) = slot.as_ref().map_or((EpochId::default(), Lsn::FIRST, SegmentSequence(0)), |slot| {
-                (EpochId(slot.epoch), Lsn(slot.lsn_start.get() + LSN_JUMP), SegmentSequence(slot.sequence.get() + SEQUENCE_JUMP))
-            });
+            let (epoch, lsn, sequence) = slot.as_ref().map_or(
+                (EpochId::default(), Lsn::FIRST, SegmentSequence(0)),
+                |slot| {
+                    (
+                        EpochId(slot.epoch),
+                        Lsn(slot.lsn_start.get() + LSN_JUMP),
+                        SegmentSequence(slot.sequence.get() + SEQUENCE_JUMP),
+                    )
+                },
+            );
             OldEpoch {
                 sequence,
                 epoch,
@@ -443,7 +535,12 @@ fn old_epoch(found: &Found) -> OldEpoch {
     }
 }
 
-fn mark_open(bitmap: &mut Bitmap, checkpoint: &Checkpoint, failed: &[(u64, u64)], config: &VolumeConfig) {
+fn mark_open(
+    bitmap: &mut Bitmap,
+    checkpoint: &Checkpoint,
+    failed: &[(u64, u64)],
+    config: &VolumeConfig,
+) {
     let region_bytes = u64::from(config.region_bytes);
     for region in &checkpoint.regions {
         let offset = u64::from(*region) * region_bytes;
@@ -457,7 +554,10 @@ fn mark_open(bitmap: &mut Bitmap, checkpoint: &Checkpoint, failed: &[(u64, u64)]
         }
     }
     if checkpoint.copy_cursor < config.volume_bytes {
-        bitmap.set(checkpoint.copy_cursor, config.volume_bytes - checkpoint.copy_cursor);
+        bitmap.set(
+            checkpoint.copy_cursor,
+            config.volume_bytes - checkpoint.copy_cursor,
+        );
     }
 }
 
@@ -469,10 +569,19 @@ fn plan(
     found: &Found,
     kernel: Fingerprint,
 ) -> Result<Plan, StartError> {
-    let nothing = Checkpoint { stable_lsn: Lsn(0), span: None, copy_cursor: u64::MAX, state: VolumeState::Protected, regions: Vec::new() };
+    let nothing = Checkpoint {
+        stable_lsn: Lsn(0),
+        span: None,
+        copy_cursor: u64::MAX,
+        state: VolumeState::Protected,
+        regions: Vec::new(),
+    };
     let whole = |summary: &str, kind: SpanKind, gap: bool| Plan {
         summary: summary.to_owned(),
-        checkpoint: Checkpoint { copy_cursor: 0, ..nothing.clone() },
+        checkpoint: Checkpoint {
+            copy_cursor: 0,
+            ..nothing.clone()
+        },
         span: Some(kind),
         gap,
         mark: Mark::All,
@@ -481,24 +590,52 @@ fn plan(
     };
     let (Some(slot), Some(scan)) = (&found.slot, &found.scan) else {
         return Ok(match (&found.slot, &found.scan) {
-            (None, None) => whole("new volume: its first full copy begins", SpanKind::BaseCopy, false),
-            (None, Some(_)) => whole("the state file is lost: everything is read again", SpanKind::Verify, true),
-            _ => whole("the log is lost: everything is read again", SpanKind::Verify, true),
+            (None, None) => whole(
+                "new volume: its first full copy begins",
+                SpanKind::BaseCopy,
+                false,
+            ),
+            (None, Some(_)) => whole(
+                "the state file is lost: everything is read again",
+                SpanKind::Verify,
+                true,
+            ),
+            _ => whole(
+                "the log is lost: everything is read again",
+                SpanKind::Verify,
+                true,
+            ),
         });
     };
-    let kind = slot.kind().map_err(|e| StartError::Format("the state file", e))?;
+    let kind = slot
+        .kind()
+        .map_err(|e| StartError::Format("the state file", e))?;
     let same_epoch = slot.epoch == scan.tail.epoch.0;
     let descends = same_epoch || slot.epoch == scan.tail.parent_epoch.0;
     let claimed = surviving.epoch();
     let believed = claimed == Some(scan.tail.epoch) || claimed == Some(scan.tail.parent_epoch);
-    let warm = if believed { survivors(buffer, scan) } else { None };
+    let warm = if believed {
+        survivors(buffer, scan)
+    } else {
+        None
+    };
     match (kind, warm) {
         (StateKind::LogSpeaks, Some(records)) if descends => {
             let mut checkpoint = scan.checkpoint.clone();
             let region_bytes = u64::from(config.region_bytes);
-            for survivor in records.iter().filter(|survivor| survivor.lsn >= scan.tail.lsn_end) {
+            for survivor in records
+                .iter()
+                .filter(|survivor| survivor.lsn >= scan.tail.lsn_end)
+            {
                 if let Ok(kind) = survivor.record.kind() {
-                    note_record(&mut checkpoint, kind, survivor.lsn, &survivor.record, &survivor.payload, region_bytes);
+                    note_record(
+                        &mut checkpoint,
+                        kind,
+                        survivor.lsn,
+                        &survivor.record,
+                        &survivor.payload,
+                        region_bytes,
+                    );
                 }
             }
             Ok(Plan {
@@ -533,11 +670,16 @@ fn plan(
             })
         }
         (StateKind::Clean, _) if same_epoch && scan.clean_close => {
-            let now = fingerprint(medium, config.volume_bytes, kernel).map_err(|e| StartError::Io("the device", e))?;
+            let now = fingerprint(medium, config.volume_bytes, kernel)
+                .map_err(|e| StartError::Io("the device", e))?;
             let then = slot.fingerprint();
             let counted = now.boot != then.boot || now.kernel_writes == then.kernel_writes;
             if now.content != then.content || now.volume_bytes != then.volume_bytes || !counted {
-                return Ok(whole("the device was written without Varve: everything is read again", SpanKind::Verify, true));
+                return Ok(whole(
+                    "the device was written without Varve: everything is read again",
+                    SpanKind::Verify,
+                    true,
+                ));
             }
             Ok(Plan {
                 summary: "closed cleanly before: nothing to do".to_owned(),
@@ -549,9 +691,21 @@ fn plan(
                 epoch_detail: 1,
             })
         }
-        (StateKind::Bypass, _) => Ok(whole("power was lost in bypass: everything is read again", SpanKind::Verify, true)),
-        (StateKind::Clean, _) => Ok(whole("the log is not the one that was closed cleanly: everything is read again", SpanKind::Verify, true)),
-        _ => Ok(whole("log and state file do not belong together: everything is read again", SpanKind::Verify, true)),
+        (StateKind::Bypass, _) => Ok(whole(
+            "power was lost in bypass: everything is read again",
+            SpanKind::Verify,
+            true,
+        )),
+        (StateKind::Clean, _) => Ok(whole(
+            "the log is not the one that was closed cleanly: everything is read again",
+            SpanKind::Verify,
+            true,
+        )),
+        _ => Ok(whole(
+            "log and state file do not belong together: everything is read again",
+            SpanKind::Verify,
+            true,
+        )),
     }
 }
 
@@ -576,7 +730,8 @@ fn redo(medium: &mut dyn Medium, survivor: &SurvivingRecord) -> Result<bool, IoE
     let operation = match survivor.record.kind() {
         _ if copied => return Ok(false),
         Ok(RecordKind::Write) => {
-            let buffer = Buffer::anonymous(survivor.payload.len()).map_err(|e| IoError(e.raw_os_error().unwrap_or(libc::ENOMEM)))?;
+            let buffer = Buffer::anonymous(survivor.payload.len())
+                .map_err(|e| IoError(e.raw_os_error().unwrap_or(libc::ENOMEM)))?;
             buffer.write_with(|target| target.copy_from_slice(&survivor.payload));
             Operation::Write { offset, buffer }
         }

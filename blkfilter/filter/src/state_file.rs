@@ -3,7 +3,10 @@
 //! Crash: slots are written in turn, so a torn write leaves the older one, whose word is the safer: the newer state counts for nobody until it
 //! is flushed, and whoever depends on it waits for that.
 
-use varve_format::{EpochId, Fingerprint, FormatError, Lsn, STATE_SLOT_BYTES, STATE_SLOTS, SegmentSequence, StateKind, StateSlot, VolumeId};
+use varve_format::{
+    EpochId, Fingerprint, FormatError, Lsn, STATE_SLOT_BYTES, STATE_SLOTS, SegmentSequence,
+    StateKind, StateSlot, VolumeId,
+};
 use varve_log::{Buffer, Disk, IoError, Medium, Operation, run_blocking};
 
 /// What to write.
@@ -37,35 +40,78 @@ pub struct StateFile {
 
 impl StateFile {
     /// Reads both slots. The newer valid one is returned; a slot of a newer version or of another volume is an error.
-    pub fn open(medium: &mut dyn Medium, volume: VolumeId, token: u64) -> Result<(StateFile, Option<StateSlot>), StateError> {
-        let buffer = Buffer::anonymous(STATE_SLOT_BYTES).map_err(|e| IoError(e.raw_os_error().unwrap_or(libc::ENOMEM)))?;
+    pub fn open(
+        medium: &mut dyn Medium,
+        volume: VolumeId,
+        token: u64,
+    ) -> Result<(StateFile, Option<StateSlot>), StateError> {
+        let buffer = Buffer::anonymous(STATE_SLOT_BYTES)
+            .map_err(|e| IoError(e.raw_os_error().unwrap_or(libc::ENOMEM)))?;
         let mut newest: Option<StateSlot> = None;
         for slot in 0..STATE_SLOTS {
             let offset = (slot * STATE_SLOT_BYTES) as u64;
-            run_blocking(medium, Disk::State, Operation::Read { offset, buffer: buffer.clone() })?;
+            run_blocking(
+                medium,
+                Disk::State,
+                Operation::Read {
+                    offset,
+                    buffer: buffer.clone(),
+                },
+            )?;
             match buffer.read_with(StateSlot::parse) {
-                Ok(found) if found.volume != volume.0 => return Err(StateError::Format(FormatError::Foreign("volume"))),
-                Ok(found) if newest.as_ref().is_none_or(|n| found.generation.get() > n.generation.get()) => newest = Some(found),
+                Ok(found) if found.volume != volume.0 => {
+                    return Err(StateError::Format(FormatError::Foreign("volume")));
+                }
+                Ok(found)
+                    if newest
+                        .as_ref()
+                        .is_none_or(|n| found.generation.get() > n.generation.get()) =>
+                {
+                    newest = Some(found)
+                }
                 Err(error @ FormatError::Newer { .. }) => return Err(StateError::Format(error)),
                 Ok(_) | Err(_) => {}
             }
         }
         let generation = newest.as_ref().map_or(0, |slot| slot.generation.get());
-        Ok((StateFile { volume, generation, buffer, token, step: Step::Idle }, newest))
+        Ok((
+            StateFile {
+                volume,
+                generation,
+                buffer,
+                token,
+                step: Step::Idle,
+            },
+            newest,
+        ))
     }
 
     fn prepare(&mut self, medium: &dyn Medium, word: &StateWord) -> Operation {
         self.generation += 1;
         let block = StateSlot::encode(
-            word.kind, self.volume, word.epoch, self.generation, medium.now().wall, word.start, word.fingerprint,
+            word.kind,
+            self.volume,
+            word.epoch,
+            self.generation,
+            medium.now().wall,
+            word.start,
+            word.fingerprint,
         );
-        self.buffer.write_with(|bytes| bytes.copy_from_slice(&block));
+        self.buffer
+            .write_with(|bytes| bytes.copy_from_slice(&block));
         let offset = (self.generation % STATE_SLOTS as u64) * STATE_SLOT_BYTES as u64;
-        Operation::Write { offset, buffer: self.buffer.clone() }
+        Operation::Write {
+            offset,
+            buffer: self.buffer.clone(),
+        }
     }
 
     /// Writes and flushes, waiting for it.
-    pub fn write_blocking(&mut self, medium: &mut dyn Medium, word: &StateWord) -> Result<(), IoError> {
+    pub fn write_blocking(
+        &mut self,
+        medium: &mut dyn Medium,
+        word: &StateWord,
+    ) -> Result<(), IoError> {
         let operation = self.prepare(medium, word);
         run_blocking(medium, Disk::State, operation)?;
         run_blocking(medium, Disk::State, Operation::Flush)
@@ -85,7 +131,11 @@ impl StateFile {
     }
 
     /// Takes a completion. `Some(result)`: the write has ended.
-    pub fn complete(&mut self, medium: &mut dyn Medium, result: Result<(), IoError>) -> Option<Result<(), IoError>> {
+    pub fn complete(
+        &mut self,
+        medium: &mut dyn Medium,
+        result: Result<(), IoError>,
+    ) -> Option<Result<(), IoError>> {
         match (self.step, result) {
             (Step::Writing, Ok(())) => {
                 self.step = Step::Flushing;

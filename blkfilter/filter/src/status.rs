@@ -59,7 +59,10 @@ impl<R: Rules> Volume<R> {
             open_bytes: self.regions.len() as u64 * u64::from(self.config.region_bytes),
             last_record_time: self.last_record_time,
             bypass: (self.state == VolumeState::Bypass).then(|| {
-                let reason = self.healer.reason.map_or_else(String::new, |error| error.to_string());
+                let reason = self
+                    .healer
+                    .reason
+                    .map_or_else(String::new, |error| error.to_string());
                 (self.healer.gap_since, reason, self.healer.unmarked)
             }),
             pending: self.pending.len() as u64,

@@ -43,13 +43,17 @@ impl SurvivingMemory {
     /// Bytes that a volume needs.
     #[must_use]
     pub fn bytes_needed(config: &VolumeConfig) -> usize {
-        (PAGE + config.slots * SLOT_BYTES + Bitmap::memory_bytes(config.volume_bytes)).next_multiple_of(PAGE)
+        (PAGE + config.slots * SLOT_BYTES + Bitmap::memory_bytes(config.volume_bytes))
+            .next_multiple_of(PAGE)
     }
 
     /// Wraps a mapping of at least [`SurvivingMemory::bytes_needed`].
     #[must_use]
     pub fn new(memory: Rc<Memory>, identity: &SurvivingIdentity) -> SurvivingMemory {
-        SurvivingMemory { memory, identity: identity.hash() }
+        SurvivingMemory {
+            memory,
+            identity: identity.hash(),
+        }
     }
 
     /// The mapping.
@@ -77,7 +81,9 @@ impl SurvivingMemory {
     #[must_use]
     pub fn epoch(&self) -> Option<EpochId> {
         let pair = |at| [self.memory.load(at), self.memory.load(at + 8)];
-        if self.memory.load(WORD_MAGIC) != MAGIC || pair(WORD_IDENTITY) != Self::words(self.identity) {
+        if self.memory.load(WORD_MAGIC) != MAGIC
+            || pair(WORD_IDENTITY) != Self::words(self.identity)
+        {
             return None;
         }
         let mut epoch = [0u8; 16];

@@ -24,7 +24,9 @@ use crate::state_file::StateFile;
 use crate::surviving::SurvivingMemory;
 use std::collections::VecDeque;
 use std::marker::PhantomData;
-use varve_format::{Checkpoint, EpochId, Lsn, Record, RecordKind, SegmentSequence, SpanKind, VolumeState, WallTime};
+use varve_format::{
+    Checkpoint, EpochId, Lsn, Record, RecordKind, SegmentSequence, SpanKind, VolumeState, WallTime,
+};
 use varve_front::{Request, RequestKind};
 use varve_log::{BLOCKING_TOKENS, Chunk, Completion, Disk, IoError, LogWriter, Medium, Operation};
 
@@ -135,13 +137,20 @@ impl<R: Rules> Volume<R> {
         let end = request.offset.checked_add(request.length);
         if request.kind != RequestKind::Flush
             && (end.is_none_or(|end| end > self.config.volume_bytes)
-                || !(request.offset | request.length).is_multiple_of(u64::from(self.config.sector_bytes)))
+                || !(request.offset | request.length)
+                    .is_multiple_of(u64::from(self.config.sector_bytes)))
         {
-            self.answers.push_back(Answer { tag, result: Err(IoError(libc::EINVAL)) });
+            self.answers.push_back(Answer {
+                tag,
+                result: Err(IoError(libc::EINVAL)),
+            });
             return;
         }
         let Some(id) = self.free.pop() else {
-            self.answers.push_back(Answer { tag, result: Err(IoError(libc::EAGAIN)) });
+            self.answers.push_back(Answer {
+                tag,
+                result: Err(IoError(libc::EAGAIN)),
+            });
             return;
         };
         let active = &mut self.table[id as usize];
@@ -160,7 +169,11 @@ impl<R: Rules> Volume<R> {
                 active.phase = Phase::Origin;
                 active.outstanding = 1;
                 match buffer {
-                    Some(buffer) => medium.submit(Disk::Origin, request_token(id, 0), Operation::Read { offset, buffer }),
+                    Some(buffer) => medium.submit(
+                        Disk::Origin,
+                        request_token(id, 0),
+                        Operation::Read { offset, buffer },
+                    ),
                     None => self.finish(id, Err(IoError(libc::EINVAL))),
                 }
             }
@@ -168,7 +181,9 @@ impl<R: Rules> Volume<R> {
                 self.counters.flushes += 1;
                 self.wait_durable(medium, id);
             }
-            RequestKind::Write | RequestKind::Discard | RequestKind::Zero => self.pending.push_back(id),
+            RequestKind::Write | RequestKind::Discard | RequestKind::Zero => {
+                self.pending.push_back(id)
+            }
         }
     }
 
@@ -177,7 +192,12 @@ impl<R: Rules> Volume<R> {
         let Completion { token, result } = completion;
         match token & TOKEN_CLASS {
             TOKEN_LOG => self.writer.complete(token, result),
-            TOKEN_REQUEST => self.complete_request(medium, ((token >> 8) & 0xffff) as u16, (token & 0xff) as usize, result),
+            TOKEN_REQUEST => self.complete_request(
+                medium,
+                ((token >> 8) & 0xffff) as u16,
+                (token & 0xff) as usize,
+                result,
+            ),
             TOKEN_ORIGIN_FLUSH => self.complete_origin_flush(medium, result),
             TOKEN_COPY => self.complete_copy((token & 0xff) as usize, result),
             TOKEN_STATE => {
@@ -185,7 +205,10 @@ impl<R: Rules> Volume<R> {
                     self.complete_state(medium, result);
                 }
             }
-            _ => debug_assert!(token >= BLOCKING_TOKENS, "a completion that nobody asked for"),
+            _ => debug_assert!(
+                token >= BLOCKING_TOKENS,
+                "a completion that nobody asked for"
+            ),
         }
     }
 
@@ -214,14 +237,24 @@ impl<R: Rules> Volume<R> {
     /// When [`Volume::run`] must be called at the latest if nothing happens before: monotonic nanoseconds.
     #[must_use]
     pub fn deadline_ns(&self, now_ns: u64) -> u64 {
-        let watch = if self.table.len() == self.free.len() && self.span.is_none() { 200_000_000 } else { 10_000_000 };
-        self.writer.deadline_ns().unwrap_or(u64::MAX).min(now_ns + watch)
+        let watch = if self.table.len() == self.free.len() && self.span.is_none() {
+            200_000_000
+        } else {
+            10_000_000
+        };
+        self.writer
+            .deadline_ns()
+            .unwrap_or(u64::MAX)
+            .min(now_ns + watch)
     }
 
     /// Whether nothing is in flight or waiting.
     #[must_use]
     pub fn is_idle(&self) -> bool {
-        self.free.len() == self.table.len() && !self.flusher.is_busy() && !self.copier.is_busy() && self.answers.is_empty()
+        self.free.len() == self.table.len()
+            && !self.flusher.is_busy()
+            && !self.copier.is_busy()
+            && self.answers.is_empty()
     }
 
     /// Whether new writes are recorded in the log.
@@ -275,7 +308,11 @@ impl<R: Rules> Volume<R> {
         if !self.is_logging() || !self.writer.has_room(1, name.len(), false) || name.len() > 255 {
             return None;
         }
-        let (lsn, _) = self.append(medium, Record::new(RecordKind::Point, 0, 0, 0), name.as_bytes());
+        let (lsn, _) = self.append(
+            medium,
+            Record::new(RecordKind::Point, 0, 0, 0),
+            name.as_bytes(),
+        );
         self.writer.want_durable(lsn.plus(1));
         Some(lsn)
     }
@@ -289,7 +326,11 @@ impl<R: Rules> Volume<R> {
     /// Ends a rewind: from here on instants resolve again. The caller has written everything.
     pub fn end_rewind(&mut self, medium: &dyn Medium) -> bool {
         match self.span {
-            Some((SpanKind::Rewind, ..)) if self.span_end.is_none() && self.bitmap.is_empty() && self.writer.has_room(1, 0, true) => {
+            Some((SpanKind::Rewind, ..))
+                if self.span_end.is_none()
+                    && self.bitmap.is_empty()
+                    && self.writer.has_room(1, 0, true) =>
+            {
                 self.append_span_end(medium);
                 true
             }
@@ -297,15 +338,23 @@ impl<R: Rules> Volume<R> {
         }
     }
 
-    pub(crate) fn append(&mut self, medium: &dyn Medium, record: Record, payload: &[u8]) -> (Lsn, Chunk) {
+    pub(crate) fn append(
+        &mut self,
+        medium: &dyn Medium,
+        record: Record,
+        payload: &[u8],
+    ) -> (Lsn, Chunk) {
         let now = medium.now();
         self.last_record_time = now.wall;
-        self.writer.append(now, record, payload.len(), |target| target.copy_from_slice(payload))
+        self.writer.append(now, record, payload.len(), |target| {
+            target.copy_from_slice(payload)
+        })
     }
 
     pub(crate) fn append_span_end(&mut self, medium: &dyn Medium) {
         if let Some((_, begin, _)) = self.span {
-            let (lsn, _) = self.append(medium, Record::new(RecordKind::SpanEnd, 0, 0, begin.0), &[]);
+            let (lsn, _) =
+                self.append(medium, Record::new(RecordKind::SpanEnd, 0, 0, begin.0), &[]);
             self.writer.want_durable(lsn.plus(1));
             self.span_end = Some(lsn);
         }
@@ -319,7 +368,13 @@ impl<R: Rules> Volume<R> {
             (copy_cursor, regions) = self.pending_regions(regions);
         }
         let span = self.span.filter(|_| self.span_end.is_none());
-        Checkpoint { stable_lsn: self.stable_lsn, span, copy_cursor, state: self.state, regions }
+        Checkpoint {
+            stable_lsn: self.stable_lsn,
+            span,
+            copy_cursor,
+            state: self.state,
+            regions,
+        }
     }
 
     /// What is still to be copied: as regions if they fit, else as everything from the first marked block.
@@ -331,7 +386,10 @@ impl<R: Rules> Volume<R> {
             let region = (offset / region_bytes) as u32;
             if let Err(place) = regions.binary_search(&region) {
                 if regions.len() >= self.config.open_regions_max {
-                    let first = self.bitmap.next_run(0, region_bytes).map_or(u64::MAX, |run| run.0);
+                    let first = self
+                        .bitmap
+                        .next_run(0, region_bytes)
+                        .map_or(u64::MAX, |run| run.0);
                     return (first, open);
                 }
                 regions.insert(place, region);
@@ -345,7 +403,9 @@ impl<R: Rules> Volume<R> {
     pub(crate) fn completed_below(&self) -> Lsn {
         self.table
             .iter()
-            .filter(|active| active.logged && matches!(active.phase, Phase::Gated(_) | Phase::Origin))
+            .filter(|active| {
+                active.logged && matches!(active.phase, Phase::Gated(_) | Phase::Origin)
+            })
             .map(|active| active.lsn_first)
             .min()
             .unwrap_or(self.writer.next_lsn())
@@ -353,7 +413,11 @@ impl<R: Rules> Volume<R> {
 
     /// The origin has the write, or the request is a flush: waits for what durability it asks for.
     pub(crate) fn wait_durable(&mut self, medium: &mut dyn Medium, id: u16) {
-        let log = if self.is_logging() { self.writer.next_lsn() } else { Lsn(0) };
+        let log = if self.is_logging() {
+            self.writer.next_lsn()
+        } else {
+            Lsn(0)
+        };
         let stable = self.completed_below();
         let origin = self.flusher.want(medium, stable);
         self.writer.want_durable(log);
@@ -364,7 +428,9 @@ impl<R: Rules> Volume<R> {
 
     pub(crate) fn wants_durability(&self, id: u16) -> bool {
         let active = &self.table[id as usize];
-        let Some(request) = &active.request else { return false };
+        let Some(request) = &active.request else {
+            return false;
+        };
         request.force_unit_access || (self.config.ack == AckPolicy::Local && active.logged)
     }
 
@@ -375,7 +441,10 @@ impl<R: Rules> Volume<R> {
         }
         active.phase = Phase::Free;
         if let Some(request) = active.request.take() {
-            self.answers.push_back(Answer { tag: request.tag, result });
+            self.answers.push_back(Answer {
+                tag: request.tag,
+                result,
+            });
         }
         self.free.push(id);
     }

@@ -2,7 +2,9 @@
 
 use crate::config::Rules;
 use crate::volume::{OriginWrite, Phase, Volume, request_token};
-use varve_format::{Lsn, RECORD_PAYLOAD_BYTES_MAX, Record, RecordFlags, RecordKind, SpanKind, VolumeState};
+use varve_format::{
+    Lsn, RECORD_PAYLOAD_BYTES_MAX, Record, RecordFlags, RecordKind, SpanKind, VolumeState,
+};
 use varve_front::{Request, RequestKind};
 use varve_log::{Chunk, Disk, IoError, Medium, Operation};
 
@@ -38,14 +40,21 @@ impl<R: Rules> Volume<R> {
     /// Whether the range overlaps a write that came earlier and still waits.
     fn overlaps_earlier(&self, index: usize, start: u64, end: u64) -> bool {
         self.pending.iter().take(index).any(|id| {
-            self.table[*id as usize].request.as_ref().is_some_and(|r| r.offset < end && start < r.offset + r.length)
+            self.table[*id as usize]
+                .request
+                .as_ref()
+                .is_some_and(|r| r.offset < end && start < r.offset + r.length)
         })
     }
 
     fn try_admit(&mut self, medium: &mut dyn Medium, id: u16, index: usize) -> Result<(), Blocked> {
-        let Some(request) = self.table[id as usize].request.clone() else { return Ok(()) };
+        let Some(request) = self.table[id as usize].request.clone() else {
+            return Ok(());
+        };
         let (start, end) = (request.offset, request.offset + request.length);
-        if R::OVERLAP_WAITS && (self.locks.overlaps(start, end) || self.overlaps_earlier(index, start, end)) {
+        if R::OVERLAP_WAITS
+            && (self.locks.overlaps(start, end) || self.overlaps_earlier(index, start, end))
+        {
             return Err(Blocked::Overlap);
         }
         if request.length == 0 {
@@ -60,9 +69,16 @@ impl<R: Rules> Volume<R> {
             self.regions_wanted = true;
             return Err(Blocked::Room);
         }
-        let payload = if request.kind == RequestKind::Write { request.length as usize } else { 0 };
+        let payload = if request.kind == RequestKind::Write {
+            request.length as usize
+        } else {
+            0
+        };
         let records = payload.div_ceil(RECORD_PAYLOAD_BYTES_MAX as usize).max(1);
-        if !self.writer.has_room(records + PREFETCH_REGIONS as usize, payload, false) {
+        if !self
+            .writer
+            .has_room(records + PREFETCH_REGIONS as usize, payload, false)
+        {
             return Err(Blocked::Room);
         }
         let lock = self.locks.lock(start, end).ok_or(Blocked::Room)?;
@@ -97,12 +113,28 @@ impl<R: Rules> Volume<R> {
         let lsn_first = self.writer.next_lsn();
         let now = medium.now();
         self.last_record_time = now.wall;
-        let Some(buffer) = request.buffer.as_ref().filter(|_| request.kind == RequestKind::Write) else {
-            let kind = if request.kind == RequestKind::Discard { RecordKind::Discard } else { RecordKind::Zero };
+        let Some(buffer) = request
+            .buffer
+            .as_ref()
+            .filter(|_| request.kind == RequestKind::Write)
+        else {
+            let kind = if request.kind == RequestKind::Discard {
+                RecordKind::Discard
+            } else {
+                RecordKind::Zero
+            };
             let record = Record::new(kind, request.offset, request.length, 0);
             let (lsn, chunk) = self.writer.append(now, record, 0, |_| {});
             self.regions.touch(request.offset, request.length, lsn);
-            self.note_origin_write(id, OriginWrite { chunk, payload_offset: 0, offset: request.offset, length: 0 });
+            self.note_origin_write(
+                id,
+                OriginWrite {
+                    chunk,
+                    payload_offset: 0,
+                    offset: request.offset,
+                    length: 0,
+                },
+            );
             return lsn_first;
         };
         let mut done = 0;
@@ -112,11 +144,20 @@ impl<R: Rules> Volume<R> {
             let record = Record::new(RecordKind::Write, request.offset + done, part as u64, 0)
                 .with_flags(if more { RecordFlags::CONTINUES } else { 0 });
             let source = buffer.slice(done as usize, part);
-            let (lsn, chunk) =
-                self.writer.append(now, record, part, |target| source.read_with(|bytes| target.copy_from_slice(bytes)));
+            let (lsn, chunk) = self.writer.append(now, record, part, |target| {
+                source.read_with(|bytes| target.copy_from_slice(bytes))
+            });
             self.regions.touch(request.offset + done, part as u64, lsn);
             let payload_offset = self.writer.buffer().payload_bytes(chunk.slot as usize) - part;
-            self.note_origin_write(id, OriginWrite { chunk, payload_offset, offset: request.offset + done, length: part });
+            self.note_origin_write(
+                id,
+                OriginWrite {
+                    chunk,
+                    payload_offset,
+                    offset: request.offset + done,
+                    length: part,
+                },
+            );
             done += part as u64;
         }
         lsn_first
@@ -141,19 +182,34 @@ impl<R: Rules> Volume<R> {
         let last = self.config.volume_bytes.div_ceil(region_bytes);
         for region in first..(first + PREFETCH_REGIONS).min(last) {
             let offset = region * region_bytes;
-            if self.regions.missing(offset, 1) > 0 && self.regions.has_room(1) && !self.regions.is_crowded() {
+            if self.regions.missing(offset, 1) > 0
+                && self.regions.has_room(1)
+                && !self.regions.is_crowded()
+            {
                 let length = region_bytes.min(self.config.volume_bytes - offset);
-                let (lsn, _) = self.append(medium, Record::new(RecordKind::Intent, offset, length, 0), &[]);
+                let (lsn, _) = self.append(
+                    medium,
+                    Record::new(RecordKind::Intent, offset, length, 0),
+                    &[],
+                );
                 self.regions.touch(offset, length, lsn);
             }
         }
     }
 
-    fn admit_bypass(&mut self, medium: &mut dyn Medium, id: u16, request: &Request) -> Result<(), Blocked> {
+    fn admit_bypass(
+        &mut self,
+        medium: &mut dyn Medium,
+        id: u16,
+        request: &Request,
+    ) -> Result<(), Blocked> {
         if R::MARK_BEFORE_BYPASS && !self.healer.may_bypass() {
             return Err(Blocked::Room);
         }
-        let lock = self.locks.lock(request.offset, request.offset + request.length).ok_or(Blocked::Room)?;
+        let lock = self
+            .locks
+            .lock(request.offset, request.offset + request.length)
+            .ok_or(Blocked::Room)?;
         self.bitmap.set(request.offset, request.length);
         self.counters.bypassed_bytes += request.length;
         let active = &mut self.table[id as usize];
@@ -161,9 +217,18 @@ impl<R: Rules> Volume<R> {
         active.outstanding = 1;
         active.phase = Phase::Origin;
         let operation = match (request.kind, &request.buffer) {
-            (RequestKind::Write, Some(buffer)) => Operation::Write { offset: request.offset, buffer: buffer.clone() },
-            (RequestKind::Discard, _) => Operation::Discard { offset: request.offset, length: request.length },
-            _ => Operation::Zero { offset: request.offset, length: request.length },
+            (RequestKind::Write, Some(buffer)) => Operation::Write {
+                offset: request.offset,
+                buffer: buffer.clone(),
+            },
+            (RequestKind::Discard, _) => Operation::Discard {
+                offset: request.offset,
+                length: request.length,
+            },
+            _ => Operation::Zero {
+                offset: request.offset,
+                length: request.length,
+            },
         };
         medium.submit(Disk::Origin, request_token(id, 0), operation);
         Ok(())
@@ -171,7 +236,9 @@ impl<R: Rules> Volume<R> {
 
     /// Sends an admitted write to the origin, out of the batch buffer.
     pub(crate) fn start_origin(&mut self, medium: &mut dyn Medium, id: u16) {
-        let Some(request) = self.table[id as usize].request.clone() else { return };
+        let Some(request) = self.table[id as usize].request.clone() else {
+            return;
+        };
         let count = self.table[id as usize].writes.len();
         self.table[id as usize].phase = Phase::Origin;
         self.table[id as usize].outstanding = count as u16;
@@ -180,16 +247,32 @@ impl<R: Rules> Volume<R> {
             let operation = match request.kind {
                 RequestKind::Write => Operation::Write {
                     offset: write.offset,
-                    buffer: self.writer.buffer().payload_buffer(write.chunk.slot as usize, write.payload_offset, write.length),
+                    buffer: self.writer.buffer().payload_buffer(
+                        write.chunk.slot as usize,
+                        write.payload_offset,
+                        write.length,
+                    ),
                 },
-                RequestKind::Discard => Operation::Discard { offset: request.offset, length: request.length },
-                _ => Operation::Zero { offset: request.offset, length: request.length },
+                RequestKind::Discard => Operation::Discard {
+                    offset: request.offset,
+                    length: request.length,
+                },
+                _ => Operation::Zero {
+                    offset: request.offset,
+                    length: request.length,
+                },
             };
             medium.submit(Disk::Origin, request_token(id, index), operation);
         }
     }
 
-    pub(crate) fn complete_request(&mut self, medium: &mut dyn Medium, id: u16, write: usize, result: Result<(), IoError>) {
+    pub(crate) fn complete_request(
+        &mut self,
+        medium: &mut dyn Medium,
+        id: u16,
+        write: usize,
+        result: Result<(), IoError>,
+    ) {
         let active = &mut self.table[id as usize];
         if let Err(error) = result {
             active.error.get_or_insert(error);
@@ -206,7 +289,10 @@ impl<R: Rules> Volume<R> {
         if active.outstanding > 0 {
             return;
         }
-        let is_read = active.request.as_ref().is_none_or(|r| r.kind == RequestKind::Read);
+        let is_read = active
+            .request
+            .as_ref()
+            .is_none_or(|r| r.kind == RequestKind::Read);
         if let Some(place) = active.lock.take() {
             self.locks.unlock(place);
         }
@@ -225,11 +311,17 @@ impl<R: Rules> Volume<R> {
     fn note_failed_write(&mut self, medium: &mut dyn Medium, id: u16) {
         self.counters.origin_errors += 1;
         let active = &self.table[id as usize];
-        let Some((offset, length)) = active.request.as_ref().map(|r| (r.offset, r.length)) else { return };
+        let Some((offset, length)) = active.request.as_ref().map(|r| (r.offset, r.length)) else {
+            return;
+        };
         let (logged, lsn) = (active.logged, active.lsn_first);
         self.bitmap.set(offset, length);
         if logged && self.is_logging() && self.writer.has_room(2, 0, true) {
-            self.append(medium, Record::new(RecordKind::Failed, offset, length, lsn.0), &[]);
+            self.append(
+                medium,
+                Record::new(RecordKind::Failed, offset, length, lsn.0),
+                &[],
+            );
             self.begin_span(medium, SpanKind::Resync, VolumeState::Healing);
         }
         // Otherwise the volume is in bypass or about to be, and the bit is enough.
@@ -240,7 +332,11 @@ impl<R: Rules> Volume<R> {
         if self.span.is_some() && self.span_end.is_none() {
             return;
         }
-        let (lsn, _) = self.append(medium, Record::new(RecordKind::SpanBegin, 0, 0, 0).with_detail(kind as u8), &[]);
+        let (lsn, _) = self.append(
+            medium,
+            Record::new(RecordKind::SpanBegin, 0, 0, 0).with_detail(kind as u8),
+            &[],
+        );
         self.writer.want_durable(lsn.plus(1));
         self.span = Some((kind, lsn, 0));
         self.span_end = None;

@@ -47,12 +47,26 @@ impl JobSender {
     }
 
     /// Sends a job and waits for its end.
-    pub fn call(&self, kind: RequestKind, offset: u64, length: u64, data: Vec<u8>, force_unit_access: bool) -> JobResult {
+    pub fn call(
+        &self,
+        kind: RequestKind,
+        offset: u64,
+        length: u64,
+        data: Vec<u8>,
+        force_unit_access: bool,
+    ) -> JobResult {
         let (done, result) = bounded(1);
         let reply = Box::new(move |outcome| {
             let _ = done.send(outcome);
         });
-        self.send(Job { kind, offset, length, data, force_unit_access, reply });
+        self.send(Job {
+            kind,
+            offset,
+            length,
+            data,
+            force_unit_access,
+            reply,
+        });
         result.recv().unwrap_or(Err(libc::EIO))
     }
 }
@@ -61,14 +75,27 @@ impl JobSender {
 #[must_use]
 pub fn jobs(waker: &Waker) -> (JobSender, Receiver<Job>) {
     let (sender, receiver) = bounded(DEPTH * 2);
-    (JobSender { sender, waker: waker.clone() }, receiver)
+    (
+        JobSender {
+            sender,
+            waker: waker.clone(),
+        },
+        receiver,
+    )
 }
 
 /// Drives a device with jobs until `stopper` says stop. Runs on the calling thread.
-pub fn serve(jobs: &Receiver<Job>, factory: DeviceFactory, waker: &Waker, stopper: &Stopper) -> std::io::Result<()> {
+pub fn serve(
+    jobs: &Receiver<Job>,
+    factory: DeviceFactory,
+    waker: &Waker,
+    stopper: &Stopper,
+) -> std::io::Result<()> {
     let port = make_ring(1024)?;
     let mut device = factory(port.clone());
-    let buffers = (0..DEPTH).map(|_| Buffer::anonymous(JOB_BYTES_MAX)).collect::<std::io::Result<Vec<_>>>()?;
+    let buffers = (0..DEPTH)
+        .map(|_| Buffer::anonymous(JOB_BYTES_MAX))
+        .collect::<std::io::Result<Vec<_>>>()?;
     let mut running: Vec<Option<Job>> = (0..DEPTH).map(|_| None).collect();
     let mut free: Vec<usize> = (0..DEPTH).rev().collect();
     let mut taken = Vec::with_capacity(1024);
@@ -87,9 +114,13 @@ pub fn serve(jobs: &Receiver<Job>, factory: DeviceFactory, waker: &Waker, stoppe
         device.run();
         while let Some(answer) = device.take_answer() {
             let tag = answer.tag as usize;
-            let Some(job) = running[tag].take() else { continue };
+            let Some(job) = running[tag].take() else {
+                continue;
+            };
             let bytes = if job.kind == RequestKind::Read && answer.result.is_ok() {
-                buffers[tag].slice(0, job.length as usize).read_with(<[u8]>::to_vec)
+                buffers[tag]
+                    .slice(0, job.length as usize)
+                    .read_with(<[u8]>::to_vec)
             } else {
                 Vec::new()
             };
@@ -115,7 +146,10 @@ pub fn serve(jobs: &Receiver<Job>, factory: DeviceFactory, waker: &Waker, stoppe
 
 fn admit(device: &mut dyn Device, tag: usize, job: Job, buffer: &Buffer) -> Option<Job> {
     let has_bytes = matches!(job.kind, RequestKind::Read | RequestKind::Write);
-    if has_bytes && (job.length as usize > JOB_BYTES_MAX || (job.kind == RequestKind::Write && job.data.len() as u64 != job.length)) {
+    if has_bytes
+        && (job.length as usize > JOB_BYTES_MAX
+            || (job.kind == RequestKind::Write && job.data.len() as u64 != job.length))
+    {
         (job.reply)(Err(libc::EINVAL));
         return None;
     }

@@ -70,8 +70,11 @@ pub struct Waker {
 impl Waker {
     /// A new bell.
     pub fn new() -> std::io::Result<Waker> {
-        let event = EventFd::from_value_and_flags(0, EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
-        Ok(Waker { event: Arc::new(event) })
+        let event =
+            EventFd::from_value_and_flags(0, EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
+        Ok(Waker {
+            event: Arc::new(event),
+        })
     }
 
     /// Rings it.
@@ -99,7 +102,10 @@ impl Stopper {
     /// A stopper that rings `waker`.
     #[must_use]
     pub fn new(waker: &Waker) -> Stopper {
-        Stopper { flag: Arc::new(AtomicBool::new(false)), waker: waker.clone() }
+        Stopper {
+            flag: Arc::new(AtomicBool::new(false)),
+            waker: waker.clone(),
+        }
     }
 
     /// Stops the front end: no new requests; those that are there are answered.

@@ -7,9 +7,9 @@ use crate::channel::{self, JOB_BYTES_MAX, Job, JobSender};
 use crate::device::{DeviceFactory, Stopper, Waker};
 use crate::{Geometry, RequestKind};
 use fuser::{
-    Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig, LockOwner,
-    MountOption, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyWrite, Request as FuseRequest, Session, SessionACL,
-    WriteFlags,
+    Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
+    InitFlags, KernelConfig, LockOwner, MountOption, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty,
+    ReplyEntry, ReplyOpen, ReplyWrite, Request as FuseRequest, Session, SessionACL, WriteFlags,
 };
 use std::ffi::OsStr;
 use std::io;
@@ -38,7 +38,11 @@ impl OneFile {
             mtime: epoch,
             ctime: epoch,
             crtime: epoch,
-            kind: if directory { FileType::Directory } else { FileType::RegularFile },
+            kind: if directory {
+                FileType::Directory
+            } else {
+                FileType::RegularFile
+            },
             perm: if directory { 0o700 } else { 0o600 },
             nlink: 1,
             uid: 0,
@@ -49,8 +53,22 @@ impl OneFile {
         }
     }
 
-    fn send(&self, kind: RequestKind, offset: u64, length: u64, data: Vec<u8>, reply: impl FnOnce(channel::JobResult) + Send + 'static) {
-        self.jobs.send(Job { kind, offset, length, data, force_unit_access: false, reply: Box::new(reply) });
+    fn send(
+        &self,
+        kind: RequestKind,
+        offset: u64,
+        length: u64,
+        data: Vec<u8>,
+        reply: impl FnOnce(channel::JobResult) + Send + 'static,
+    ) {
+        self.jobs.send(Job {
+            kind,
+            offset,
+            length,
+            data,
+            force_unit_access: false,
+            reply: Box::new(reply),
+        });
     }
 }
 
@@ -72,13 +90,22 @@ impl Filesystem for OneFile {
         }
     }
 
-    fn getattr(&self, _request: &FuseRequest, inode: INodeNo, _handle: Option<FileHandle>, reply: ReplyAttr) {
+    fn getattr(
+        &self,
+        _request: &FuseRequest,
+        inode: INodeNo,
+        _handle: Option<FileHandle>,
+        reply: ReplyAttr,
+    ) {
         reply.attr(&FOREVER, &self.attributes(inode));
     }
 
     fn open(&self, _request: &FuseRequest, inode: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
         if inode == DISK {
-            reply.opened(FileHandle(0), FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES);
+            reply.opened(
+                FileHandle(0),
+                FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES,
+            );
         } else {
             reply.error(Errno::EISDIR);
         }
@@ -100,10 +127,16 @@ impl Filesystem for OneFile {
             reply.data(&[]);
             return;
         }
-        self.send(RequestKind::Read, offset, length, Vec::new(), move |result| match result {
-            Ok(bytes) => reply.data(&bytes),
-            Err(errno) => reply.error(Errno::from_i32(errno)),
-        });
+        self.send(
+            RequestKind::Read,
+            offset,
+            length,
+            Vec::new(),
+            move |result| match result {
+                Ok(bytes) => reply.data(&bytes),
+                Err(errno) => reply.error(Errno::from_i32(errno)),
+            },
+        );
     }
 
     fn write(
@@ -123,18 +156,40 @@ impl Filesystem for OneFile {
             return;
         }
         let length = data.len() as u64;
-        self.send(RequestKind::Write, offset, length, data.to_vec(), move |result| match result {
-            Ok(_) => reply.written(length as u32),
-            Err(errno) => reply.error(Errno::from_i32(errno)),
-        });
+        self.send(
+            RequestKind::Write,
+            offset,
+            length,
+            data.to_vec(),
+            move |result| match result {
+                Ok(_) => reply.written(length as u32),
+                Err(errno) => reply.error(Errno::from_i32(errno)),
+            },
+        );
     }
 
-    fn flush(&self, _request: &FuseRequest, _inode: INodeNo, _handle: FileHandle, _owner: LockOwner, reply: ReplyEmpty) {
+    fn flush(
+        &self,
+        _request: &FuseRequest,
+        _inode: INodeNo,
+        _handle: FileHandle,
+        _owner: LockOwner,
+        reply: ReplyEmpty,
+    ) {
         reply.ok(); // A close, not a cache flush.
     }
 
-    fn fsync(&self, _request: &FuseRequest, _inode: INodeNo, _handle: FileHandle, _datasync: bool, reply: ReplyEmpty) {
-        self.send(RequestKind::Flush, 0, 0, Vec::new(), move |result| answer(reply, result));
+    fn fsync(
+        &self,
+        _request: &FuseRequest,
+        _inode: INodeNo,
+        _handle: FileHandle,
+        _datasync: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.send(RequestKind::Flush, 0, 0, Vec::new(), move |result| {
+            answer(reply, result)
+        });
     }
 
     fn fallocate(
@@ -157,7 +212,9 @@ impl Filesystem for OneFile {
             return;
         };
         let length = length.min(self.geometry.bytes.saturating_sub(offset));
-        self.send(kind, offset, length, Vec::new(), move |result| answer(reply, result));
+        self.send(kind, offset, length, Vec::new(), move |result| {
+            answer(reply, result)
+        });
     }
 }
 
@@ -181,7 +238,10 @@ pub fn serve(
     std::fs::create_dir_all(directory)?;
     let (jobs, receiver) = channel::jobs(waker);
     let mut config = Config::default();
-    config.mount_options = vec![MountOption::FSName("varve".to_owned()), MountOption::Subtype("varve".to_owned())];
+    config.mount_options = vec![
+        MountOption::FSName("varve".to_owned()),
+        MountOption::Subtype("varve".to_owned()),
+    ];
     config.acl = SessionACL::Owner;
     config.n_threads = Some(2);
     let mount_point = directory.to_path_buf();
@@ -210,35 +270,52 @@ pub fn serve(
     let serving = Stopper::new(waker);
     let (until, waits) = (serving.clone(), stopper.clone());
     let ender = std::thread::spawn(move || {
-        let result = shower.join().unwrap_or_else(|_| Err(io::Error::other("the FUSE thread panicked")));
+        let result = shower
+            .join()
+            .unwrap_or_else(|_| Err(io::Error::other("the FUSE thread panicked")));
         waits.stop();
         until.stop();
         result
     });
     channel::serve(&receiver, factory, waker, &serving)?;
-    ender.join().unwrap_or_else(|_| Err(io::Error::other("the FUSE thread panicked")))
+    ender
+        .join()
+        .unwrap_or_else(|_| Err(io::Error::other("the FUSE thread panicked")))
 }
 
 fn attach(file: &Path, geometry: &Geometry) -> io::Result<String> {
     let mut command = Command::new("losetup");
-    command.args(["--find", "--show", "--direct-io=on", "--partscan"]).arg(format!("--sector-size={}", geometry.sector_bytes));
+    command
+        .args(["--find", "--show", "--direct-io=on", "--partscan"])
+        .arg(format!("--sector-size={}", geometry.sector_bytes));
     if geometry.read_only {
         command.arg("--read-only");
     }
     let output = command.arg(file).output()?;
     if !output.status.success() {
-        return Err(io::Error::other(format!("losetup: {}", String::from_utf8_lossy(&output.stderr).trim())));
+        return Err(io::Error::other(format!(
+            "losetup: {}",
+            String::from_utf8_lossy(&output.stderr).trim()
+        )));
     }
     Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
 fn detach(device: &str) -> io::Result<()> {
-    let output = Command::new("losetup").args(["--detach", device]).output()?;
+    let output = Command::new("losetup")
+        .args(["--detach", device])
+        .output()?;
     if !output.status.success() {
-        return Err(io::Error::other(format!("losetup: {}", String::from_utf8_lossy(&output.stderr).trim())));
+        return Err(io::Error::other(format!(
+            "losetup: {}",
+            String::from_utf8_lossy(&output.stderr).trim()
+        )));
     }
     // Detaching is lazy while somebody holds the device; wait for the last close.
-    let backing = PathBuf::from(format!("/sys/block/{}/loop/backing_file", device.trim_start_matches("/dev/")));
+    let backing = PathBuf::from(format!(
+        "/sys/block/{}/loop/backing_file",
+        device.trim_start_matches("/dev/")
+    ));
     for _ in 0..500 {
         if !backing.exists() {
             return Ok(());

@@ -16,7 +16,9 @@ thread_local! {
 
 /// Makes this thread's own ring (front ends other than ublk).
 pub(crate) fn make_ring(entries: u32) -> std::io::Result<RingPort> {
-    let ring = IoUring::builder().setup_cqsize(entries * 4).build(entries)?;
+    let ring = IoUring::builder()
+        .setup_cqsize(entries * 4)
+        .build(entries)?;
     RING.with(|cell| *cell.borrow_mut() = Some(ring));
     Ok(RingPort { push: push_own })
 }
@@ -48,22 +50,35 @@ pub(crate) fn push_into(ring: &mut IoUring, entry: &squeue::Entry) {
 pub(crate) fn wait_own(timeout_ns: u64, taken: &mut Vec<(u64, i32)>) -> std::io::Result<()> {
     RING.with(|cell| {
         let mut cell = cell.borrow_mut();
-        let Some(ring) = cell.as_mut() else { return Ok(()) };
-        let timeout = types::Timespec::new().sec(timeout_ns / 1_000_000_000).nsec((timeout_ns % 1_000_000_000) as u32);
+        let Some(ring) = cell.as_mut() else {
+            return Ok(());
+        };
+        let timeout = types::Timespec::new()
+            .sec(timeout_ns / 1_000_000_000)
+            .nsec((timeout_ns % 1_000_000_000) as u32);
         let arguments = types::SubmitArgs::new().timespec(&timeout);
         match ring.submitter().submit_with_args(1, &arguments) {
             Ok(_) => {}
-            Err(error) if matches!(error.raw_os_error(), Some(libc::ETIME | libc::EINTR | libc::EBUSY)) => {}
+            Err(error)
+                if matches!(
+                    error.raw_os_error(),
+                    Some(libc::ETIME | libc::EINTR | libc::EBUSY)
+                ) => {}
             Err(error) => return Err(error),
         }
-        taken.extend(ring.completion().map(|entry| (entry.user_data(), entry.result())));
+        taken.extend(
+            ring.completion()
+                .map(|entry| (entry.user_data(), entry.result())),
+        );
         Ok(())
     })
 }
 
 /// Asks the ring to tell when the bell rings.
 pub(crate) fn arm_bell(port: &RingPort, waker: &Waker) {
-    let entry = opcode::PollAdd::new(types::Fd(waker.descriptor()), libc::POLLIN as u32).build().user_data(BELL);
+    let entry = opcode::PollAdd::new(types::Fd(waker.descriptor()), libc::POLLIN as u32)
+        .build()
+        .user_data(BELL);
     (port.push)(&entry);
 }
 
@@ -75,7 +90,10 @@ pub(crate) struct RingTimer {
 
 impl RingTimer {
     pub(crate) fn new() -> RingTimer {
-        RingTimer { due_ns: u64::MAX, time: Box::new(types::Timespec::new()) }
+        RingTimer {
+            due_ns: u64::MAX,
+            time: Box::new(types::Timespec::new()),
+        }
     }
 
     /// Makes sure that the ring completes something within `after_ns`.
@@ -85,9 +103,13 @@ impl RingTimer {
             return;
         }
         self.due_ns = due;
-        *self.time = types::Timespec::new().sec(after_ns / 1_000_000_000).nsec((after_ns % 1_000_000_000) as u32);
+        *self.time = types::Timespec::new()
+            .sec(after_ns / 1_000_000_000)
+            .nsec((after_ns % 1_000_000_000) as u32);
         // The kernel copies the time when the entry is submitted, which happens before this thread waits again.
-        let entry = opcode::Timeout::new(&raw const *self.time).build().user_data(TIMER);
+        let entry = opcode::Timeout::new(&raw const *self.time)
+            .build()
+            .user_data(TIMER);
         (port.push)(&entry);
     }
 
@@ -98,11 +120,18 @@ impl RingTimer {
 
 /// The monotonic clock in nanoseconds.
 pub(crate) fn now_ns() -> u64 {
-    nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).map_or(0, |t| (t.tv_sec() * 1_000_000_000 + t.tv_nsec()) as u64)
+    nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)
+        .map_or(0, |t| (t.tv_sec() * 1_000_000_000 + t.tv_nsec()) as u64)
 }
 
 /// Gives a completion to the device, unless it is the bell's or a timer's.
-pub(crate) fn dispatch(device: &mut dyn Device, port: &RingPort, waker: &Waker, user_data: u64, result: i32) {
+pub(crate) fn dispatch(
+    device: &mut dyn Device,
+    port: &RingPort,
+    waker: &Waker,
+    user_data: u64,
+    result: i32,
+) {
     match user_data {
         BELL => {
             waker.clear();

@@ -44,7 +44,12 @@ const OPTION_BYTES_MAX: u32 = 64 << 10;
 const REQUEST_BYTES_MAX: u32 = 32 << 20;
 
 /// Serves `jobs` on `socket` from threads of its own until `stopper` says stop.
-pub fn listen(socket: &Path, geometry: Geometry, jobs: JobSender, stopper: &Stopper) -> io::Result<()> {
+pub fn listen(
+    socket: &Path,
+    geometry: Geometry,
+    jobs: JobSender,
+    stopper: &Stopper,
+) -> io::Result<()> {
     let _ = std::fs::remove_file(socket);
     let listener = UnixListener::bind(socket)?;
     std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))?;
@@ -57,7 +62,12 @@ pub fn listen(socket: &Path, geometry: Geometry, jobs: JobSender, stopper: &Stop
                     let jobs = jobs.clone();
                     std::thread::spawn(move || {
                         let _ = stream.set_nonblocking(false);
-                        let _ = Connection { stream, geometry, jobs }.run();
+                        let _ = Connection {
+                            stream,
+                            geometry,
+                            jobs,
+                        }
+                        .run();
                     });
                 }
                 Err(_) => std::thread::sleep(Duration::from_millis(20)),
@@ -108,7 +118,11 @@ impl Connection {
 
     fn transmission_flags(&self) -> u16 {
         let flags = TRANSMIT_HAS_FLAGS | TRANSMIT_FLUSH | TRANSMIT_MULTI_CONN;
-        if self.geometry.read_only { flags | TRANSMIT_READ_ONLY } else { flags | TRANSMIT_FUA | TRANSMIT_TRIM | TRANSMIT_ZEROES }
+        if self.geometry.read_only {
+            flags | TRANSMIT_READ_ONLY
+        } else {
+            flags | TRANSMIT_FUA | TRANSMIT_TRIM | TRANSMIT_ZEROES
+        }
     }
 
     /// True: transmission begins.
@@ -198,7 +212,9 @@ impl Connection {
                     continue;
                 }
             };
-            if matches!(command, RequestKind::Read | RequestKind::Write) && length > REQUEST_BYTES_MAX {
+            if matches!(command, RequestKind::Read | RequestKind::Write)
+                && length > REQUEST_BYTES_MAX
+            {
                 return Ok(()); // What follows cannot be told apart from requests any more.
             }
             let mut data = Vec::new();
@@ -206,10 +222,14 @@ impl Connection {
                 data = vec![0u8; length as usize];
                 self.stream.read_exact(&mut data)?;
             }
-            let inside = offset.checked_add(u64::from(length)).is_some_and(|end| end <= self.geometry.bytes);
+            let inside = offset
+                .checked_add(u64::from(length))
+                .is_some_and(|end| end <= self.geometry.bytes);
             let result = if !inside {
                 Err(libc::EINVAL)
-            } else if self.geometry.read_only && !matches!(command, RequestKind::Read | RequestKind::Flush) {
+            } else if self.geometry.read_only
+                && !matches!(command, RequestKind::Read | RequestKind::Flush)
+            {
                 Err(libc::EPERM)
             } else {
                 self.serve(command, offset, u64::from(length), &data, flags & 1 != 0)
@@ -218,7 +238,14 @@ impl Connection {
         }
     }
 
-    fn serve(&self, kind: RequestKind, offset: u64, length: u64, data: &[u8], durable: bool) -> Result<Vec<u8>, i32> {
+    fn serve(
+        &self,
+        kind: RequestKind,
+        offset: u64,
+        length: u64,
+        data: &[u8],
+        durable: bool,
+    ) -> Result<Vec<u8>, i32> {
         if !matches!(kind, RequestKind::Read | RequestKind::Write) {
             return self.jobs.call(kind, offset, length, Vec::new(), durable);
         }
@@ -226,7 +253,11 @@ impl Connection {
         let mut done = 0;
         while done < length {
             let part = (length - done).min(JOB_BYTES_MAX as u64);
-            let slice = if kind == RequestKind::Write { data[done as usize..(done + part) as usize].to_vec() } else { Vec::new() };
+            let slice = if kind == RequestKind::Write {
+                data[done as usize..(done + part) as usize].to_vec()
+            } else {
+                Vec::new()
+            };
             read.extend(self.jobs.call(kind, offset + done, part, slice, durable)?);
             done += part;
         }
@@ -234,7 +265,8 @@ impl Connection {
     }
 
     fn answer(&mut self, cookie: u64, result: Result<Vec<u8>, i32>) -> io::Result<()> {
-        let (errno, data) = result.map_or_else(|errno| (errno as u32, Vec::new()), |data| (0, data));
+        let (errno, data) =
+            result.map_or_else(|errno| (errno as u32, Vec::new()), |data| (0, data));
         let mut answer = Vec::with_capacity(16 + data.len());
         answer.extend(SIMPLE_REPLY_MAGIC.to_be_bytes());
         answer.extend(errno.to_be_bytes());

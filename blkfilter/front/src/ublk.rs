@@ -38,7 +38,10 @@ pub enum UblkFrontError {
 impl fmt::Display for UblkFrontError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            UblkFrontError::Missing => write!(f, "this kernel has no ublk: `modprobe ublk_drv`, or use the fallback (`--front fuse`)"),
+            UblkFrontError::Missing => write!(
+                f,
+                "this kernel has no ublk: `modprobe ublk_drv`, or use the fallback (`--front fuse`)"
+            ),
             UblkFrontError::Library(text) => write!(f, "ublk: {text}"),
         }
     }
@@ -125,8 +128,16 @@ pub fn serve(
 /// Everything happens on the calling thread, because libublk's control ring belongs to a thread. Some kernels never come back from ADD_DEV: whoever
 /// waits for `started` must not wait for ever.
 fn build(options: &UblkOptions) -> Result<UblkCtrl, UblkFrontError> {
-    let recovery = if options.lasting { u64::from(sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_REISSUE) } else { 0 };
-    let flags = if options.recover { UblkFlags::UBLK_DEV_F_RECOVER_DEV } else { UblkFlags::UBLK_DEV_F_ADD_DEV };
+    let recovery = if options.lasting {
+        u64::from(sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_REISSUE)
+    } else {
+        0
+    };
+    let flags = if options.recover {
+        UblkFlags::UBLK_DEV_F_RECOVER_DEV
+    } else {
+        UblkFlags::UBLK_DEV_F_ADD_DEV
+    };
     if let (true, Some(id)) = (options.recover, options.id) {
         UblkCtrl::new_simple(id as i32)?.start_user_recover()?;
     }
@@ -191,11 +202,15 @@ fn push_shared(entry: &io_uring::squeue::Entry) {
 
 fn run_queue(queue_id: u16, device: &UblkDev, factory: DeviceFactory, waker: &Waker) {
     let buffers = device.alloc_queue_io_bufs();
-    let Ok(queue) = UblkQueue::new(queue_id, device) else { return };
+    let Ok(queue) = UblkQueue::new(queue_id, device) else {
+        return;
+    };
     let port = RingPort { push: push_shared };
     let mut target = factory(port.clone());
     let wrapped: Vec<Buffer> = buffers.iter().map(wrap).collect();
-    let Ok(queue) = queue.submit_fetch_commands_unified(BufDescList::Slices(Some(&buffers))) else { return };
+    let Ok(queue) = queue.submit_fetch_commands_unified(BufDescList::Slices(Some(&buffers))) else {
+        return;
+    };
     arm_bell(&port, waker);
     let mut timer = RingTimer::new();
     timer.arm(&port, now_ns(), target.next_run_ns());
@@ -228,7 +243,10 @@ fn wrap(buffer: &IoBuf<u8>) -> Buffer {
 fn submit(queue: &UblkQueue<'_>, tag: u16, buffers: &[Buffer], target: &mut dyn Device) {
     let descriptor = queue.get_iod(tag);
     // Sectors are 512 bytes here whatever the device's are.
-    let (offset, length) = (descriptor.start_sector << 9, u64::from(descriptor.nr_sectors) << 9);
+    let (offset, length) = (
+        descriptor.start_sector << 9,
+        u64::from(descriptor.nr_sectors) << 9,
+    );
     let kind = match descriptor.op_flags & 0xff {
         sys::UBLK_IO_OP_READ => RequestKind::Read,
         sys::UBLK_IO_OP_WRITE => RequestKind::Write,
@@ -236,12 +254,20 @@ fn submit(queue: &UblkQueue<'_>, tag: u16, buffers: &[Buffer], target: &mut dyn 
         sys::UBLK_IO_OP_DISCARD => RequestKind::Discard,
         sys::UBLK_IO_OP_WRITE_ZEROES => RequestKind::Zero,
         _ => {
-            let _ = queue.complete_io_cmd_unified(tag, BufDesc::RawAddress(buffers[tag as usize].pointer()), Ok(UblkIORes::Result(-libc::EOPNOTSUPP)));
+            let _ = queue.complete_io_cmd_unified(
+                tag,
+                BufDesc::RawAddress(buffers[tag as usize].pointer()),
+                Ok(UblkIORes::Result(-libc::EOPNOTSUPP)),
+            );
             return;
         }
     };
     // A flush has no place; the kernel leaves something else there.
-    let (offset, length) = if kind == RequestKind::Flush { (0, 0) } else { (offset, length) };
+    let (offset, length) = if kind == RequestKind::Flush {
+        (0, 0)
+    } else {
+        (offset, length)
+    };
     let has_bytes = matches!(kind, RequestKind::Read | RequestKind::Write);
     target.submit(Request {
         tag: u32::from(tag),
@@ -263,7 +289,11 @@ fn answer(queue: &UblkQueue<'_>, buffers: &[IoBuf<u8>], target: &mut dyn Device)
             _ => 0,
         };
         let result = answer.result.map_or_else(|errno| -errno, |()| bytes);
-        let _ = queue.complete_io_cmd_unified(tag, BufDesc::Slice(buffers[tag as usize].as_slice()), Ok(UblkIORes::Result(result)));
+        let _ = queue.complete_io_cmd_unified(
+            tag,
+            BufDesc::Slice(buffers[tag as usize].as_slice()),
+            Ok(UblkIORes::Result(result)),
+        );
     }
 }
 
@@ -278,12 +308,18 @@ fn drain(target: &mut dyn Device, port: &RingPort, waker: &Waker) {
         let mut taken = Vec::new();
         with_task_io_ring_mut(|ring| {
             let _ = ring.submit();
-            taken.extend(ring.completion().map(|entry| (entry.user_data(), entry.result())));
+            taken.extend(
+                ring.completion()
+                    .map(|entry| (entry.user_data(), entry.result())),
+            );
         });
         if taken.is_empty() {
             std::thread::sleep(Duration::from_millis(1));
         }
-        for (user_data, result) in taken.into_iter().filter(|(user_data, _)| user_data & TARGET_BIT != 0) {
+        for (user_data, result) in taken
+            .into_iter()
+            .filter(|(user_data, _)| user_data & TARGET_BIT != 0)
+        {
             dispatch(target, port, waker, user_data, result);
         }
     }

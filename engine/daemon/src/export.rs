@@ -28,59 +28,113 @@ pub struct Exports {
 
 impl Exports {
     fn shown(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Export>> {
-        self.shown.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.shown
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     /// Shows an image; the answer is the block device, or the NBD socket.
-    pub fn show(&self, paths: &Paths, image: Image, what: String, writable: bool, socket: Option<String>) -> Result<String, ControlError> {
+    pub fn show(
+        &self,
+        paths: &Paths,
+        image: Image,
+        what: String,
+        writable: bool,
+        socket: Option<String>,
+    ) -> Result<String, ControlError> {
         let sector_bytes = 512;
-        let geometry = Geometry { bytes: image.bytes(), sector_bytes, physical_bytes: 4096, discard_granularity: 0, read_only: !writable };
+        let geometry = Geometry {
+            bytes: image.bytes(),
+            sector_bytes,
+            physical_bytes: 4096,
+            discard_granularity: 0,
+            read_only: !writable,
+        };
         let overlay = if writable {
             let directory = paths.store().join("scratch");
-            Some(Overlay::new(&directory, image.bytes()).map_err(|e| ControlError::new("X001-overlay", format!("{}: {e}", directory.display())))?)
+            Some(Overlay::new(&directory, image.bytes()).map_err(|e| {
+                ControlError::new("X001-overlay", format!("{}: {e}", directory.display()))
+            })?)
         } else {
             None
         };
         let image = Arc::new(image);
-        let factory: DeviceFactory =
-            Box::new(move |_port: RingPort| -> Box<dyn Device> { Box::new(ImageDevice::new(image, overlay)) });
+        let factory: DeviceFactory = Box::new(move |_port: RingPort| -> Box<dyn Device> {
+            Box::new(ImageDevice::new(image, overlay))
+        });
         let waker = Waker::new()?;
         let stopper = Stopper::new(&waker);
         let (shown_in, shown) = bounded::<String>(1);
-        let directory = paths.run().join("fuse").join(format!("image-{}-{}", std::process::id(), self.next_number()));
+        let directory = paths.run().join("fuse").join(format!(
+            "image-{}-{}",
+            std::process::id(),
+            self.next_number()
+        ));
         let (thread_waker, thread_stopper) = (waker.clone(), stopper.clone());
-        let thread = std::thread::Builder::new().name("export".to_owned()).spawn(move || match socket {
-            Some(socket) => {
-                let (jobs, receiver) = channel::jobs(&thread_waker);
-                nbd::listen(Path::new(&socket), geometry, jobs, &thread_stopper).map_err(|e| format!("{socket}: {e}"))?;
-                let _ = shown_in.send(socket);
-                channel::serve(&receiver, factory, &thread_waker, &thread_stopper).map_err(|e| e.to_string())
-            }
-            None if ublk::is_available() => {
-                let options = ublk::UblkOptions { id: None, recover: false, lasting: false, geometry };
-                let started = move |id: u32| {
-                    let _ = shown_in.send(format!("/dev/ublkb{id}"));
-                };
-                ublk::serve(&options, factory, &thread_waker, &thread_stopper, started).map_err(|e| e.to_string())
-            }
-            None => {
-                let started = move |path: &str| {
-                    let _ = shown_in.send(path.to_owned());
-                };
-                let result = fuse::serve(&directory, geometry, factory, &thread_waker, &thread_stopper, started).map_err(|e| e.to_string());
-                let _ = std::fs::remove_dir(&directory);
-                result
-            }
-        })?;
+        let thread = std::thread::Builder::new()
+            .name("export".to_owned())
+            .spawn(move || match socket {
+                Some(socket) => {
+                    let (jobs, receiver) = channel::jobs(&thread_waker);
+                    nbd::listen(Path::new(&socket), geometry, jobs, &thread_stopper)
+                        .map_err(|e| format!("{socket}: {e}"))?;
+                    let _ = shown_in.send(socket);
+                    channel::serve(&receiver, factory, &thread_waker, &thread_stopper)
+                        .map_err(|e| e.to_string())
+                }
+                None if ublk::is_available() => {
+                    let options = ublk::UblkOptions {
+                        id: None,
+                        recover: false,
+                        lasting: false,
+                        geometry,
+                    };
+                    let started = move |id: u32| {
+                        let _ = shown_in.send(format!("/dev/ublkb{id}"));
+                    };
+                    ublk::serve(&options, factory, &thread_waker, &thread_stopper, started)
+                        .map_err(|e| e.to_string())
+                }
+                None => {
+                    let started = move |path: &str| {
+                        let _ = shown_in.send(path.to_owned());
+                    };
+                    let result = fuse::serve(
+                        &directory,
+                        geometry,
+                        factory,
+                        &thread_waker,
+                        &thread_stopper,
+                        started,
+                    )
+                    .map_err(|e| e.to_string());
+                    let _ = std::fs::remove_dir(&directory);
+                    result
+                }
+            })?;
         match shown.recv_timeout(SHOW_WAIT) {
             Ok(name) => {
-                self.shown().insert(name.clone(), Export { what, stopper, thread });
+                self.shown().insert(
+                    name.clone(),
+                    Export {
+                        what,
+                        stopper,
+                        thread,
+                    },
+                );
                 Ok(name)
             }
             Err(_) => {
                 stopper.stop();
-                let why = if thread.is_finished() { thread.join().ok().and_then(Result::err).unwrap_or_default() } else { "no answer".to_owned() };
-                Err(ControlError::new("X002-show", format!("the image could not be shown: {why}")))
+                let why = if thread.is_finished() {
+                    thread.join().ok().and_then(Result::err).unwrap_or_default()
+                } else {
+                    "no answer".to_owned()
+                };
+                Err(ControlError::new(
+                    "X002-show",
+                    format!("the image could not be shown: {why}"),
+                ))
             }
         }
     }
@@ -93,7 +147,12 @@ impl Exports {
     /// Ends an export.
     pub fn hide(&self, name: &str) -> Result<(), ControlError> {
         let export = self.shown().remove(name);
-        let export = export.ok_or_else(|| ControlError::new("X003-unknown", format!("{name} is not an image of ours; `varve exports` lists them")))?;
+        let export = export.ok_or_else(|| {
+            ControlError::new(
+                "X003-unknown",
+                format!("{name} is not an image of ours; `varve exports` lists them"),
+            )
+        })?;
         export.stopper.stop();
         match export.thread.join() {
             Ok(Ok(())) => Ok(()),
@@ -104,7 +163,10 @@ impl Exports {
 
     /// What is shown: (device, what).
     pub fn list(&self) -> Vec<(String, String)> {
-        self.shown().iter().map(|(name, export)| (name.clone(), export.what.clone())).collect()
+        self.shown()
+            .iter()
+            .map(|(name, export)| (name.clone(), export.what.clone()))
+            .collect()
     }
 
     /// Ends all.

@@ -17,7 +17,11 @@ impl ImageDevice {
     /// A device that shows `image`, writable if there is an overlay.
     #[must_use]
     pub fn new(image: Arc<Image>, overlay: Option<Overlay>) -> ImageDevice {
-        ImageDevice { image, overlay, answers: VecDeque::new() }
+        ImageDevice {
+            image,
+            overlay,
+            answers: VecDeque::new(),
+        }
     }
 
     fn serve(&mut self, request: &Request) -> Result<(), Errno> {
@@ -31,19 +35,28 @@ impl ImageDevice {
                     eprintln!("varved: image at {}: {error}", self.image.lsn());
                     libc::EIO
                 })?;
-                self.overlay.as_ref().map_or(Ok(()), |overlay| overlay.cover(request.offset, bytes)).map_err(|_| libc::EIO)
+                self.overlay
+                    .as_ref()
+                    .map_or(Ok(()), |overlay| overlay.cover(request.offset, bytes))
+                    .map_err(|_| libc::EIO)
             }),
             (kind, buffer) => {
-                let Some(overlay) = self.overlay.as_mut() else { return Err(libc::EROFS) };
+                let Some(overlay) = self.overlay.as_mut() else {
+                    return Err(libc::EROFS);
+                };
                 let errno = |error: std::io::Error| error.raw_os_error().unwrap_or(libc::EIO);
                 match (kind, buffer) {
-                    (RequestKind::Write, Some(buffer)) => buffer.read_with(|bytes| overlay.write(request.offset, bytes)).map_err(errno),
+                    (RequestKind::Write, Some(buffer)) => buffer
+                        .read_with(|bytes| overlay.write(request.offset, bytes))
+                        .map_err(errno),
                     _ => {
                         let zeroes = vec![0u8; 1 << 20];
                         let mut at = 0;
                         while at < request.length {
                             let part = (request.length - at).min(zeroes.len() as u64);
-                            overlay.write(request.offset + at, &zeroes[..part as usize]).map_err(errno)?;
+                            overlay
+                                .write(request.offset + at, &zeroes[..part as usize])
+                                .map_err(errno)?;
                             at += part;
                         }
                         Ok(())
@@ -57,7 +70,10 @@ impl ImageDevice {
 impl Device for ImageDevice {
     fn submit(&mut self, request: Request) {
         let result = self.serve(&request);
-        self.answers.push_back(Answer { tag: request.tag, result });
+        self.answers.push_back(Answer {
+            tag: request.tag,
+            result,
+        });
     }
     fn completion(&mut self, _user_data: u64, _result: i32) {}
     fn woken(&mut self) {}

@@ -10,7 +10,8 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use varve_control::Paths;
 
-const HELP: &str = "varved: the store of Varve: keeps the history of protected volumes and gives back any instant.
+const HELP: &str =
+    "varved: the store of Varve: keeps the history of protected volumes and gives back any instant.
 
 Usage: varved [--root DIR]
 

@@ -18,17 +18,29 @@ impl Overlay {
     /// An empty overlay for `bytes`; its file lives in `directory` and has no name.
     pub fn new(directory: &Path, bytes: u64) -> io::Result<Overlay> {
         std::fs::create_dir_all(directory)?;
-        let path = directory.join(format!("overlay-{}-{:p}", std::process::id(), &raw const bytes));
-        let file = File::options().read(true).write(true).create_new(true).open(&path)?;
+        let path = directory.join(format!(
+            "overlay-{}-{:p}",
+            std::process::id(),
+            &raw const bytes
+        ));
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(&path)?;
         std::fs::remove_file(&path)?;
         file.set_len(bytes)?;
-        Ok(Overlay { file, written: HashSet::new() })
+        Ok(Overlay {
+            file,
+            written: HashSet::new(),
+        })
     }
 
     /// Writes over the image.
     pub fn write(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         self.file.write_all_at(bytes, offset)?;
-        self.written.extend(offset / SECTOR..(offset + bytes.len() as u64) / SECTOR);
+        self.written
+            .extend(offset / SECTOR..(offset + bytes.len() as u64) / SECTOR);
         Ok(())
     }
 

@@ -7,8 +7,8 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::sync::Mutex;
 use std::time::Duration;
 use varve_control::{
-    Client, ControlError, FilterOp, FilterReply, Instant, Paths, PointInfo, Reporter, StoreOp, StoreReply, VolumeHistory, VolumeInfo, VolumeSpec,
-    load_specs,
+    Client, ControlError, FilterOp, FilterReply, Instant, Paths, PointInfo, Reporter, StoreOp,
+    StoreReply, VolumeHistory, VolumeInfo, VolumeSpec, load_specs,
 };
 use varve_format::{Lsn, RecordKind, SegmentSequence, VolumeId, WallTime};
 use varve_restore::{RestoreError, differences};
@@ -36,20 +36,37 @@ impl Service {
     /// A service over `paths`.
     #[must_use]
     pub fn new(paths: Paths) -> Service {
-        Service { paths, stores: Mutex::new(BTreeMap::new()), exports: Exports::default() }
+        Service {
+            paths,
+            stores: Mutex::new(BTreeMap::new()),
+            exports: Exports::default(),
+        }
     }
 
     fn stores(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, VolumeStore>> {
-        self.stores.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.stores
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     fn specs(&self) -> Vec<VolumeSpec> {
-        load_specs(&self.paths.volumes()).into_iter().filter_map(Result::ok).collect()
+        load_specs(&self.paths.volumes())
+            .into_iter()
+            .filter_map(Result::ok)
+            .collect()
     }
 
     fn filter(&self) -> Result<Client, ControlError> {
         let socket = self.paths.filter_socket();
-        Client::connect(&socket).map_err(|e| error("D001-filter", format!("blkfilter does not answer on {}: {e}; start it", socket.display())))
+        Client::connect(&socket).map_err(|e| {
+            error(
+                "D001-filter",
+                format!(
+                    "blkfilter does not answer on {}: {e}; start it",
+                    socket.display()
+                ),
+            )
+        })
     }
 
     fn info(&self, name: &str) -> Result<VolumeInfo, ControlError> {
@@ -57,7 +74,12 @@ impl Service {
             FilterReply::Status { volumes, .. } => volumes
                 .into_iter()
                 .find(|volume| volume.name == name)
-                .ok_or_else(|| error("V019-unknown", format!("no volume is named {name}; `varve status` lists them"))),
+                .ok_or_else(|| {
+                    error(
+                        "V019-unknown",
+                        format!("no volume is named {name}; `varve status` lists them"),
+                    )
+                }),
             _ => Err(error("C005-answer", "blkfilter gave an unexpected answer")),
         }
     }
@@ -67,11 +89,20 @@ impl Service {
         let mut told: BTreeMap<String, String> = BTreeMap::new();
         loop {
             std::thread::sleep(FOLLOW_EVERY);
-            let Ok(FilterReply::Status { volumes, .. }) = self.filter().and_then(|mut filter| filter.call(&FilterOp::Status)) else { continue };
+            let Ok(FilterReply::Status { volumes, .. }) = self
+                .filter()
+                .and_then(|mut filter| filter.call(&FilterOp::Status))
+            else {
+                continue;
+            };
             for volume in volumes {
                 let outcome = match volume.rewind_target {
-                    Some(target) if volume.state == "rewinding" => self.finish_rewind(&volume, Lsn(target)),
-                    _ if volume.segments_held > 1 => self.take(&volume, SegmentSequence(volume.sequence)),
+                    Some(target) if volume.state == "rewinding" => {
+                        self.finish_rewind(&volume, Lsn(target))
+                    }
+                    _ if volume.segments_held > 1 => {
+                        self.take(&volume, SegmentSequence(volume.sequence))
+                    }
                     _ => Ok(()),
                 };
                 // Said once, not twice a second.
@@ -89,31 +120,59 @@ impl Service {
         }
     }
 
-    fn with_store<T>(&self, id: &str, work: impl FnOnce(&mut VolumeStore) -> Result<T, ControlError>) -> Result<T, ControlError> {
+    fn with_store<T>(
+        &self,
+        id: &str,
+        work: impl FnOnce(&mut VolumeStore) -> Result<T, ControlError>,
+    ) -> Result<T, ControlError> {
         let mut stores = self.stores();
         if !stores.contains_key(id) {
-            let volume = VolumeId::parse(id).ok_or_else(|| error("V029-id", "the volume's id is not 32 hex digits"))?;
-            let store = VolumeStore::open(&self.paths.store(), volume).map_err(|e| store_error(&e))?;
+            let volume = VolumeId::parse(id)
+                .ok_or_else(|| error("V029-id", "the volume's id is not 32 hex digits"))?;
+            let store =
+                VolumeStore::open(&self.paths.store(), volume).map_err(|e| store_error(&e))?;
             for damage in store.damaged() {
                 eprintln!("varved: {id}: {damage}");
             }
             stores.insert(id.to_owned(), store);
         }
-        stores.get_mut(id).map_or_else(|| Err(error("S003-locked", "the store went away")), work)
+        stores
+            .get_mut(id)
+            .map_or_else(|| Err(error("S003-locked", "the store went away")), work)
     }
 
     /// Takes every sealed segment below `below` into the store and lets the log recycle it.
     fn take(&self, volume: &VolumeInfo, below: SegmentSequence) -> Result<(), ControlError> {
         let spec = self.specs().into_iter().find(|spec| spec.id == volume.id);
-        let spec = spec.ok_or_else(|| error("V019-unknown", format!("{} has no file in {}", volume.name, self.paths.volumes().display())))?;
+        let spec = spec.ok_or_else(|| {
+            error(
+                "V019-unknown",
+                format!(
+                    "{} has no file in {}",
+                    volume.name,
+                    self.paths.volumes().display()
+                ),
+            )
+        })?;
         let done = self.with_store(&volume.id, |store| {
-            let mut log = File::open(&spec.log).map_err(|e| error("V014-log", format!("the log {}: {e}", spec.log.display())))?;
-            ingest(store, &mut log, spec.segment_bytes, spec.segment_count, below).map_err(|e| store_error(&e))
+            let mut log = File::open(&spec.log)
+                .map_err(|e| error("V014-log", format!("the log {}: {e}", spec.log.display())))?;
+            ingest(
+                store,
+                &mut log,
+                spec.segment_bytes,
+                spec.segment_count,
+                below,
+            )
+            .map_err(|e| store_error(&e))
         })?;
         for problem in &done.problems {
             eprintln!("varved: {}: {problem}", volume.name);
         }
-        self.filter()?.call::<_, FilterReply>(&FilterOp::Release { name: volume.name.clone(), below: done.below.0 })?;
+        self.filter()?.call::<_, FilterReply>(&FilterOp::Release {
+            name: volume.name.clone(),
+            below: done.below.0,
+        })?;
         Ok(())
     }
 
@@ -123,7 +182,9 @@ impl Service {
         if volume.state == "failed" {
             return Ok(volume); // Its history up to now can still be read.
         }
-        if let FilterReply::Sealed { sealed } = self.filter()?.call(&FilterOp::Seal { name: name.to_owned() })? {
+        if let FilterReply::Sealed { sealed } = self.filter()?.call(&FilterOp::Seal {
+            name: name.to_owned(),
+        })? {
             self.take(&volume, SegmentSequence(sealed.below))?;
         }
         Ok(volume)
@@ -132,58 +193,113 @@ impl Service {
     fn resolve(&self, store: &VolumeStore, instant: &Instant) -> Result<Lsn, ControlError> {
         let timeline = store.timeline();
         let wanted = match instant {
-            Instant::Now => timeline.last().ok_or_else(|| error("I001-none", "there is no whole image yet: the first full copy is running"))?,
+            Instant::Now => timeline.last().ok_or_else(|| {
+                error(
+                    "I001-none",
+                    "there is no whole image yet: the first full copy is running",
+                )
+            })?,
             Instant::Lsn(lsn) => Lsn(*lsn),
             Instant::Time(ns) => {
                 let first = timeline.first().map(|lsn| timeline.time_of(lsn));
                 if first.is_some_and(|first| WallTime(*ns) < first) {
-                    return Err(error("I002-before", format!("that is before the history begins, which is at {}", clock(first.map_or(0, |t| t.0)))));
+                    return Err(error(
+                        "I002-before",
+                        format!(
+                            "that is before the history begins, which is at {}",
+                            clock(first.map_or(0, |t| t.0))
+                        ),
+                    ));
                 }
                 timeline.at_time(WallTime(*ns))
             }
             Instant::Point(name) => {
-                let point = timeline.points.iter().rev().find(|point| read_name(store, point).as_deref() == Some(name));
-                point.map(|point| point.lsn).ok_or_else(|| error("I003-point", format!("no recovery point is named {name:?}; `varve points` lists them")))?
+                let point = timeline
+                    .points
+                    .iter()
+                    .rev()
+                    .find(|point| read_name(store, point).as_deref() == Some(name));
+                point.map(|point| point.lsn).ok_or_else(|| {
+                    error(
+                        "I003-point",
+                        format!("no recovery point is named {name:?}; `varve points` lists them"),
+                    )
+                })?
             }
         };
-        timeline.check(wanted).map_err(|nearest| error("I004-closed", describe(wanted, &nearest)))
+        timeline
+            .check(wanted)
+            .map_err(|nearest| error("I004-closed", describe(wanted, &nearest)))
     }
 
     /// Answers one question.
-    pub fn answer(&self, op: StoreOp, reporter: &mut Reporter<'_>) -> Result<StoreReply, ControlError> {
+    pub fn answer(
+        &self,
+        op: StoreOp,
+        reporter: &mut Reporter<'_>,
+    ) -> Result<StoreReply, ControlError> {
         match op {
             StoreOp::Ping => Ok(StoreReply::Done),
             StoreOp::History { volume } => {
                 let info = self.refresh(&volume)?;
-                self.with_store(&info.id, |store| Ok(StoreReply::History { history: Box::new(history(store)) }))
+                self.with_store(&info.id, |store| {
+                    Ok(StoreReply::History {
+                        history: Box::new(history(store)),
+                    })
+                })
             }
             StoreOp::Resolve { volume, instant } => {
                 let info = self.refresh(&volume)?;
                 self.with_store(&info.id, |store| {
                     let lsn = self.resolve(store, &instant)?;
-                    Ok(StoreReply::Resolved { lsn: lsn.0, time_ns: store.timeline().time_of(lsn).0 })
+                    Ok(StoreReply::Resolved {
+                        lsn: lsn.0,
+                        time_ns: store.timeline().time_of(lsn).0,
+                    })
                 })
             }
-            StoreOp::Export { volume, instant, writable, nbd } => {
+            StoreOp::Export {
+                volume,
+                instant,
+                writable,
+                nbd,
+            } => {
                 let (image, time_ns) = self.image(&volume, &instant)?;
                 let lsn = image.lsn().0;
-                let what = format!("{volume} at LSN {lsn} ({}){}", clock(time_ns), if writable { ", writable" } else { "" });
+                let what = format!(
+                    "{volume} at LSN {lsn} ({}){}",
+                    clock(time_ns),
+                    if writable { ", writable" } else { "" }
+                );
                 let device = self.exports.show(&self.paths, image, what, writable, nbd)?;
-                Ok(StoreReply::Shown { device, lsn, time_ns })
+                Ok(StoreReply::Shown {
+                    device,
+                    lsn,
+                    time_ns,
+                })
             }
             StoreOp::Unexport { device } => {
                 self.exports.hide(&device)?;
                 Ok(StoreReply::Done)
             }
-            StoreOp::Exports => Ok(StoreReply::Exports { exports: self.exports.list() }),
+            StoreOp::Exports => Ok(StoreReply::Exports {
+                exports: self.exports.list(),
+            }),
             StoreOp::Diff { volume, from, to } => self.diff(&volume, &from, &to),
             StoreOp::Compare { volume } => self.compare(&volume, reporter),
-            StoreOp::Rewind { volume, instant, dry_run } => self.rewind(&volume, &instant, dry_run, reporter),
+            StoreOp::Rewind {
+                volume,
+                instant,
+                dry_run,
+            } => self.rewind(&volume, &instant, dry_run, reporter),
             StoreOp::Forget { id } => {
                 self.stores().remove(&id);
-                let path = VolumeId::parse(&id).map(|volume| self.paths.store().join("volumes").join(volume.to_string()));
-                let path = path.ok_or_else(|| error("V029-id", "the volume's id is not 32 hex digits"))?;
-                std::fs::remove_dir_all(&path).map_err(|e| error("S001-io", format!("{}: {e}", path.display())))?;
+                let path = VolumeId::parse(&id)
+                    .map(|volume| self.paths.store().join("volumes").join(volume.to_string()));
+                let path =
+                    path.ok_or_else(|| error("V029-id", "the volume's id is not 32 hex digits"))?;
+                std::fs::remove_dir_all(&path)
+                    .map_err(|e| error("S001-io", format!("{}: {e}", path.display())))?;
                 Ok(StoreReply::Done)
             }
             StoreOp::Shutdown => {
@@ -211,7 +327,10 @@ impl Service {
             let mut ranges: Vec<(u64, u64)> = store
                 .segments()
                 .flat_map(|segment| segment.entries.iter())
-                .filter(|entry| (from.0..to.0).contains(&entry.lsn.get()) && entry.kind().is_ok_and(RecordKind::changes_image))
+                .filter(|entry| {
+                    (from.0..to.0).contains(&entry.lsn.get())
+                        && entry.kind().is_ok_and(RecordKind::changes_image)
+                })
                 .map(|entry| (entry.offset.get(), entry.offset.get() + entry.length.get()))
                 .collect();
             ranges.sort_unstable();
@@ -222,21 +341,38 @@ impl Service {
                     _ => merged.push((start, end)),
                 }
             }
-            let ranges: Vec<(u64, u64)> = merged.into_iter().map(|(start, end)| (start, end - start)).collect();
+            let ranges: Vec<(u64, u64)> = merged
+                .into_iter()
+                .map(|(start, end)| (start, end - start))
+                .collect();
             let bytes = ranges.iter().map(|range| range.1).sum();
             Ok(StoreReply::Ranges { ranges, bytes })
         })
     }
 
     /// Origin against image. Blocks that are written meanwhile differ for a moment, so whatever differs is looked at again, with a newer image.
-    fn compare(&self, volume: &str, reporter: &mut Reporter<'_>) -> Result<StoreReply, ControlError> {
+    fn compare(
+        &self,
+        volume: &str,
+        reporter: &mut Reporter<'_>,
+    ) -> Result<StoreReply, ControlError> {
         let (image, _) = self.image(volume, &Instant::Now)?;
         let info = self.info(volume)?;
         let origin = open_origin(&info.device)?;
         let mut suspects: Vec<(u64, u64)> = Vec::new();
-        let note = |offset: u64, bytes: &[u8], list: &mut Vec<(u64, u64)>| list.push((offset, bytes.len() as u64));
-        differences(&image, &origin, |offset, bytes| { note(offset, bytes, &mut suspects); Ok(()) }, |done, total| reporter.report(done, total))
-            .map_err(|e| restore_error(&e))?;
+        let note = |offset: u64, bytes: &[u8], list: &mut Vec<(u64, u64)>| {
+            list.push((offset, bytes.len() as u64))
+        };
+        differences(
+            &image,
+            &origin,
+            |offset, bytes| {
+                note(offset, bytes, &mut suspects);
+                Ok(())
+            },
+            |done, total| reporter.report(done, total),
+        )
+        .map_err(|e| restore_error(&e))?;
         for _ in 0..20 {
             if suspects.is_empty() {
                 break;
@@ -245,7 +381,10 @@ impl Service {
             let (image, _) = self.image(volume, &Instant::Now)?;
             let mut still = Vec::new();
             for (offset, length) in suspects {
-                let (mut ours, theirs) = (vec![0u8; length as usize], read_aligned(&origin, offset, length)?);
+                let (mut ours, theirs) = (
+                    vec![0u8; length as usize],
+                    read_aligned(&origin, offset, length)?,
+                );
                 image.read(offset, &mut ours).map_err(|e| store_error(&e))?;
                 if ours != theirs {
                     still.push((offset, length));
@@ -254,57 +393,119 @@ impl Service {
             suspects = still;
         }
         let bytes = suspects.iter().map(|range| range.1).sum();
-        Ok(StoreReply::Ranges { ranges: suspects, bytes })
+        Ok(StoreReply::Ranges {
+            ranges: suspects,
+            bytes,
+        })
     }
 
-    fn rewind(&self, volume: &str, instant: &Instant, dry_run: bool, reporter: &mut Reporter<'_>) -> Result<StoreReply, ControlError> {
+    fn rewind(
+        &self,
+        volume: &str,
+        instant: &Instant,
+        dry_run: bool,
+        reporter: &mut Reporter<'_>,
+    ) -> Result<StoreReply, ControlError> {
         let info = self.info(volume)?;
         if let (Some(target), "rewinding") = (info.rewind_target, info.state.as_str()) {
             let wanted = Lsn(target);
             if *instant != Instant::Lsn(target) {
-                return Err(error("V023-rewinding", format!("a rewind to LSN {target} was interrupted and is being finished; wait for it (`varve status`)")));
+                return Err(error(
+                    "V023-rewinding",
+                    format!(
+                        "a rewind to LSN {target} was interrupted and is being finished; wait for it (`varve status`)"
+                    ),
+                ));
             }
             let written = self.write_back(&info, wanted, reporter)?;
-            return Ok(StoreReply::Rewound { lsn: target, time_ns: 0, written_bytes: written, undo_lsn: 0 });
+            return Ok(StoreReply::Rewound {
+                lsn: target,
+                time_ns: 0,
+                written_bytes: written,
+                undo_lsn: 0,
+            });
         }
         let (image, time_ns) = self.image(volume, instant)?;
         let target = image.lsn();
         if dry_run {
             let origin = open_origin(&info.device)?;
-            let bytes = differences(&image, &origin, |_, _| Ok(()), |done, total| reporter.report(done, total)).map_err(|e| restore_error(&e))?;
-            return Ok(StoreReply::Rewound { lsn: target.0, time_ns, written_bytes: bytes, undo_lsn: 0 });
+            let bytes = differences(
+                &image,
+                &origin,
+                |_, _| Ok(()),
+                |done, total| reporter.report(done, total),
+            )
+            .map_err(|e| restore_error(&e))?;
+            return Ok(StoreReply::Rewound {
+                lsn: target.0,
+                time_ns,
+                written_bytes: bytes,
+                undo_lsn: 0,
+            });
         }
         if info.state != "protected" {
             return Err(error(
                 "V030-state",
-                format!("{volume} is {}: a rewind could not be undone from here. Wait until `varve status` says protected", info.state),
+                format!(
+                    "{volume} is {}: a rewind could not be undone from here. Wait until `varve status` says protected",
+                    info.state
+                ),
             ));
         }
         drop(image);
-        self.filter()?.call::<_, FilterReply>(&FilterOp::RewindBegin { name: volume.to_owned(), target: target.0 })?;
+        self.filter()?
+            .call::<_, FilterReply>(&FilterOp::RewindBegin {
+                name: volume.to_owned(),
+                target: target.0,
+            })?;
         // The span has begun: what is below it is the present before the rewind.
         let begun = self.refresh(volume)?;
-        let undo_lsn = self.with_store(&begun.id, |store| Ok(store.timeline().last().map_or(0, |lsn| lsn.0)))?;
+        let undo_lsn = self.with_store(&begun.id, |store| {
+            Ok(store.timeline().last().map_or(0, |lsn| lsn.0))
+        })?;
         let written_bytes = self.write_back(&begun, target, reporter)?;
-        Ok(StoreReply::Rewound { lsn: target.0, time_ns, written_bytes, undo_lsn })
+        Ok(StoreReply::Rewound {
+            lsn: target.0,
+            time_ns,
+            written_bytes,
+            undo_lsn,
+        })
     }
 
     /// The span is open: writes what differs and ends it.
-    fn write_back(&self, info: &VolumeInfo, target: Lsn, reporter: &mut Reporter<'_>) -> Result<u64, ControlError> {
+    fn write_back(
+        &self,
+        info: &VolumeInfo,
+        target: Lsn,
+        reporter: &mut Reporter<'_>,
+    ) -> Result<u64, ControlError> {
         let mut report = |done, total| {
             let _ = reporter.report(done, total);
         };
         self.write_back_with(info, target, &mut report)
     }
 
-    fn write_back_with(&self, info: &VolumeInfo, target: Lsn, report: &mut dyn FnMut(u64, u64)) -> Result<u64, ControlError> {
-        let image = self.with_store(&info.id, |store| Image::open(store, target).map_err(|e| store_error(&e)))?;
+    fn write_back_with(
+        &self,
+        info: &VolumeInfo,
+        target: Lsn,
+        report: &mut dyn FnMut(u64, u64),
+    ) -> Result<u64, ControlError> {
+        let image = self.with_store(&info.id, |store| {
+            Image::open(store, target).map_err(|e| store_error(&e))
+        })?;
         let origin = open_origin(&info.device)?;
         let mut filter = self.filter()?;
         let name = info.name.clone();
         let write = |offset: u64, bytes: &[u8]| {
-            let op = FilterOp::RewindWrite { name: name.clone(), offset };
-            filter.call_with::<_, FilterReply>(&op, bytes, |_| {}).map(|_| ()).map_err(|e| e.to_string())
+            let op = FilterOp::RewindWrite {
+                name: name.clone(),
+                offset,
+            };
+            filter
+                .call_with::<_, FilterReply>(&op, bytes, |_| {})
+                .map(|_| ())
+                .map_err(|e| e.to_string())
         };
         // A client that goes away does not leave a rewind half done.
         let go_on = |done, total| {
@@ -312,7 +513,10 @@ impl Service {
             true
         };
         let written = differences(&image, &origin, write, go_on).map_err(|e| restore_error(&e))?;
-        self.filter()?.call::<_, FilterReply>(&FilterOp::RewindEnd { name: info.name.clone() })?;
+        self.filter()?
+            .call::<_, FilterReply>(&FilterOp::RewindEnd {
+                name: info.name.clone(),
+            })?;
         Ok(written)
     }
 
@@ -320,7 +524,10 @@ impl Service {
     fn finish_rewind(&self, info: &VolumeInfo, target: Lsn) -> Result<(), ControlError> {
         self.refresh(&info.name)?;
         let written = self.write_back_with(info, target, &mut |_, _| {})?;
-        eprintln!("varved: {}: the interrupted rewind to LSN {target} is finished ({written} bytes were still to be written)", info.name);
+        eprintln!(
+            "varved: {}: the interrupted rewind to LSN {target} is finished ({written} bytes were still to be written)",
+            info.name
+        );
         Ok(())
     }
 }
@@ -349,9 +556,14 @@ fn restore_error(failed: &RestoreError) -> ControlError {
 }
 
 fn read_name(store: &VolumeStore, point: &varve_store::Event) -> Option<String> {
-    let segment = store.segments().find(|segment| segment.footer.sequence.get() == point.segment)?;
+    let segment = store
+        .segments()
+        .find(|segment| segment.footer.sequence.get() == point.segment)?;
     let mut name = vec![0u8; point.entry.length.get().min(255) as usize];
-    File::open(&segment.path).ok()?.read_exact_at(&mut name, point.entry.payload.get()).ok()?;
+    File::open(&segment.path)
+        .ok()?
+        .read_exact_at(&mut name, point.entry.payload.get())
+        .ok()?;
     String::from_utf8(name).ok()
 }
 
@@ -360,19 +572,44 @@ fn history(store: &VolumeStore) -> VolumeHistory {
     let mut answer = VolumeHistory {
         records: timeline.records(),
         stored_bytes: store.stored_bytes(),
-        payload_bytes: store.segments().flat_map(|s| s.entries.iter()).filter(|e| e.kind == RecordKind::Write as u8).map(|e| e.length.get()).sum(),
+        payload_bytes: store
+            .segments()
+            .flat_map(|s| s.entries.iter())
+            .filter(|e| e.kind == RecordKind::Write as u8)
+            .map(|e| e.length.get())
+            .sum(),
         ..VolumeHistory::default()
     };
     if let (Some(first), Some(last)) = (timeline.first(), timeline.last()) {
         (answer.first_lsn, answer.first_ns) = (first.0, timeline.time_of(first).0);
         (answer.last_lsn, answer.last_ns) = (last.0, timeline.time_of(last).0);
     }
-    answer.closed = timeline.closed().iter().map(|c| (c.from.0, c.to.0, c.from_time.0, c.to_time.0, span_name(c.kind).to_owned())).collect();
-    answer.gaps = timeline.gaps.iter().map(|gap| (gap.entry.offset.get() as i64, gap.time.0)).collect();
+    answer.closed = timeline
+        .closed()
+        .iter()
+        .map(|c| {
+            (
+                c.from.0,
+                c.to.0,
+                c.from_time.0,
+                c.to_time.0,
+                span_name(c.kind).to_owned(),
+            )
+        })
+        .collect();
+    answer.gaps = timeline
+        .gaps
+        .iter()
+        .map(|gap| (gap.entry.offset.get() as i64, gap.time.0))
+        .collect();
     answer.points = timeline
         .points
         .iter()
-        .map(|point| PointInfo { name: read_name(store, point).unwrap_or_default(), lsn: point.lsn.0, time_ns: point.time.0 })
+        .map(|point| PointInfo {
+            name: read_name(store, point).unwrap_or_default(),
+            lsn: point.lsn.0,
+            time_ns: point.time.0,
+        })
         .collect();
     answer
 }
@@ -391,12 +628,23 @@ fn span_name(kind: varve_format::SpanKind) -> &'static str {
 fn describe(wanted: Lsn, nearest: &Nearest) -> String {
     let why = nearest.reason.map_or("outside the history", span_name);
     let side = |instant: Option<(Lsn, WallTime)>, word: &str| {
-        instant.map_or_else(|| format!("none {word}"), |(lsn, time)| format!("{word} it lsn:{lsn} ({})", clock(time.0)))
+        instant.map_or_else(
+            || format!("none {word}"),
+            |(lsn, time)| format!("{word} it lsn:{lsn} ({})", clock(time.0)),
+        )
     };
-    format!("LSN {wanted} does not resolve ({why}); the nearest instants: {}, {}", side(nearest.before, "before"), side(nearest.after, "after"))
+    format!(
+        "LSN {wanted} does not resolve ({why}); the nearest instants: {}, {}",
+        side(nearest.before, "before"),
+        side(nearest.after, "after")
+    )
 }
 
 /// A time for messages: seconds since the epoch; `varve` shows clock times of its own.
 fn clock(ns: i64) -> String {
-    format!("@{}.{:03}", ns.div_euclid(1_000_000_000), ns.rem_euclid(1_000_000_000) / 1_000_000)
+    format!(
+        "@{}.{:03}",
+        ns.div_euclid(1_000_000_000),
+        ns.rem_euclid(1_000_000_000) / 1_000_000
+    )
 }

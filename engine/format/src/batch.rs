@@ -5,8 +5,8 @@
 //! the batch before it, so that the tail of a log ends at the first break whatever lies behind it.
 
 use crate::{
-    BLOCK_BYTES, EpochId, FormatError, Hash128, Lsn, RECORD_BYTES, Record, SegmentSequence, VERSION, VolumeId, WallTime,
-    crc32c, payload_crc,
+    BLOCK_BYTES, EpochId, FormatError, Hash128, Lsn, RECORD_BYTES, Record, SegmentSequence,
+    VERSION, VolumeId, WallTime, crc32c, payload_crc,
 };
 use zerocopy::little_endian::{I64, U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -79,7 +79,12 @@ const _: () = assert!(BATCH_RECORDS_MAX == 82);
 impl BatchHeader {
     /// A header for `position`; counts are set by [`BatchHeader::seal`].
     #[must_use]
-    pub fn new(position: BatchPosition, lsn_first: Lsn, wall_time: WallTime, previous_hash: Hash128) -> BatchHeader {
+    pub fn new(
+        position: BatchPosition,
+        lsn_first: Lsn,
+        wall_time: WallTime,
+        previous_hash: Hash128,
+    ) -> BatchHeader {
         BatchHeader {
             crc: U32::new(0),
             magic: MAGIC,
@@ -133,10 +138,14 @@ impl<'a> BatchView<'a> {
     /// Checks a header block: checksum, version, fields, records. Says nothing of the payload (see [`BatchView::check_payload`]).
     pub fn parse(block: &'a [u8]) -> Result<BatchView<'a>, FormatError> {
         if block.len() < BATCH_HEADER_BYTES {
-            return Err(FormatError::Truncated { needed: BATCH_HEADER_BYTES as u64, found: block.len() as u64 });
+            return Err(FormatError::Truncated {
+                needed: BATCH_HEADER_BYTES as u64,
+                found: block.len() as u64,
+            });
         }
         let block = &block[..BATCH_HEADER_BYTES];
-        let (header, rest) = BatchHeader::ref_from_prefix(block).map_err(|_| FormatError::NotVarve)?;
+        let (header, rest) =
+            BatchHeader::ref_from_prefix(block).map_err(|_| FormatError::NotVarve)?;
         if header.magic != MAGIC {
             return Err(FormatError::NotVarve);
         }
@@ -144,7 +153,10 @@ impl<'a> BatchView<'a> {
             return Err(FormatError::Checksum);
         }
         if header.version.get() > VERSION || header.incompat.get() != 0 {
-            return Err(FormatError::Newer { version: header.version.get(), incompat: header.incompat.get() });
+            return Err(FormatError::Newer {
+                version: header.version.get(),
+                incompat: header.incompat.get(),
+            });
         }
         let count = header.record_count.get() as usize;
         if count > BATCH_RECORDS_MAX {
@@ -156,11 +168,17 @@ impl<'a> BatchView<'a> {
         if header.reserved.get() != 0 || header.reserved_2 != [0; 24] {
             return Err(FormatError::Field("batch.reserved"));
         }
-        let (records, _) =
-            <[Record]>::ref_from_prefix_with_elems(rest, count).map_err(|_| FormatError::Field("batch.record_count"))?;
+        let (records, _) = <[Record]>::ref_from_prefix_with_elems(rest, count)
+            .map_err(|_| FormatError::Field("batch.record_count"))?;
         let payload_bytes = u64::from(header.payload_bytes.get());
-        records.iter().try_for_each(|record| record.check(payload_bytes))?;
-        Ok(BatchView { header, records, hash: Hash128::of(block) })
+        records
+            .iter()
+            .try_for_each(|record| record.check(payload_bytes))?;
+        Ok(BatchView {
+            header,
+            records,
+            hash: Hash128::of(block),
+        })
     }
 
     /// Refuses a batch that does not belong where it was found.
@@ -185,7 +203,9 @@ impl<'a> BatchView<'a> {
         for (index, record) in self.records.iter().enumerate() {
             let bytes = self.payload_of(record, payload).map_err(|e| (index, e))?;
             let lsn = self.lsn_first().plus(index as u64);
-            if !bytes.is_empty() && payload_crc(self.epoch(), lsn, bytes) != record.payload_crc.get() {
+            if !bytes.is_empty()
+                && payload_crc(self.epoch(), lsn, bytes) != record.payload_crc.get()
+            {
                 return Err((index, FormatError::Checksum));
             }
         }
@@ -193,10 +213,17 @@ impl<'a> BatchView<'a> {
     }
 
     /// The payload of one of this batch's records.
-    pub fn payload_of<'p>(&self, record: &Record, payload: &'p [u8]) -> Result<&'p [u8], FormatError> {
+    pub fn payload_of<'p>(
+        &self,
+        record: &Record,
+        payload: &'p [u8],
+    ) -> Result<&'p [u8], FormatError> {
         let start = record.payload_offset.get() as usize;
         let end = start + record.payload_bytes.get() as usize;
-        payload.get(start..end).ok_or(FormatError::Truncated { needed: end as u64, found: payload.len() as u64 })
+        payload.get(start..end).ok_or(FormatError::Truncated {
+            needed: end as u64,
+            found: payload.len() as u64,
+        })
     }
 
     /// The records in LSN order.
@@ -238,7 +265,12 @@ impl<'a> BatchView<'a> {
     /// Wall time of a record of this batch.
     #[must_use]
     pub fn time_of(&self, record: &Record) -> WallTime {
-        WallTime(self.header.wall_time.get().saturating_add(i64::from(record.time_delta_us.get()) * 1000))
+        WallTime(
+            self.header
+                .wall_time
+                .get()
+                .saturating_add(i64::from(record.time_delta_us.get()) * 1000),
+        )
     }
 
     /// Payload bytes behind the header, without padding.

@@ -33,7 +33,16 @@ impl VolumeState {
     #[must_use]
     pub fn from_code(code: u8) -> Option<VolumeState> {
         use VolumeState::{Bypass, Healing, Protected, Rewinding, Synchronising, Unverified};
-        [Synchronising, Protected, Bypass, Healing, Unverified, Rewinding].into_iter().find(|state| *state as u8 == code)
+        [
+            Synchronising,
+            Protected,
+            Bypass,
+            Healing,
+            Unverified,
+            Rewinding,
+        ]
+        .into_iter()
+        .find(|state| *state as u8 == code)
     }
 
     /// The word for it.
@@ -83,7 +92,10 @@ pub struct Checkpoint {
 impl Checkpoint {
     /// Appends the payload to `out`.
     pub fn encode_into(&self, out: &mut Vec<u8>) {
-        let (span_kind, span_begin, span_argument) = self.span.map_or((0, 0, 0), |(kind, begin, argument)| (kind as u8, begin.0, argument));
+        let (span_kind, span_begin, span_argument) =
+            self.span.map_or((0, 0, 0), |(kind, begin, argument)| {
+                (kind as u8, begin.0, argument)
+            });
         let fixed = Fixed {
             stable_lsn: U64::new(self.stable_lsn.0),
             span_begin: U64::new(span_begin),
@@ -102,8 +114,11 @@ impl Checkpoint {
 
     /// Reads a payload.
     pub fn parse(payload: &[u8]) -> Result<Checkpoint, FormatError> {
-        let (fixed, rest) = Fixed::ref_from_prefix(payload)
-            .map_err(|_| FormatError::Truncated { needed: FIXED_BYTES as u64, found: payload.len() as u64 })?;
+        let (fixed, rest) =
+            Fixed::ref_from_prefix(payload).map_err(|_| FormatError::Truncated {
+                needed: FIXED_BYTES as u64,
+                found: payload.len() as u64,
+            })?;
         let count = fixed.region_count.get() as usize;
         if count > OPEN_REGIONS_MAX || rest.len() < count * 4 {
             return Err(FormatError::Field("checkpoint.region_count"));
@@ -111,7 +126,8 @@ impl Checkpoint {
         let span = match fixed.span_kind {
             0 => None,
             code => {
-                let kind = SpanKind::from_code(code).ok_or(FormatError::Field("checkpoint.span_kind"))?;
+                let kind =
+                    SpanKind::from_code(code).ok_or(FormatError::Field("checkpoint.span_kind"))?;
                 Some((kind, Lsn(fixed.span_begin.get()), fixed.span_argument.get()))
             }
         };
@@ -119,8 +135,12 @@ impl Checkpoint {
             stable_lsn: Lsn(fixed.stable_lsn.get()),
             span,
             copy_cursor: fixed.copy_cursor.get(),
-            state: VolumeState::from_code(fixed.state).ok_or(FormatError::Field("checkpoint.state"))?,
-            regions: rest[..count * 4].chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+            state: VolumeState::from_code(fixed.state)
+                .ok_or(FormatError::Field("checkpoint.state"))?,
+            regions: rest[..count * 4]
+                .chunks_exact(4)
+                .map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+                .collect(),
         })
     }
 }

@@ -47,7 +47,9 @@ impl FormatError {
 impl fmt::Display for FormatError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            FormatError::Truncated { needed, found } => write!(f, "truncated: {found} bytes of {needed}"),
+            FormatError::Truncated { needed, found } => {
+                write!(f, "truncated: {found} bytes of {needed}")
+            }
             FormatError::NotVarve => write!(f, "not written by Varve, or never written"),
             FormatError::Checksum => write!(f, "the checksum does not match: torn or damaged"),
             FormatError::Newer { version, incompat } => write!(

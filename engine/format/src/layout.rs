@@ -21,32 +21,144 @@ macro_rules! table {
 #[must_use]
 pub fn markdown() -> String {
     let mut out = String::new();
-    table!(out, "Record", Record, [
-        kind, flags, detail, reserved, time_delta_us, offset, length, payload_offset, payload_crc, argument, payload_bytes,
-        reserved_2, reserved_3
-    ]);
-    table!(out, "Batch header", BatchHeader, [
-        crc, magic, version, compat, incompat, volume, epoch, segment, block, payload_bytes, lsn_first, record_count, reserved,
-        wall_time, previous_hash, reserved_2
-    ]);
-    table!(out, "Segment header", SegmentHeader, [
-        crc, magic, version, compat, incompat, volume, epoch, parent_epoch, sequence, lsn_start, previous_lsn_end,
-        previous_bytes, previous_hash, wall_time, volume_bytes, segment_bytes, sector_bytes, region_bytes,
-        checkpoint_bytes, checkpoint_crc, reserved
-    ]);
-    table!(out, "Segment footer", SegmentFooter, [
-        crc, magic, version, compat, incompat, volume, epoch, sequence, lsn_start, lsn_end, time_start, time_end, data_bytes,
-        root, reserved
-    ]);
-    table!(out, "Run header", RunHeader, [
-        crc, magic, version, compat, incompat, volume, sequence, entry_count, entries_crc, reserved
-    ]);
-    table!(out, "Run entry", RunEntry, [
-        lsn, offset, length, wall_time, payload, payload_crc, kind, flags, detail, reserved
-    ]);
-    table!(out, "State slot", StateSlot, [
-        crc, magic, version, kind, reserved, incompat, volume, epoch, generation, wall_time, volume_bytes, kernel_writes,
-        content, boot, lsn_start, sequence, reserved_2
-    ]);
+    table!(
+        out,
+        "Record",
+        Record,
+        [
+            kind,
+            flags,
+            detail,
+            reserved,
+            time_delta_us,
+            offset,
+            length,
+            payload_offset,
+            payload_crc,
+            argument,
+            payload_bytes,
+            reserved_2,
+            reserved_3
+        ]
+    );
+    table!(
+        out,
+        "Batch header",
+        BatchHeader,
+        [
+            crc,
+            magic,
+            version,
+            compat,
+            incompat,
+            volume,
+            epoch,
+            segment,
+            block,
+            payload_bytes,
+            lsn_first,
+            record_count,
+            reserved,
+            wall_time,
+            previous_hash,
+            reserved_2
+        ]
+    );
+    table!(
+        out,
+        "Segment header",
+        SegmentHeader,
+        [
+            crc,
+            magic,
+            version,
+            compat,
+            incompat,
+            volume,
+            epoch,
+            parent_epoch,
+            sequence,
+            lsn_start,
+            previous_lsn_end,
+            previous_bytes,
+            previous_hash,
+            wall_time,
+            volume_bytes,
+            segment_bytes,
+            sector_bytes,
+            region_bytes,
+            checkpoint_bytes,
+            checkpoint_crc,
+            oldest_held,
+            reserved
+        ]
+    );
+    table!(
+        out,
+        "Segment footer",
+        SegmentFooter,
+        [
+            crc, magic, version, compat, incompat, volume, epoch, sequence, lsn_start, lsn_end,
+            time_start, time_end, data_bytes, root, reserved
+        ]
+    );
+    table!(
+        out,
+        "Run header",
+        RunHeader,
+        [
+            crc,
+            magic,
+            version,
+            compat,
+            incompat,
+            volume,
+            sequence,
+            entry_count,
+            entries_crc,
+            reserved
+        ]
+    );
+    table!(
+        out,
+        "Run entry",
+        RunEntry,
+        [
+            lsn,
+            offset,
+            length,
+            wall_time,
+            payload,
+            payload_crc,
+            kind,
+            flags,
+            detail,
+            reserved
+        ]
+    );
+    table!(
+        out,
+        "State slot",
+        StateSlot,
+        [
+            crc,
+            magic,
+            version,
+            kind,
+            reserved,
+            incompat,
+            volume,
+            epoch,
+            generation,
+            wall_time,
+            volume_bytes,
+            kernel_writes,
+            content,
+            boot,
+            lsn_start,
+            sequence,
+            reserved_2
+        ]
+    );
     out
 }

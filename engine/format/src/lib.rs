@@ -18,13 +18,16 @@ mod segment;
 mod state;
 
 pub use batch::{
-    BATCH_HEADER_BYTES, BATCH_PAYLOAD_BYTES_MAX, BATCH_RECORDS_MAX, BatchHeader, BatchPosition, BatchView,
+    BATCH_HEADER_BYTES, BATCH_PAYLOAD_BYTES_MAX, BATCH_RECORDS_MAX, BatchHeader, BatchPosition,
+    BatchView,
 };
 pub use checkpoint::{CHECKPOINT_BYTES_MAX, Checkpoint, OPEN_REGIONS_MAX, VolumeState};
 pub use checksum::{Hash128, crc32c, payload_crc};
 pub use error::FormatError;
 pub use ids::{EpochId, Lsn, SegmentSequence, VolumeId, WallTime};
-pub use record::{RECORD_BYTES, RECORD_PAYLOAD_BYTES_MAX, Record, RecordFlags, RecordKind, SpanKind};
+pub use record::{
+    RECORD_BYTES, RECORD_PAYLOAD_BYTES_MAX, Record, RecordFlags, RecordKind, SpanKind,
+};
 pub use run::{RUN_ENTRY_BYTES, RunEntry, RunHeader};
 pub use segment::{SEGMENT_FOOTER_BYTES, SEGMENT_HEADER_BYTES, SegmentFooter, SegmentHeader};
 pub use state::{Fingerprint, STATE_SLOT_BYTES, STATE_SLOTS, StateKind, StateSlot};

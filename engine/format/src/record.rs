@@ -69,7 +69,10 @@ impl RecordKind {
     /// Whether the record changes what an image reads.
     #[must_use]
     pub fn changes_image(self) -> bool {
-        matches!(self, RecordKind::Write | RecordKind::Discard | RecordKind::Zero | RecordKind::Undefined)
+        matches!(
+            self,
+            RecordKind::Write | RecordKind::Discard | RecordKind::Zero | RecordKind::Undefined
+        )
     }
 }
 
@@ -93,9 +96,15 @@ impl SpanKind {
     /// Reads the code in a record's `detail`.
     #[must_use]
     pub fn from_code(code: u8) -> Option<SpanKind> {
-        [SpanKind::BaseCopy, SpanKind::Resync, SpanKind::CatchUp, SpanKind::Verify, SpanKind::Rewind]
-            .into_iter()
-            .find(|kind| *kind as u8 == code)
+        [
+            SpanKind::BaseCopy,
+            SpanKind::Resync,
+            SpanKind::CatchUp,
+            SpanKind::Verify,
+            SpanKind::Rewind,
+        ]
+        .into_iter()
+        .find(|kind| *kind as u8 == code)
     }
 }
 
@@ -111,7 +120,9 @@ impl RecordFlags {
 
 /// A record as it lies in a batch header. Its LSN is the batch's first LSN plus its index.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, PartialEq, Eq)]
+#[derive(
+    Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, PartialEq, Eq,
+)]
 pub struct Record {
     /// [`RecordKind`]; an unknown one ends the reading of a batch.
     pub kind: u8,
@@ -179,7 +190,10 @@ impl Record {
 
     /// The record's kind, or the error for a code that this version does not know.
     pub fn kind(&self) -> Result<RecordKind, FormatError> {
-        RecordKind::ALL.into_iter().find(|kind| *kind as u8 == self.kind).ok_or(FormatError::Field("record.kind"))
+        RecordKind::ALL
+            .into_iter()
+            .find(|kind| *kind as u8 == self.kind)
+            .ok_or(FormatError::Field("record.kind"))
     }
 
     /// End of the range on the volume, exclusive; `None` if it overflows.
@@ -200,8 +214,12 @@ impl Record {
             return Err(FormatError::Field("record.payload_bytes"));
         }
         match kind {
-            RecordKind::Write if payload != self.length.get() || payload == 0 => Err(FormatError::Field("record.length")),
-            RecordKind::SpanBegin if SpanKind::from_code(self.detail).is_none() => Err(FormatError::Field("record.detail")),
+            RecordKind::Write if payload != self.length.get() || payload == 0 => {
+                Err(FormatError::Field("record.length"))
+            }
+            RecordKind::SpanBegin if SpanKind::from_code(self.detail).is_none() => {
+                Err(FormatError::Field("record.detail"))
+            }
             _ => Ok(()),
         }
     }

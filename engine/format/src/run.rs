@@ -58,24 +58,43 @@ impl RunHeader {
 
     /// Checks a whole run and gives its entries.
     pub fn parse(bytes: &[u8]) -> Result<(RunHeader, &[RunEntry]), FormatError> {
-        let (header, rest) = RunHeader::read_from_prefix(bytes)
-            .map_err(|_| FormatError::Truncated { needed: BLOCK_BYTES, found: bytes.len() as u64 })?;
-        check_head(header.magic == MAGIC, header.crc.get(), header.as_bytes(), header.version.get(), header.incompat.get())?;
-        let needed = header.entry_count.get().checked_mul(RUN_ENTRY_BYTES as u64).ok_or(FormatError::Field("run.entry_count"))?;
+        let (header, rest) =
+            RunHeader::read_from_prefix(bytes).map_err(|_| FormatError::Truncated {
+                needed: BLOCK_BYTES,
+                found: bytes.len() as u64,
+            })?;
+        check_head(
+            header.magic == MAGIC,
+            header.crc.get(),
+            header.as_bytes(),
+            header.version.get(),
+            header.incompat.get(),
+        )?;
+        let needed = header
+            .entry_count
+            .get()
+            .checked_mul(RUN_ENTRY_BYTES as u64)
+            .ok_or(FormatError::Field("run.entry_count"))?;
         if needed != rest.len() as u64 {
-            return Err(FormatError::Truncated { needed, found: rest.len() as u64 });
+            return Err(FormatError::Truncated {
+                needed,
+                found: rest.len() as u64,
+            });
         }
         if crc32c(rest) != header.entries_crc.get() {
             return Err(FormatError::Checksum);
         }
-        let entries = <[RunEntry]>::ref_from_bytes(rest).map_err(|_| FormatError::Field("run.entries"))?;
+        let entries =
+            <[RunEntry]>::ref_from_bytes(rest).map_err(|_| FormatError::Field("run.entries"))?;
         Ok((header, entries))
     }
 }
 
 /// One record of a segment that an image, or the resolution of an instant, needs.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, PartialEq, Eq)]
+#[derive(
+    Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, PartialEq, Eq,
+)]
 pub struct RunEntry {
     /// LSN of the record.
     pub lsn: U64,
@@ -103,6 +122,9 @@ const _: () = assert!(size_of::<RunEntry>() == RUN_ENTRY_BYTES);
 impl RunEntry {
     /// The kind, or the error for an unknown one.
     pub fn kind(&self) -> Result<RecordKind, FormatError> {
-        RecordKind::ALL.into_iter().find(|kind| *kind as u8 == self.kind).ok_or(FormatError::Field("run.kind"))
+        RecordKind::ALL
+            .into_iter()
+            .find(|kind| *kind as u8 == self.kind)
+            .ok_or(FormatError::Field("run.kind"))
     }
 }

@@ -4,7 +4,8 @@
 //! where the previous segment ends even if stale batches lie behind that place.
 
 use crate::{
-    BLOCK_BYTES, CHECKPOINT_BYTES_MAX, Checkpoint, EpochId, FormatError, Hash128, Lsn, SegmentSequence, VERSION, VolumeId, WallTime, crc32c,
+    BLOCK_BYTES, CHECKPOINT_BYTES_MAX, Checkpoint, EpochId, FormatError, Hash128, Lsn,
+    SegmentSequence, VERSION, VolumeId, WallTime, crc32c,
 };
 use zerocopy::little_endian::{I64, U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -62,8 +63,10 @@ pub struct SegmentHeader {
     pub checkpoint_bytes: U32,
     /// CRC-32C of the checkpoint.
     pub checkpoint_crc: U32,
+    /// Segments below this one were in the store when this one was opened: their places are free, whatever still lies there.
+    pub oldest_held: U64,
     /// Zero.
-    pub reserved: [u8; 3944],
+    pub reserved: [u8; 3936],
 }
 const _: () = assert!(size_of::<SegmentHeader>() == SEGMENT_HEADER_BYTES);
 
@@ -88,13 +91,24 @@ impl SegmentHeader {
 
     /// Checks and copies a header out of its block.
     pub fn parse(block: &[u8]) -> Result<SegmentHeader, FormatError> {
-        let (header, _) = SegmentHeader::read_from_prefix(block)
-            .map_err(|_| FormatError::Truncated { needed: SEGMENT_HEADER_BYTES as u64, found: block.len() as u64 })?;
-        check_head(header.magic == MAGIC, header.crc.get(), header.as_bytes(), header.version.get(), header.incompat.get())?;
+        let (header, _) =
+            SegmentHeader::read_from_prefix(block).map_err(|_| FormatError::Truncated {
+                needed: SEGMENT_HEADER_BYTES as u64,
+                found: block.len() as u64,
+            })?;
+        check_head(
+            header.magic == MAGIC,
+            header.crc.get(),
+            header.as_bytes(),
+            header.version.get(),
+            header.incompat.get(),
+        )?;
         if header.region_bytes.get() == 0 || !header.region_bytes.get().is_power_of_two() {
             return Err(FormatError::Field("segment.region_bytes"));
         }
-        if header.segment_bytes.get() % BLOCK_BYTES != 0 || header.previous_lsn_end.get() > header.lsn_start.get() {
+        if header.segment_bytes.get() % BLOCK_BYTES != 0
+            || header.previous_lsn_end.get() > header.lsn_start.get()
+        {
             return Err(FormatError::Field("segment.lsn_start"));
         }
         if u64::from(header.checkpoint_bytes.get()) > CHECKPOINT_BYTES_MAX {
@@ -106,13 +120,17 @@ impl SegmentHeader {
     /// Where the first batch begins, in bytes from the start of the segment.
     #[must_use]
     pub fn data_offset(&self) -> u64 {
-        SEGMENT_HEADER_BYTES as u64 + u64::from(self.checkpoint_bytes.get()).next_multiple_of(BLOCK_BYTES)
+        SEGMENT_HEADER_BYTES as u64
+            + u64::from(self.checkpoint_bytes.get()).next_multiple_of(BLOCK_BYTES)
     }
 
     /// Checks and reads the checkpoint; `rest` is what follows the header block.
     pub fn checkpoint(&self, rest: &[u8]) -> Result<Checkpoint, FormatError> {
         let length = self.checkpoint_bytes.get() as usize;
-        let payload = rest.get(..length).ok_or(FormatError::Truncated { needed: length as u64, found: rest.len() as u64 })?;
+        let payload = rest.get(..length).ok_or(FormatError::Truncated {
+            needed: length as u64,
+            found: rest.len() as u64,
+        })?;
         if crc32c(payload) != self.checkpoint_crc.get() {
             return Err(FormatError::Checksum);
         }
@@ -214,9 +232,18 @@ impl SegmentFooter {
 
     /// Checks and copies a footer out of its block.
     pub fn parse(block: &[u8]) -> Result<SegmentFooter, FormatError> {
-        let (footer, _) = SegmentFooter::read_from_prefix(block)
-            .map_err(|_| FormatError::Truncated { needed: SEGMENT_FOOTER_BYTES as u64, found: block.len() as u64 })?;
-        check_head(footer.magic == FOOTER_MAGIC, footer.crc.get(), footer.as_bytes(), footer.version.get(), footer.incompat.get())?;
+        let (footer, _) =
+            SegmentFooter::read_from_prefix(block).map_err(|_| FormatError::Truncated {
+                needed: SEGMENT_FOOTER_BYTES as u64,
+                found: block.len() as u64,
+            })?;
+        check_head(
+            footer.magic == FOOTER_MAGIC,
+            footer.crc.get(),
+            footer.as_bytes(),
+            footer.version.get(),
+            footer.incompat.get(),
+        )?;
         if footer.lsn_end.get() < footer.lsn_start.get() {
             return Err(FormatError::Field("footer.lsn_end"));
         }
@@ -225,7 +252,13 @@ impl SegmentFooter {
 }
 
 /// The order in which every structure is judged: is it ours, is it whole, can we read it.
-pub(crate) fn check_head(magic: bool, crc: u32, bytes: &[u8], version: u16, incompat: u32) -> Result<(), FormatError> {
+pub(crate) fn check_head(
+    magic: bool,
+    crc: u32,
+    bytes: &[u8],
+    version: u16,
+    incompat: u32,
+) -> Result<(), FormatError> {
     if !magic {
         return Err(FormatError::NotVarve);
     }

@@ -5,7 +5,9 @@
 //! without it is recognised, however whole it looks.
 
 use crate::segment::check_head;
-use crate::{BLOCK_BYTES, EpochId, FormatError, Lsn, SegmentSequence, VERSION, VolumeId, WallTime, crc32c};
+use crate::{
+    BLOCK_BYTES, EpochId, FormatError, Lsn, SegmentSequence, VERSION, VolumeId, WallTime, crc32c,
+};
 use zerocopy::little_endian::{I64, U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -118,19 +120,32 @@ impl StateSlot {
 
     /// Checks and copies a slot out of its block.
     pub fn parse(block: &[u8]) -> Result<StateSlot, FormatError> {
-        let (slot, _) = StateSlot::read_from_prefix(block)
-            .map_err(|_| FormatError::Truncated { needed: STATE_SLOT_BYTES as u64, found: block.len() as u64 })?;
-        check_head(slot.magic == MAGIC, slot.crc.get(), slot.as_bytes(), slot.version.get(), slot.incompat.get())?;
+        let (slot, _) = StateSlot::read_from_prefix(block).map_err(|_| FormatError::Truncated {
+            needed: STATE_SLOT_BYTES as u64,
+            found: block.len() as u64,
+        })?;
+        check_head(
+            slot.magic == MAGIC,
+            slot.crc.get(),
+            slot.as_bytes(),
+            slot.version.get(),
+            slot.incompat.get(),
+        )?;
         slot.kind()?;
         Ok(slot)
     }
 
     /// What it says.
     pub fn kind(&self) -> Result<StateKind, FormatError> {
-        [StateKind::LogSpeaks, StateKind::Bypass, StateKind::Unverified, StateKind::Clean]
-            .into_iter()
-            .find(|kind| *kind as u8 == self.kind)
-            .ok_or(FormatError::Field("state.kind"))
+        [
+            StateKind::LogSpeaks,
+            StateKind::Bypass,
+            StateKind::Unverified,
+            StateKind::Clean,
+        ]
+        .into_iter()
+        .find(|kind| *kind as u8 == self.kind)
+        .ok_or(FormatError::Field("state.kind"))
     }
 
     /// The fingerprint taken at a clean close.

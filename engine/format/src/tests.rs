@@ -1,16 +1,22 @@
 //! Tests of the format: round trips, hostile bytes, and `FORMAT.md` against the code.
 
 use crate::{
-    BATCH_HEADER_BYTES, BatchHeader, BatchPosition, BatchView, Checkpoint, EpochId, FormatError, Fingerprint, Hash128, Lsn,
-    Record, RecordKind, RunHeader, SegmentFooter, SegmentHeader, SegmentSequence, SpanKind, StateKind, StateSlot,
-    VolumeId, VolumeState, WallTime, layout, payload_crc,
+    BATCH_HEADER_BYTES, BatchHeader, BatchPosition, BatchView, Checkpoint, EpochId, Fingerprint,
+    FormatError, Hash128, Lsn, Record, RecordKind, RunHeader, SegmentFooter, SegmentHeader,
+    SegmentSequence, SpanKind, StateKind, StateSlot, VolumeId, VolumeState, WallTime, layout,
+    payload_crc,
 };
 use proptest::prelude::{any, prop, proptest};
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::U32;
 
 fn position() -> BatchPosition {
-    BatchPosition { volume: VolumeId([1; 16]), epoch: EpochId([2; 16]), segment: SegmentSequence(3), block: 4 }
+    BatchPosition {
+        volume: VolumeId([1; 16]),
+        epoch: EpochId([2; 16]),
+        segment: SegmentSequence(3),
+        block: 4,
+    }
 }
 
 fn sample_batch() -> (Vec<u8>, Vec<u8>) {
@@ -50,7 +56,10 @@ fn every_bit_flip_in_a_payload_is_noticed() {
     let view = BatchView::parse(&block).unwrap();
     for bit in 0..payload.len() * 8 {
         payload[bit / 8] ^= 1 << (bit % 8);
-        assert_eq!(view.check_payload(&payload), Err((0, FormatError::Checksum)));
+        assert_eq!(
+            view.check_payload(&payload),
+            Err((0, FormatError::Checksum))
+        );
         payload[bit / 8] ^= 1 << (bit % 8);
     }
 }
@@ -61,10 +70,16 @@ fn batch_of_another_place_is_foreign() {
     let view = BatchView::parse(&block).unwrap();
     let mut wrong = position();
     wrong.block = 5;
-    assert_eq!(view.check_position(wrong), Err(FormatError::Foreign("place in its segment")));
+    assert_eq!(
+        view.check_position(wrong),
+        Err(FormatError::Foreign("place in its segment"))
+    );
     wrong = position();
     wrong.epoch = EpochId([9; 16]);
-    assert_eq!(view.check_position(wrong), Err(FormatError::Foreign("epoch")));
+    assert_eq!(
+        view.check_position(wrong),
+        Err(FormatError::Foreign("epoch"))
+    );
 }
 
 #[test]
@@ -72,7 +87,13 @@ fn newer_version_is_refused_by_name() {
     let mut header = SegmentHeader::empty();
     header.region_bytes = U32::new(4096);
     header.version = 9.into();
-    assert_eq!(SegmentHeader::parse(&header.to_block()).unwrap_err(), FormatError::Newer { version: 9, incompat: 0 });
+    assert_eq!(
+        SegmentHeader::parse(&header.to_block()).unwrap_err(),
+        FormatError::Newer {
+            version: 9,
+            incompat: 0
+        }
+    );
 }
 
 #[test]
@@ -92,9 +113,19 @@ fn checkpoint_survives_a_round_trip() {
 
 #[test]
 fn state_slot_survives_a_round_trip_and_no_bit_flip() {
-    let mut block =
-        StateSlot::encode(StateKind::Bypass, VolumeId([1; 16]), EpochId([2; 16]), 5, WallTime(6), (Lsn(1), SegmentSequence(1)), Fingerprint::default());
-    assert_eq!(StateSlot::parse(&block).unwrap().kind().unwrap(), StateKind::Bypass);
+    let mut block = StateSlot::encode(
+        StateKind::Bypass,
+        VolumeId([1; 16]),
+        EpochId([2; 16]),
+        5,
+        WallTime(6),
+        (Lsn(1), SegmentSequence(1)),
+        Fingerprint::default(),
+    );
+    assert_eq!(
+        StateSlot::parse(&block).unwrap().kind().unwrap(),
+        StateKind::Bypass
+    );
     for bit in 0..block.len() * 8 {
         block[bit / 8] ^= 1 << (bit % 8);
         assert!(StateSlot::parse(&block).is_err(), "bit {bit}");
@@ -122,7 +153,9 @@ proptest! {
         block[..4].copy_from_slice(&crc.to_le_bytes());
         if let Ok(view) = BatchView::parse(&block) {
             let _ = view.check_payload(&payload);
-            let _ = view.records().iter().map(|r| view.time_of(r)).count();
+            view.records().iter().for_each(|record| {
+                let _ = view.time_of(record);
+            });
         }
     }
 }
@@ -131,5 +164,8 @@ proptest! {
 fn format_md_holds_the_tables_of_this_code() {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/FORMAT.md");
     let text = std::fs::read_to_string(path).unwrap();
-    assert!(text.contains(&layout::markdown()), "FORMAT.md is out of date: replace its tables by `varve dump --layout`");
+    assert!(
+        text.contains(&layout::markdown()),
+        "FORMAT.md is out of date: replace its tables by `varve dump --layout`"
+    );
 }

@@ -15,7 +15,8 @@
 use crate::{Buffer, Memory};
 use std::rc::Rc;
 use varve_format::{
-    BATCH_HEADER_BYTES, BATCH_PAYLOAD_BYTES_MAX, BATCH_RECORDS_MAX, BatchHeader, Hash128, Lsn, RECORD_BYTES, Record, WallTime,
+    BATCH_HEADER_BYTES, BATCH_PAYLOAD_BYTES_MAX, BATCH_RECORDS_MAX, BatchHeader, Hash128, Lsn,
+    RECORD_BYTES, Record, WallTime,
 };
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -80,7 +81,14 @@ impl BatchBuffer {
     #[must_use]
     pub fn new(memory: &Rc<Memory>, base: usize, slots: usize) -> BatchBuffer {
         assert!(base + slots * SLOT_BYTES <= memory.bytes() && base.is_multiple_of(PAGE));
-        BatchBuffer { memory: Rc::clone(memory), base, slots, holds: vec![0; slots], next_order: 1, free: slots }
+        BatchBuffer {
+            memory: Rc::clone(memory),
+            base,
+            slots,
+            holds: vec![0; slots],
+            next_order: 1,
+            free: slots,
+        }
     }
 
     fn word(&self, slot: usize, word: usize) -> usize {
@@ -110,10 +118,17 @@ impl BatchBuffer {
 
     /// Opens a slot for a batch; the caller holds it once (for the log).
     pub fn open(&mut self, lsn_first: Lsn, time: WallTime) -> Option<usize> {
-        let slot = (0..self.slots).map(|i| (self.next_order as usize + i) % self.slots).find(|slot| self.holds[*slot] == 0)?;
-        self.memory.write_with(self.word(slot, DONE_FLAGS), BATCH_RECORDS_MAX, |flags| flags.fill(0));
-        self.memory.store(self.word(slot, WORD_ORDER), self.next_order);
-        self.memory.store(self.word(slot, WORD_LSN_FIRST), lsn_first.0);
+        let slot = (0..self.slots)
+            .map(|i| (self.next_order as usize + i) % self.slots)
+            .find(|slot| self.holds[*slot] == 0)?;
+        self.memory
+            .write_with(self.word(slot, DONE_FLAGS), BATCH_RECORDS_MAX, |flags| {
+                flags.fill(0)
+            });
+        self.memory
+            .store(self.word(slot, WORD_ORDER), self.next_order);
+        self.memory
+            .store(self.word(slot, WORD_LSN_FIRST), lsn_first.0);
         self.memory.store(self.word(slot, WORD_TIME), time.0 as u64);
         self.memory.store(self.word(slot, WORD_RECORDS), 0);
         self.memory.store(self.word(slot, WORD_PAYLOAD), 0);
@@ -174,32 +189,53 @@ impl BatchBuffer {
     pub fn push_payload(&self, slot: usize, copy: impl FnOnce(&mut [u8]), bytes: usize) -> usize {
         let at = self.payload_bytes(slot);
         assert!(at.is_multiple_of(PAYLOAD_ALIGN) && at + bytes <= BATCH_PAYLOAD_BYTES_MAX);
-        self.memory.write_with(self.payload_offset(slot) + at, bytes, copy);
+        self.memory
+            .write_with(self.payload_offset(slot) + at, bytes, copy);
         at
     }
 
     /// Runs `reader` on a range of the slot's payload.
-    pub fn read_payload<R>(&self, slot: usize, offset: usize, bytes: usize, reader: impl FnOnce(&[u8]) -> R) -> R {
-        self.memory.read_with(self.payload_offset(slot) + offset, bytes, reader)
+    pub fn read_payload<R>(
+        &self,
+        slot: usize,
+        offset: usize,
+        bytes: usize,
+        reader: impl FnOnce(&[u8]) -> R,
+    ) -> R {
+        self.memory
+            .read_with(self.payload_offset(slot) + offset, bytes, reader)
     }
 
     /// Adds a record, whose payload (if any) was pushed just before. From here on it survives us.
     pub fn push_record(&self, slot: usize, record: &Record) -> usize {
         let index = self.record_count(slot);
         assert!(index < BATCH_RECORDS_MAX);
-        self.memory.copy_in(self.header_offset(slot) + BatchHeader::record_range(index).start, record.as_bytes());
-        let (at, bytes) = (self.payload_bytes(slot), record.payload_bytes.get() as usize);
+        self.memory.copy_in(
+            self.header_offset(slot) + BatchHeader::record_range(index).start,
+            record.as_bytes(),
+        );
+        let (at, bytes) = (
+            self.payload_bytes(slot),
+            record.payload_bytes.get() as usize,
+        );
         let padded = bytes.next_multiple_of(PAYLOAD_ALIGN);
-        self.memory.write_with(self.payload_offset(slot) + at + bytes, padded - bytes, |tail| tail.fill(0));
-        self.memory.store(self.word(slot, WORD_PAYLOAD), (at + padded) as u64);
-        self.memory.store(self.word(slot, WORD_RECORDS), index as u64 + 1);
+        self.memory.write_with(
+            self.payload_offset(slot) + at + bytes,
+            padded - bytes,
+            |tail| tail.fill(0),
+        );
+        self.memory
+            .store(self.word(slot, WORD_PAYLOAD), (at + padded) as u64);
+        self.memory
+            .store(self.word(slot, WORD_RECORDS), index as u64 + 1);
         index
     }
 
     /// Marks records as held by the origin.
     pub fn mark_done(&self, chunk: Chunk) {
         let start = self.word(chunk.slot as usize, DONE_FLAGS) + chunk.first as usize;
-        self.memory.write_with(start, chunk.count as usize, |flags| flags.fill(1));
+        self.memory
+            .write_with(start, chunk.count as usize, |flags| flags.fill(1));
     }
 
     /// A range of a slot's payload as an I/O buffer.
@@ -212,31 +248,65 @@ impl BatchBuffer {
     pub fn seal(&self, slot: usize, header: BatchHeader) -> (Buffer, Hash128) {
         let payload = self.payload_bytes(slot);
         let padded = payload.next_multiple_of(PAGE);
-        self.memory.write_with(self.payload_offset(slot) + payload, padded - payload, |tail| tail.fill(0));
+        self.memory.write_with(
+            self.payload_offset(slot) + payload,
+            padded - payload,
+            |tail| tail.fill(0),
+        );
         let records = self.record_count(slot);
-        let hash = self.memory.write_with(self.header_offset(slot), BATCH_HEADER_BYTES, |block| header.seal(block, records, payload));
-        (Buffer::new(&self.memory, self.header_offset(slot), BATCH_HEADER_BYTES + padded), hash)
+        let hash = self
+            .memory
+            .write_with(self.header_offset(slot), BATCH_HEADER_BYTES, |block| {
+                header.seal(block, records, payload)
+            });
+        (
+            Buffer::new(
+                &self.memory,
+                self.header_offset(slot),
+                BATCH_HEADER_BYTES + padded,
+            ),
+            hash,
+        )
     }
 
     /// Everything a dead process left, in LSN order.
     #[must_use]
     pub fn survivors(&self) -> Vec<SurvivingRecord> {
-        let mut used: Vec<usize> = (0..self.slots).filter(|s| self.memory.load(self.word(*s, WORD_STATE)) == STATE_USED).collect();
+        let mut used: Vec<usize> = (0..self.slots)
+            .filter(|s| self.memory.load(self.word(*s, WORD_STATE)) == STATE_USED)
+            .collect();
         used.sort_by_key(|slot| self.memory.load(self.word(*slot, WORD_ORDER)));
         let mut found = Vec::new();
         for slot in used {
             let count = self.record_count(slot).min(BATCH_RECORDS_MAX);
             for index in 0..count {
                 let at = self.header_offset(slot) + BatchHeader::record_range(index).start;
-                let Some(record) = self.memory.read_with(at, RECORD_BYTES, |bytes| Record::read_from_bytes(bytes).ok()) else { continue };
+                let Some(record) = self.memory.read_with(at, RECORD_BYTES, |bytes| {
+                    Record::read_from_bytes(bytes).ok()
+                }) else {
+                    continue;
+                };
                 if record.check(BATCH_PAYLOAD_BYTES_MAX as u64).is_err() {
                     break;
                 }
                 let start = self.payload_offset(slot) + record.payload_offset.get() as usize;
-                let payload = self.memory.read_with(start, record.payload_bytes.get() as usize, <[u8]>::to_vec);
-                let done = self.memory.read_with(self.word(slot, DONE_FLAGS) + index, 1, |flag| flag[0] == 1);
-                let time = WallTime(self.time(slot).0 + i64::from(record.time_delta_us.get()) * 1000);
-                found.push(SurvivingRecord { lsn: self.lsn_first(slot).plus(index as u64), time, record, payload, done });
+                let payload = self.memory.read_with(
+                    start,
+                    record.payload_bytes.get() as usize,
+                    <[u8]>::to_vec,
+                );
+                let done = self
+                    .memory
+                    .read_with(self.word(slot, DONE_FLAGS) + index, 1, |flag| flag[0] == 1);
+                let time =
+                    WallTime(self.time(slot).0 + i64::from(record.time_delta_us.get()) * 1000);
+                found.push(SurvivingRecord {
+                    lsn: self.lsn_first(slot).plus(index as u64),
+                    time,
+                    record,
+                    payload,
+                    done,
+                });
             }
         }
         found

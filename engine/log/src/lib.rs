@@ -18,7 +18,9 @@ mod uring;
 mod writer;
 
 pub use buffer::{BatchBuffer, Chunk, SLOT_BYTES, SurvivingRecord};
-pub use medium::{BLOCKING_TOKENS, Completion, Disk, IoError, Medium, Now, Operation, run_blocking};
+pub use medium::{
+    BLOCKING_TOKENS, Completion, Disk, IoError, Medium, Now, Operation, run_blocking,
+};
 pub use memory::{Buffer, Memory};
 pub use scan::{RingSegment, ScanResult, Tail, note_record, read_headers, scan};
 pub use segment_reader::{ReadAt, SegmentError, SegmentReader, SegmentRecord};

@@ -109,7 +109,11 @@ pub trait Medium {
 
 /// Submits one operation and waits for it: for starting and closing a volume, where nothing else that matters is in flight. A disk that does not
 /// answer gives `ETIMEDOUT`; its late completion then belongs to nobody.
-pub fn run_blocking(medium: &mut dyn Medium, disk: Disk, operation: Operation) -> Result<(), IoError> {
+pub fn run_blocking(
+    medium: &mut dyn Medium,
+    disk: Disk,
+    operation: Operation,
+) -> Result<(), IoError> {
     static CALLS: AtomicU64 = AtomicU64::new(0);
     let token = BLOCKING_TOKENS + CALLS.fetch_add(1, Ordering::Relaxed);
     medium.submit(disk, token, operation);

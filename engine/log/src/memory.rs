@@ -30,8 +30,21 @@ impl Memory {
     pub fn anonymous(bytes: usize) -> std::io::Result<Rc<Memory>> {
         let length = NonZeroUsize::new(bytes).ok_or(std::io::ErrorKind::InvalidInput)?;
         // SAFETY: a fresh private mapping at an address of the kernel's choice aliases nothing.
-        let start = unsafe { mmap_anonymous(None, length, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_PRIVATE | MapFlags::MAP_POPULATE)? };
-        Ok(Rc::new(Memory { start: start.cast(), bytes, owned: true, locked: Cell::new(false), not_sync: PhantomData }))
+        let start = unsafe {
+            mmap_anonymous(
+                None,
+                length,
+                ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
+                MapFlags::MAP_PRIVATE | MapFlags::MAP_POPULATE,
+            )?
+        };
+        Ok(Rc::new(Memory {
+            start: start.cast(),
+            bytes,
+            owned: true,
+            locked: Cell::new(false),
+            not_sync: PhantomData,
+        }))
     }
 
     /// The first `bytes` of a file, shared: what is stored here outlives the process. The file must already have its blocks
@@ -39,8 +52,23 @@ impl Memory {
     pub fn of_file(file: &File, bytes: usize) -> std::io::Result<Rc<Memory>> {
         let length = NonZeroUsize::new(bytes).ok_or(std::io::ErrorKind::InvalidInput)?;
         // SAFETY: a shared mapping at an address of the kernel's choice; the file is ours alone (mode 0600, exclusive lock).
-        let start = unsafe { mmap(None, length, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED | MapFlags::MAP_POPULATE, file, 0)? };
-        Ok(Rc::new(Memory { start: start.cast(), bytes, owned: true, locked: Cell::new(false), not_sync: PhantomData }))
+        let start = unsafe {
+            mmap(
+                None,
+                length,
+                ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
+                MapFlags::MAP_SHARED | MapFlags::MAP_POPULATE,
+                file,
+                0,
+            )?
+        };
+        Ok(Rc::new(Memory {
+            start: start.cast(),
+            bytes,
+            owned: true,
+            locked: Cell::new(false),
+            not_sync: PhantomData,
+        }))
     }
 
     /// Memory that somebody else owns (a front end's request buffers).
@@ -48,7 +76,13 @@ impl Memory {
     /// # Safety
     /// `start..start + bytes` must stay valid and be touched by nobody else but the kernel for as long as the result lives.
     pub unsafe fn borrowed(start: NonNull<u8>, bytes: usize) -> Rc<Memory> {
-        Rc::new(Memory { start, bytes, owned: false, locked: Cell::new(false), not_sync: PhantomData })
+        Rc::new(Memory {
+            start,
+            bytes,
+            owned: false,
+            locked: Cell::new(false),
+            not_sync: PhantomData,
+        })
     }
 
     /// Locks the mapping into RAM, so that memory reclaim never waits for our own device. Refusal is a degradation, not a failure.
@@ -72,7 +106,12 @@ impl Memory {
     }
 
     fn at(&self, offset: usize, length: usize) -> *mut u8 {
-        assert!(offset.checked_add(length).is_some_and(|end| end <= self.bytes), "range outside the mapping");
+        assert!(
+            offset
+                .checked_add(length)
+                .is_some_and(|end| end <= self.bytes),
+            "range outside the mapping"
+        );
         // SAFETY: the range lies inside the mapping by the assertion.
         unsafe { self.start.as_ptr().add(offset) }
     }
@@ -91,7 +130,12 @@ impl Memory {
     }
 
     /// Runs `writer` on a range. No I/O may be using the range meanwhile, and the closure must not touch this mapping otherwise.
-    pub fn write_with<R>(&self, offset: usize, length: usize, writer: impl FnOnce(&mut [u8]) -> R) -> R {
+    pub fn write_with<R>(
+        &self,
+        offset: usize,
+        length: usize,
+        writer: impl FnOnce(&mut [u8]) -> R,
+    ) -> R {
         // SAFETY: as above; the closure contract forbids aliasing.
         writer(unsafe { std::slice::from_raw_parts_mut(self.at(offset, length), length) })
     }
@@ -135,7 +179,11 @@ impl Buffer {
     #[must_use]
     pub fn new(memory: &Rc<Memory>, offset: usize, bytes: usize) -> Buffer {
         let _ = memory.at(offset, bytes);
-        Buffer { memory: Rc::clone(memory), offset, bytes }
+        Buffer {
+            memory: Rc::clone(memory),
+            offset,
+            bytes,
+        }
     }
 
     /// A fresh buffer of its own.
@@ -158,8 +206,17 @@ impl Buffer {
     /// A part of this buffer.
     #[must_use]
     pub fn slice(&self, offset: usize, bytes: usize) -> Buffer {
-        assert!(offset.checked_add(bytes).is_some_and(|end| end <= self.bytes), "range outside the buffer");
-        Buffer { memory: Rc::clone(&self.memory), offset: self.offset + offset, bytes }
+        assert!(
+            offset
+                .checked_add(bytes)
+                .is_some_and(|end| end <= self.bytes),
+            "range outside the buffer"
+        );
+        Buffer {
+            memory: Rc::clone(&self.memory),
+            offset: self.offset + offset,
+            bytes,
+        }
     }
 
     /// Runs `reader` on the bytes (see [`Memory::read_with`]).

@@ -7,8 +7,8 @@ use crate::segment_reader::{ReadAt, SegmentError, SegmentReader};
 use crate::{Buffer, Disk, LogGeometry, Medium, Operation, run_blocking};
 use std::io;
 use varve_format::{
-    BATCH_HEADER_BYTES, BATCH_PAYLOAD_BYTES_MAX, Checkpoint, EpochId, FormatError, Hash128, Lsn, Record, RecordKind, SegmentHeader,
-    SegmentSequence, SpanKind, VolumeState, WallTime,
+    BATCH_HEADER_BYTES, BATCH_PAYLOAD_BYTES_MAX, Checkpoint, EpochId, FormatError, Hash128, Lsn,
+    Record, RecordKind, SegmentHeader, SegmentSequence, SpanKind, VolumeState, WallTime,
 };
 
 /// A segment that lies in the ring.
@@ -50,7 +50,7 @@ pub struct ScanResult {
     pub failed: Vec<(u64, u64)>,
     /// The last record was a clean close.
     pub clean_close: bool,
-    /// Oldest segment in the ring that belongs to the unbroken sequence that ends with the tail.
+    /// Oldest segment in the ring that the store may still need: of the unbroken sequence that ends with the tail, and not released when the tail's segment was opened.
     pub oldest: SegmentSequence,
     /// What stopped the scan, for the report.
     pub broke_at: Option<String>,
@@ -66,27 +66,45 @@ struct MediumReader<'a> {
 impl ReadAt for MediumReader<'_> {
     fn read_at(&mut self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
         let buffer = self.buffer.slice(0, bytes.len());
-        run_blocking(self.medium, Disk::Log, Operation::Read { offset, buffer: buffer.clone() })?;
+        run_blocking(
+            self.medium,
+            Disk::Log,
+            Operation::Read {
+                offset,
+                buffer: buffer.clone(),
+            },
+        )?;
         buffer.read_with(|source| bytes.copy_from_slice(source));
         Ok(())
     }
 }
 
 fn reader(medium: &mut dyn Medium) -> io::Result<MediumReader<'_>> {
-    Ok(MediumReader { medium, buffer: Buffer::anonymous(BATCH_HEADER_BYTES + BATCH_PAYLOAD_BYTES_MAX)? })
+    Ok(MediumReader {
+        medium,
+        buffer: Buffer::anonymous(BATCH_HEADER_BYTES + BATCH_PAYLOAD_BYTES_MAX)?,
+    })
 }
 
 /// Reads all segment headers of this volume in the ring, in the order of their sequence. Places without a valid header are left out;
 /// a newer version or a read error is an error.
-pub fn read_headers(source: &mut dyn ReadAt, segment_bytes: u64, segment_count: u64) -> Result<Vec<RingSegment>, SegmentError> {
+pub fn read_headers(
+    source: &mut dyn ReadAt,
+    segment_bytes: u64,
+    segment_count: u64,
+) -> Result<Vec<RingSegment>, SegmentError> {
     let mut found = Vec::new();
     let mut block = vec![0u8; varve_format::SEGMENT_HEADER_BYTES];
     for slot in 0..segment_count {
         let base = slot * segment_bytes;
         source.read_at(base, &mut block)?;
         match SegmentHeader::parse(&block) {
-            Ok(header) if header.sequence.get() % segment_count == slot => found.push(RingSegment { header, base }),
-            Ok(_) | Err(FormatError::NotVarve | FormatError::Checksum | FormatError::Truncated { .. }) => {}
+            Ok(header) if header.sequence.get() % segment_count == slot => {
+                found.push(RingSegment { header, base })
+            }
+            Ok(_)
+            | Err(FormatError::NotVarve | FormatError::Checksum | FormatError::Truncated { .. }) => {
+            }
             Err(error) => return Err(error.into()),
         }
     }
@@ -95,21 +113,34 @@ pub fn read_headers(source: &mut dyn ReadAt, segment_bytes: u64, segment_count: 
 }
 
 /// Scans a log. `Ok(None)`: the log is empty.
-pub fn scan(medium: &mut dyn Medium, geometry: &LogGeometry) -> Result<Option<ScanResult>, SegmentError> {
+pub fn scan(
+    medium: &mut dyn Medium,
+    geometry: &LogGeometry,
+) -> Result<Option<ScanResult>, SegmentError> {
     let mut source = reader(medium)?;
     let headers = read_headers(&mut source, geometry.segment_bytes, geometry.segment_count)?;
-    if let Some(foreign) = headers.iter().find(|s| s.header.volume() != geometry.volume) {
+    if let Some(foreign) = headers
+        .iter()
+        .find(|s| s.header.volume() != geometry.volume)
+    {
         let _ = foreign;
         return Err(FormatError::Foreign("volume").into());
     }
     for (index, segment) in headers.iter().enumerate().rev() {
         // A header whose checkpoint is torn was never flushed: nothing in that segment was durable, the one before it is whole.
-        match SegmentReader::open(&mut source as &mut dyn ReadAt, segment.base, geometry.segment_bytes) {
+        match SegmentReader::open(
+            &mut source as &mut dyn ReadAt,
+            segment.base,
+            geometry.segment_bytes,
+        ) {
             Ok(opened) => {
-                let oldest = oldest_of(&headers[..=index]);
+                let released = SegmentSequence(opened.header().oldest_held.get());
+                let oldest = oldest_of(&headers[..=index]).max(released);
                 return scan_segment(opened, oldest).map(Some);
             }
-            Err(SegmentError::Format(FormatError::Checksum | FormatError::Field(_) | FormatError::Truncated { .. })) => {}
+            Err(SegmentError::Format(
+                FormatError::Checksum | FormatError::Field(_) | FormatError::Truncated { .. },
+            )) => {}
             Err(error) => return Err(error),
         }
     }
@@ -133,7 +164,10 @@ fn oldest_of(headers: &[RingSegment]) -> SegmentSequence {
     SegmentSequence(oldest)
 }
 
-fn scan_segment(mut reader: SegmentReader<&mut dyn ReadAt>, oldest: SegmentSequence) -> Result<ScanResult, SegmentError> {
+fn scan_segment(
+    mut reader: SegmentReader<&mut dyn ReadAt>,
+    oldest: SegmentSequence,
+) -> Result<ScanResult, SegmentError> {
     let header = *reader.header();
     let region_bytes = u64::from(header.region_bytes.get());
     let mut checkpoint = reader.checkpoint().clone();
@@ -153,33 +187,79 @@ fn scan_segment(mut reader: SegmentReader<&mut dyn ReadAt>, oldest: SegmentSeque
             clean_close = found.kind == RecordKind::CleanClose;
             match found.kind {
                 RecordKind::Stable => failed.clear(),
-                RecordKind::Failed => failed.push((found.record.offset.get(), found.record.length.get())),
+                RecordKind::Failed => {
+                    failed.push((found.record.offset.get(), found.record.length.get()))
+                }
                 RecordKind::SizeChange => volume_bytes = found.record.length.get(),
                 _ => {}
             }
-            note_record(&mut checkpoint, found.kind, found.lsn, found.record, found.payload, region_bytes);
+            note_record(
+                &mut checkpoint,
+                found.kind,
+                found.lsn,
+                found.record,
+                found.payload,
+                region_bytes,
+            );
         })?;
     };
     let (bytes, hash, lsn_end) = reader.tail();
-    let tail = Tail { sequence: header.sequence(), epoch: header.epoch(), parent_epoch: EpochId(header.parent_epoch), bytes, hash, lsn_end, time };
-    Ok(ScanResult { tail, checkpoint, failed, clean_close, oldest, broke_at, volume_bytes })
+    let tail = Tail {
+        sequence: header.sequence(),
+        epoch: header.epoch(),
+        parent_epoch: EpochId(header.parent_epoch),
+        bytes,
+        hash,
+        lsn_end,
+        time,
+    };
+    Ok(ScanResult {
+        tail,
+        checkpoint,
+        failed,
+        clean_close,
+        oldest,
+        broke_at,
+        volume_bytes,
+    })
 }
 
 /// Brings a checkpoint up to date with a record behind it.
-pub fn note_record(checkpoint: &mut Checkpoint, kind: RecordKind, lsn: Lsn, record: &Record, payload: &[u8], region_bytes: u64) {
+pub fn note_record(
+    checkpoint: &mut Checkpoint,
+    kind: RecordKind,
+    lsn: Lsn,
+    record: &Record,
+    payload: &[u8],
+    region_bytes: u64,
+) {
     match kind {
         RecordKind::Stable => {
             if let Ok(newer) = Checkpoint::parse(payload) {
                 *checkpoint = newer;
             }
         }
-        RecordKind::Write | RecordKind::Discard | RecordKind::Zero | RecordKind::Intent | RecordKind::Undefined | RecordKind::Failed => {
-            open_regions(checkpoint, record.offset.get(), record.length.get(), region_bytes);
+        RecordKind::Write
+        | RecordKind::Discard
+        | RecordKind::Zero
+        | RecordKind::Intent
+        | RecordKind::Undefined
+        | RecordKind::Failed => {
+            open_regions(
+                checkpoint,
+                record.offset.get(),
+                record.length.get(),
+                region_bytes,
+            );
         }
         RecordKind::SpanBegin => {
             if let Some(kind) = SpanKind::from_code(record.detail) {
                 checkpoint.span = Some((kind, lsn, record.argument.get()));
-                checkpoint.copy_cursor = if matches!(kind, SpanKind::Resync | SpanKind::Rewind) { u64::MAX } else { 0 };
+                checkpoint.copy_cursor = if matches!(kind, SpanKind::Resync | SpanKind::Rewind) {
+                    u64::MAX
+                } else {
+                    0
+                };
                 checkpoint.state = state_of(kind);
             }
         }
@@ -188,7 +268,11 @@ pub fn note_record(checkpoint: &mut Checkpoint, kind: RecordKind, lsn: Lsn, reco
             checkpoint.copy_cursor = u64::MAX;
             checkpoint.state = VolumeState::Protected;
         }
-        RecordKind::Point | RecordKind::Gap | RecordKind::Epoch | RecordKind::SizeChange | RecordKind::CleanClose => {}
+        RecordKind::Point
+        | RecordKind::Gap
+        | RecordKind::Epoch
+        | RecordKind::SizeChange
+        | RecordKind::CleanClose => {}
     }
 }
 

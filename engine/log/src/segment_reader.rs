@@ -4,8 +4,9 @@
 
 use std::io;
 use varve_format::{
-    BATCH_HEADER_BYTES, BATCH_PAYLOAD_BYTES_MAX, BLOCK_BYTES, BatchPosition, BatchView, CHECKPOINT_BYTES_MAX, Checkpoint,
-    EpochId, FormatError, Hash128, Lsn, Record, RecordKind, SEGMENT_HEADER_BYTES, SegmentHeader, WallTime,
+    BATCH_HEADER_BYTES, BATCH_PAYLOAD_BYTES_MAX, BLOCK_BYTES, BatchPosition, BatchView,
+    CHECKPOINT_BYTES_MAX, Checkpoint, EpochId, FormatError, Hash128, Lsn, Record, RecordKind,
+    SEGMENT_HEADER_BYTES, SegmentHeader, WallTime,
 };
 
 /// Anything that can be read by offset.
@@ -22,7 +23,9 @@ impl ReadAt for std::fs::File {
 
 impl ReadAt for &[u8] {
     fn read_at(&mut self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
-        let source = usize::try_from(offset).ok().and_then(|start| self.get(start..start.checked_add(bytes.len())?));
+        let source = usize::try_from(offset)
+            .ok()
+            .and_then(|start| self.get(start..start.checked_add(bytes.len())?));
         bytes.copy_from_slice(source.ok_or(io::ErrorKind::UnexpectedEof)?);
         Ok(())
     }
@@ -94,7 +97,11 @@ impl From<FormatError> for SegmentError {
 
 impl<R: ReadAt> SegmentReader<R> {
     /// Opens the segment at `base` of `source`: header and checkpoint are read and checked. `segment_bytes` bounds it.
-    pub fn open(mut source: R, base: u64, segment_bytes: u64) -> Result<SegmentReader<R>, SegmentError> {
+    pub fn open(
+        mut source: R,
+        base: u64,
+        segment_bytes: u64,
+    ) -> Result<SegmentReader<R>, SegmentError> {
         let mut block = vec![0u8; SEGMENT_HEADER_BYTES];
         source.read_at(base, &mut block)?;
         let header = SegmentHeader::parse(&block)?;
@@ -144,7 +151,8 @@ impl<R: ReadAt> SegmentReader<R> {
         if self.position + BATCH_HEADER_BYTES as u64 > self.end {
             return Ok(false);
         }
-        self.source.read_at(self.base + self.position, &mut self.block)?;
+        self.source
+            .read_at(self.base + self.position, &mut self.block)?;
         let view = BatchView::parse(&self.block)?;
         view.check_position(BatchPosition {
             volume: self.header.volume(),
@@ -153,19 +161,29 @@ impl<R: ReadAt> SegmentReader<R> {
             block: (self.position / BLOCK_BYTES) as u32,
         })?;
         if view.previous_hash() != self.previous_hash {
-            return Err(FormatError::Foreign("chain: the batch before it is missing or another").into());
+            return Err(
+                FormatError::Foreign("chain: the batch before it is missing or another").into(),
+            );
         }
         if view.lsn_first() != self.next_lsn {
             return Err(FormatError::Foreign("LSN").into());
         }
         if self.position + view.stored_bytes() > self.end {
-            return Err(FormatError::Truncated { needed: view.stored_bytes(), found: self.end - self.position }.into());
+            return Err(FormatError::Truncated {
+                needed: view.stored_bytes(),
+                found: self.end - self.position,
+            }
+            .into());
         }
         let length = view.payload_bytes().next_multiple_of(BLOCK_BYTES as usize);
         if length > 0 {
-            self.source.read_at(self.base + self.position + BATCH_HEADER_BYTES as u64, &mut self.payload[..length])?;
+            self.source.read_at(
+                self.base + self.position + BATCH_HEADER_BYTES as u64,
+                &mut self.payload[..length],
+            )?;
         }
-        view.check_payload(&self.payload[..view.payload_bytes()]).map_err(|(_, error)| error)?;
+        view.check_payload(&self.payload[..view.payload_bytes()])
+            .map_err(|(_, error)| error)?;
         self.batch_at = self.position;
         self.position += view.stored_bytes();
         self.previous_hash = view.hash();
@@ -183,7 +201,9 @@ impl<R: ReadAt> SegmentReader<R> {
                 kind: record.kind()?,
                 record,
                 payload: view.payload_of(record, &self.payload)?,
-                payload_at: self.batch_at + BATCH_HEADER_BYTES as u64 + u64::from(record.payload_offset.get()),
+                payload_at: self.batch_at
+                    + BATCH_HEADER_BYTES as u64
+                    + u64::from(record.payload_offset.get()),
             });
         }
         Ok(())

@@ -77,7 +77,11 @@ impl SimMachine {
     /// A machine with disks of these sizes (origin, log, state), all zero.
     #[must_use]
     pub fn new(seed: u64, sizes: [usize; 3]) -> SimMachine {
-        let disk = |bytes| SimDisk { durable: vec![0; bytes], current: vec![0; bytes], ..SimDisk::default() };
+        let disk = |bytes| SimDisk {
+            durable: vec![0; bytes],
+            current: vec![0; bytes],
+            ..SimDisk::default()
+        };
         SimMachine {
             disks: sizes.map(disk),
             in_flight: Vec::new(),
@@ -146,7 +150,11 @@ impl SimMachine {
         for flight in std::mem::take(&mut self.in_flight) {
             if let Operation::Write { offset, buffer } = &flight.operation {
                 let data = buffer.read_with(<[u8]>::to_vec);
-                self.disks[flight.disk as usize].cached.push(CachedWrite { offset: *offset as usize, data, completed_at: u64::MAX });
+                self.disks[flight.disk as usize].cached.push(CachedWrite {
+                    offset: *offset as usize,
+                    data,
+                    completed_at: u64::MAX,
+                });
             }
         }
         for index in 0..self.disks.len() {
@@ -167,7 +175,11 @@ impl SimMachine {
             }
             let disk = &mut self.disks[index];
             disk.current.clone_from(&disk.durable);
-            disk.fault = if disk.fault == DiskFault::IgnoreFlush { disk.fault } else { DiskFault::None };
+            disk.fault = if disk.fault == DiskFault::IgnoreFlush {
+                disk.fault
+            } else {
+                DiskFault::None
+            };
         }
         self.now_ns += 5_000_000_000;
         self.crash_at = None;
@@ -191,7 +203,9 @@ impl SimMachine {
         match &flight.operation {
             Operation::Read { offset, buffer } => {
                 let start = *offset as usize;
-                let Some(source) = disk.current.get(start..start + buffer.len()) else { return Err(IoError::EIO) };
+                let Some(source) = disk.current.get(start..start + buffer.len()) else {
+                    return Err(IoError::EIO);
+                };
                 buffer.write_with(|target| target.copy_from_slice(source));
             }
             Operation::Write { offset, buffer } => {
@@ -213,16 +227,23 @@ impl SimMachine {
 
 impl SimDisk {
     fn write(&mut self, offset: usize, data: Vec<u8>, completed_at: u64) -> Result<(), IoError> {
-        let Some(target) = self.current.get_mut(offset..offset + data.len()) else { return Err(IoError::EIO) };
+        let Some(target) = self.current.get_mut(offset..offset + data.len()) else {
+            return Err(IoError::EIO);
+        };
         target.copy_from_slice(&data);
-        self.cached.push(CachedWrite { offset, data, completed_at });
+        self.cached.push(CachedWrite {
+            offset,
+            data,
+            completed_at,
+        });
         Ok(())
     }
 
     fn flush(&mut self, submitted_at: u64) {
         for write in std::mem::take(&mut self.cached) {
             if write.completed_at < submitted_at {
-                self.durable[write.offset..write.offset + write.data.len()].copy_from_slice(&write.data);
+                self.durable[write.offset..write.offset + write.data.len()]
+                    .copy_from_slice(&write.data);
             } else {
                 self.cached.push(write);
             }
@@ -246,7 +267,9 @@ impl SimMedium {
     /// The machine's disks and clock.
     #[must_use]
     pub fn new(machine: &Rc<RefCell<SimMachine>>) -> SimMedium {
-        SimMedium { machine: Rc::clone(machine) }
+        SimMedium {
+            machine: Rc::clone(machine),
+        }
     }
 }
 
@@ -257,12 +280,23 @@ impl Medium for SimMedium {
             return;
         }
         if let Operation::Read { buffer, .. } | Operation::Write { buffer, .. } = &operation {
-            assert!(!buffer.is_empty(), "a read or write of nothing looks like the end of the disk");
-            assert!((buffer.pointer() as usize).is_multiple_of(SECTOR), "direct I/O needs aligned memory");
+            assert!(
+                !buffer.is_empty(),
+                "a read or write of nothing looks like the end of the disk"
+            );
+            assert!(
+                (buffer.pointer() as usize).is_multiple_of(SECTOR),
+                "direct I/O needs aligned memory"
+            );
         }
         machine.count_operation();
         let submitted_at = machine.operations;
-        machine.in_flight.push(InFlight { disk, token, operation, submitted_at });
+        machine.in_flight.push(InFlight {
+            disk,
+            token,
+            operation,
+            submitted_at,
+        });
     }
 
     fn poll(&mut self, _wait: bool) -> Option<Completion> {
@@ -271,7 +305,9 @@ impl Medium for SimMedium {
             return None;
         }
         let ready: Vec<usize> = (0..machine.in_flight.len())
-            .filter(|i| machine.disks[machine.in_flight[*i].disk as usize].fault != DiskFault::Stalled)
+            .filter(|i| {
+                machine.disks[machine.in_flight[*i].disk as usize].fault != DiskFault::Stalled
+            })
             .collect();
         if ready.is_empty() {
             return None;
@@ -285,12 +321,18 @@ impl Medium for SimMedium {
         machine.advance(passed);
         let flight = machine.in_flight.remove(pick);
         let result = machine.apply(&flight);
-        Some(Completion { token: flight.token, result })
+        Some(Completion {
+            token: flight.token,
+            result,
+        })
     }
 
     fn now(&self) -> Now {
         let ns = self.machine.borrow().now_ns;
-        Now { monotonic_ns: ns, wall: WallTime(1_700_000_000_000_000_000 + ns as i64) }
+        Now {
+            monotonic_ns: ns,
+            wall: WallTime(1_700_000_000_000_000_000 + ns as i64),
+        }
     }
 
     fn random_id(&mut self) -> [u8; 16] {

@@ -1,9 +1,14 @@
 //! Tests of the log over the simulated medium: what was durable is found again, whatever the crash left.
 
-use crate::{BatchBuffer, CrashPlan, LogGeometry, LogWriter, Medium, Memory, SLOT_BYTES, SegmentOpening, SimMachine, SimMedium, scan};
+use crate::{
+    BatchBuffer, CrashPlan, LogGeometry, LogWriter, Medium, Memory, SLOT_BYTES, SegmentOpening,
+    SimMachine, SimMedium, scan,
+};
 use std::cell::RefCell;
 use std::rc::Rc;
-use varve_format::{Checkpoint, EpochId, Hash128, Lsn, Record, RecordKind, SegmentSequence, VolumeId, VolumeState};
+use varve_format::{
+    Checkpoint, EpochId, Hash128, Lsn, Record, RecordKind, SegmentSequence, VolumeId, VolumeState,
+};
 
 const SEGMENT: u64 = 64 * 1024;
 
@@ -11,7 +16,7 @@ fn geometry() -> LogGeometry {
     LogGeometry {
         volume: VolumeId([7; 16]),
         segment_bytes: SEGMENT,
-        segment_count: 4,
+        segment_count: 6,
         volume_bytes: 1 << 20,
         sector_bytes: 512,
         region_bytes: 65536,
@@ -19,7 +24,13 @@ fn geometry() -> LogGeometry {
 }
 
 fn checkpoint() -> Checkpoint {
-    Checkpoint { stable_lsn: Lsn(1), span: None, copy_cursor: u64::MAX, state: VolumeState::Protected, regions: vec![3] }
+    Checkpoint {
+        stable_lsn: Lsn(1),
+        span: None,
+        copy_cursor: u64::MAX,
+        state: VolumeState::Protected,
+        regions: vec![3],
+    }
 }
 
 fn writer(medium: &mut SimMedium) -> LogWriter {
@@ -45,9 +56,14 @@ fn run(machine: &Rc<RefCell<SimMachine>>, records: u64) -> Lsn {
     let mut appended = 0;
     loop {
         let full = appended == records;
-        if !full && writer.has_room(1, 4096, false) && machine.borrow_mut().random().is_multiple_of(2) {
+        if !full
+            && writer.has_room(1, 4096, false)
+            && machine.borrow_mut().random().is_multiple_of(2)
+        {
             let record = Record::new(RecordKind::Write, (appended % 64) * 4096, 4096, 0);
-            writer.append(medium.now(), record, 4096, |bytes| bytes.fill(appended as u8));
+            writer.append(medium.now(), record, 4096, |bytes| {
+                bytes.fill(appended as u8)
+            });
             appended += 1;
             if appended.is_multiple_of(5) || appended == records {
                 writer.want_durable(writer.next_lsn());
@@ -73,13 +89,19 @@ fn crash_at_every_operation_keeps_every_durable_record() {
     let mut rolled = false;
     for plan in [CrashPlan::DropAll, CrashPlan::Random, CrashPlan::KeepAll] {
         for crash_at in 1..400 {
-            let machine = Rc::new(RefCell::new(SimMachine::new(crash_at, [0, SEGMENT as usize * 4, 0])));
+            let machine = Rc::new(RefCell::new(SimMachine::new(
+                crash_at,
+                [0, SEGMENT as usize * 6, 0],
+            )));
             machine.borrow_mut().crash_at(crash_at);
             let durable = run(&machine, 60);
             machine.borrow_mut().power_cut(plan);
             let found = scan(&mut SimMedium::new(&machine), &geometry()).unwrap();
             let end = found.as_ref().map_or(Lsn(1), |scan| scan.tail.lsn_end);
-            assert!(end >= durable, "crash at {crash_at}: {durable} was durable, {end} found");
+            assert!(
+                end >= durable,
+                "crash at {crash_at}: {durable} was durable, {end} found"
+            );
             rolled |= found.is_some_and(|scan| scan.tail.sequence > SegmentSequence(2));
         }
     }
@@ -89,20 +111,32 @@ fn crash_at_every_operation_keeps_every_durable_record() {
 #[test]
 fn a_log_disk_that_ignores_flushes_is_caught_by_this_test() {
     let caught = (1..400).any(|crash_at| {
-        let machine = Rc::new(RefCell::new(SimMachine::new(crash_at, [0, SEGMENT as usize * 4, 0])));
+        let machine = Rc::new(RefCell::new(SimMachine::new(
+            crash_at,
+            [0, SEGMENT as usize * 6, 0],
+        )));
         machine.borrow_mut().disk(crate::Disk::Log).fault = crate::DiskFault::IgnoreFlush;
         machine.borrow_mut().crash_at(crash_at);
         let durable = run(&machine, 60);
         machine.borrow_mut().power_cut(CrashPlan::DropAll);
-        scan(&mut SimMedium::new(&machine), &geometry()).unwrap().map_or(Lsn(1), |scan| scan.tail.lsn_end) < durable
+        scan(&mut SimMedium::new(&machine), &geometry())
+            .unwrap()
+            .map_or(Lsn(1), |scan| scan.tail.lsn_end)
+            < durable
     });
     assert!(caught);
 }
 
 #[test]
 fn log_of_another_volume_is_refused() {
-    let machine = Rc::new(RefCell::new(SimMachine::new(1, [0, SEGMENT as usize * 4, 0])));
+    let machine = Rc::new(RefCell::new(SimMachine::new(
+        1,
+        [0, SEGMENT as usize * 6, 0],
+    )));
     run(&machine, 3);
-    let other = LogGeometry { volume: VolumeId([8; 16]), ..geometry() };
+    let other = LogGeometry {
+        volume: VolumeId([8; 16]),
+        ..geometry()
+    };
     assert!(scan(&mut SimMedium::new(&machine), &other).is_err());
 }

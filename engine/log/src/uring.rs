@@ -36,16 +36,27 @@ pub struct OwnRing {
 impl OwnRing {
     /// A ring with `entries` places.
     pub fn new(entries: u32) -> std::io::Result<OwnRing> {
-        Ok(OwnRing { ring: IoUring::new(entries)? })
+        Ok(OwnRing {
+            ring: IoUring::new(entries)?,
+        })
     }
 
     /// Submits what is queued and waits until a completion is there or `timeout_ns` has passed.
     pub fn submit_and_wait(&mut self, timeout_ns: u64) -> std::io::Result<()> {
-        let timeout = types::Timespec::new().sec(timeout_ns / 1_000_000_000).nsec((timeout_ns % 1_000_000_000) as u32);
+        let timeout = types::Timespec::new()
+            .sec(timeout_ns / 1_000_000_000)
+            .nsec((timeout_ns % 1_000_000_000) as u32);
         let arguments = types::SubmitArgs::new().timespec(&timeout);
         match self.ring.submitter().submit_with_args(1, &arguments) {
             Ok(_) => Ok(()),
-            Err(error) if matches!(error.raw_os_error(), Some(libc::ETIME | libc::EINTR | libc::EBUSY)) => Ok(()),
+            Err(error)
+                if matches!(
+                    error.raw_os_error(),
+                    Some(libc::ETIME | libc::EINTR | libc::EBUSY)
+                ) =>
+            {
+                Ok(())
+            }
             Err(error) => Err(error),
         }
     }
@@ -104,7 +115,8 @@ impl<P: Port> UringMedium<P> {
     /// A medium over open files; all with O_DIRECT where their file system has it.
     pub fn new(port: P, origin: File, log: File, state: File) -> std::io::Result<UringMedium<P>> {
         const PENDING_MAX: usize = 2048;
-        let origin_is_block_device = std::os::unix::fs::FileTypeExt::is_block_device(&origin.metadata()?.file_type());
+        let origin_is_block_device =
+            std::os::unix::fs::FileTypeExt::is_block_device(&origin.metadata()?.file_type());
         Ok(UringMedium {
             port,
             origin,
@@ -119,9 +131,30 @@ impl<P: Port> UringMedium<P> {
 
     /// Goes on with another ring; nothing may be in flight.
     pub fn with_port<Q: Port>(self, port: Q) -> UringMedium<Q> {
-        assert!(self.in_flight() == 0, "operations in flight belong to the old ring");
-        let UringMedium { origin, log, state, origin_is_block_device, pending, free, ready, .. } = self;
-        UringMedium { port, origin, log, state, origin_is_block_device, pending, free, ready }
+        assert!(
+            self.in_flight() == 0,
+            "operations in flight belong to the old ring"
+        );
+        let UringMedium {
+            origin,
+            log,
+            state,
+            origin_is_block_device,
+            pending,
+            free,
+            ready,
+            ..
+        } = self;
+        UringMedium {
+            port,
+            origin,
+            log,
+            state,
+            origin_is_block_device,
+            pending,
+            free,
+            ready,
+        }
     }
 
     /// The ring.
@@ -153,28 +186,48 @@ impl<P: Port> UringMedium<P> {
         match &pending.operation {
             Operation::Read { offset, buffer } => {
                 let rest = buffer.slice(pending.done_bytes, buffer.len() - pending.done_bytes);
-                opcode::Read::new(fd, rest.pointer(), rest.len() as u32).offset(offset + pending.done_bytes as u64).build()
+                opcode::Read::new(fd, rest.pointer(), rest.len() as u32)
+                    .offset(offset + pending.done_bytes as u64)
+                    .build()
             }
             Operation::Write { offset, buffer } => {
                 let rest = buffer.slice(pending.done_bytes, buffer.len() - pending.done_bytes);
-                opcode::Write::new(fd, rest.pointer(), rest.len() as u32).offset(offset + pending.done_bytes as u64).build()
+                opcode::Write::new(fd, rest.pointer(), rest.len() as u32)
+                    .offset(offset + pending.done_bytes as u64)
+                    .build()
             }
-            Operation::Flush => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
+            Operation::Flush => opcode::Fsync::new(fd)
+                .flags(types::FsyncFlags::DATASYNC)
+                .build(),
             Operation::Discard { offset, length } => {
                 let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-                opcode::Fallocate::new(fd, *length).offset(*offset).mode(mode).build()
+                opcode::Fallocate::new(fd, *length)
+                    .offset(*offset)
+                    .mode(mode)
+                    .build()
             }
             Operation::Zero { offset, length } => {
                 // On a file a hole reads zero; on a block device only ZERO_RANGE promises zeroes.
-                let mode = if self.origin_is_block_device { libc::FALLOC_FL_ZERO_RANGE } else { libc::FALLOC_FL_PUNCH_HOLE };
-                opcode::Fallocate::new(fd, *length).offset(*offset).mode(mode | libc::FALLOC_FL_KEEP_SIZE).build()
+                let mode = if self.origin_is_block_device {
+                    libc::FALLOC_FL_ZERO_RANGE
+                } else {
+                    libc::FALLOC_FL_PUNCH_HOLE
+                };
+                opcode::Fallocate::new(fd, *length)
+                    .offset(*offset)
+                    .mode(mode | libc::FALLOC_FL_KEEP_SIZE)
+                    .build()
             }
         }
     }
 
     fn push(&mut self, slot: u16) {
-        let pending = self.pending[slot as usize].as_ref().expect("slot is pending");
-        let entry = self.entry(pending).user_data(TARGET_BIT | MEDIUM_BIT | u64::from(slot));
+        let pending = self.pending[slot as usize]
+            .as_ref()
+            .expect("slot is pending");
+        let entry = self
+            .entry(pending)
+            .user_data(TARGET_BIT | MEDIUM_BIT | u64::from(slot));
         // SAFETY: `pending` owns the Buffer and stays in its slot until the completion is taken; the files live as long as self.
         unsafe { self.port.push(&entry) };
     }
@@ -208,17 +261,28 @@ impl<P: Port> UringMedium<P> {
         let token = pending.token;
         self.pending[slot as usize] = None;
         self.free.push(slot);
-        Some(Completion { token, result: outcome })
+        Some(Completion {
+            token,
+            result: outcome,
+        })
     }
 }
 
 impl<P: Port> Medium for UringMedium<P> {
     fn submit(&mut self, disk: Disk, token: u64, operation: Operation) {
         let Some(slot) = self.free.pop() else {
-            self.ready.push_back(Completion { token, result: Err(IoError(libc::EBUSY)) });
+            self.ready.push_back(Completion {
+                token,
+                result: Err(IoError(libc::EBUSY)),
+            });
             return;
         };
-        self.pending[slot as usize] = Some(Pending { token, disk, operation, done_bytes: 0 });
+        self.pending[slot as usize] = Some(Pending {
+            token,
+            disk,
+            operation,
+            done_bytes: 0,
+        });
         self.push(slot);
     }
 
@@ -238,7 +302,9 @@ impl<P: Port> Medium for UringMedium<P> {
     }
 
     fn now(&self) -> Now {
-        let clock = |id| nix::time::clock_gettime(id).map_or(0, |t| t.tv_sec() * 1_000_000_000 + t.tv_nsec());
+        let clock = |id| {
+            nix::time::clock_gettime(id).map_or(0, |t| t.tv_sec() * 1_000_000_000 + t.tv_nsec())
+        };
         Now {
             monotonic_ns: clock(nix::time::ClockId::CLOCK_MONOTONIC) as u64,
             wall: WallTime(clock(nix::time::ClockId::CLOCK_REALTIME)),
@@ -248,7 +314,10 @@ impl<P: Port> Medium for UringMedium<P> {
     fn random_id(&mut self) -> [u8; 16] {
         let mut id = [0u8; 16];
         let file = File::open("/dev/urandom");
-        if file.and_then(|mut f| std::io::Read::read_exact(&mut f, &mut id)).is_err() {
+        if file
+            .and_then(|mut f| std::io::Read::read_exact(&mut f, &mut id))
+            .is_err()
+        {
             // Never seen: no /dev. Time and address still make it unlikely to meet twice.
             id[..8].copy_from_slice(&self.now().monotonic_ns.to_le_bytes());
             id[8..].copy_from_slice(&self.now().wall.0.to_le_bytes());

@@ -16,18 +16,22 @@ use crate::buffer::{BatchBuffer, Chunk, PAYLOAD_ALIGN};
 use crate::{Buffer, Disk, IoError, Medium, Now, Operation};
 use std::collections::VecDeque;
 use varve_format::{
-    BATCH_HEADER_BYTES, BATCH_PAYLOAD_BYTES_MAX, BATCH_RECORDS_MAX, BLOCK_BYTES, BatchHeader, BatchPosition, Checkpoint,
-    EpochId, Hash128, Lsn, OPEN_REGIONS_MAX, RECORD_PAYLOAD_BYTES_MAX, Record, SEGMENT_HEADER_BYTES, SegmentHeader,
-    SegmentSequence, VolumeId, WallTime, crc32c, payload_crc,
+    BATCH_HEADER_BYTES, BATCH_PAYLOAD_BYTES_MAX, BATCH_RECORDS_MAX, BLOCK_BYTES, BatchHeader,
+    BatchPosition, Checkpoint, EpochId, Hash128, Lsn, OPEN_REGIONS_MAX, RECORD_PAYLOAD_BYTES_MAX,
+    Record, SEGMENT_HEADER_BYTES, SegmentHeader, SegmentSequence, VolumeId, WallTime, crc32c,
+    payload_crc,
 };
 use zerocopy::little_endian::U32;
 
 /// Batch writes in flight at most: enough to keep a disk busy across one flush, few enough that a batch grows meanwhile.
 const FLIGHTS_MAX: usize = 4;
+/// Places in the ring that only a new epoch may take: so many restarts in a row find one, however far behind the store is.
+const EPOCH_PLACES: u64 = 2;
 /// A batch nobody waits for closes after this.
 const LINGER_NS: u64 = 1_000_000;
 /// Header and open set: 4 KiB + 64 + 8192 × 4, padded.
-const OPENING_BYTES_MAX: usize = SEGMENT_HEADER_BYTES + (64 + OPEN_REGIONS_MAX * 4).next_multiple_of(BLOCK_BYTES as usize);
+const OPENING_BYTES_MAX: usize =
+    SEGMENT_HEADER_BYTES + (64 + OPEN_REGIONS_MAX * 4).next_multiple_of(BLOCK_BYTES as usize);
 
 /// Shape of a log ring and of the volume that it serves.
 #[derive(Clone, Copy, Debug)]
@@ -141,7 +145,11 @@ pub struct LogWriter {
 
 impl LogWriter {
     /// A writer that has no epoch yet; tokens of its operations are `token_base..token_base + 2^32`.
-    pub fn new(geometry: LogGeometry, buffer: BatchBuffer, token_base: u64) -> std::io::Result<LogWriter> {
+    pub fn new(
+        geometry: LogGeometry,
+        buffer: BatchBuffer,
+        token_base: u64,
+    ) -> std::io::Result<LogWriter> {
         Ok(LogWriter {
             geometry,
             buffer,
@@ -196,7 +204,10 @@ impl LogWriter {
     /// Goes on with another buffer, emptied first. Nothing may be appended and not yet written.
     pub fn replace_buffer(&mut self, mut buffer: BatchBuffer) {
         while let Some(slot) = self.open.take().or_else(|| self.closed.pop_front()) {
-            debug_assert!(self.failure.is_some(), "only an abandoned epoch may lose records");
+            debug_assert!(
+                self.failure.is_some(),
+                "only an abandoned epoch may lose records"
+            );
             self.buffer.release(slot);
         }
         for flight in &mut self.flights {
@@ -253,7 +264,9 @@ impl LogWriter {
     /// Segments of the ring that are free to be written.
     #[must_use]
     pub fn free_segments(&self) -> u64 {
-        self.geometry.segment_count.saturating_sub(self.status().segments_held)
+        self.geometry
+            .segment_count
+            .saturating_sub(self.status().segments_held)
     }
 
     /// Valid bytes, end and last hash of the open segment: what the next epoch's first header must say.
@@ -266,6 +279,12 @@ impl LogWriter {
     pub fn release_below(&mut self, sequence: SegmentSequence) {
         let limit = sequence.0.min(self.sequence.0);
         self.oldest_held = SegmentSequence(self.oldest_held.0.max(limit));
+    }
+
+    /// Whether this epoch may go on in another segment: places for the segments of coming epochs are left over, or a restart while the store is behind
+    /// would find none.
+    fn may_roll(&self) -> bool {
+        self.has_place(SegmentSequence(self.sequence.0 + 1 + EPOCH_PLACES))
     }
 
     /// Whether the next segment has a place: the ring does not hold `segment_count` segments that the store still needs.
@@ -303,7 +322,13 @@ impl LogWriter {
     }
 
     /// Takes over the numbers of an epoch that cannot be gone on with, without writing anything.
-    pub fn stand_by(&mut self, epoch: EpochId, sequence: SegmentSequence, oldest_held: SegmentSequence, next_lsn: Lsn) {
+    pub fn stand_by(
+        &mut self,
+        epoch: EpochId,
+        sequence: SegmentSequence,
+        oldest_held: SegmentSequence,
+        next_lsn: Lsn,
+    ) {
         self.epoch = epoch;
         self.sequence = sequence;
         self.oldest_held = oldest_held;
@@ -312,7 +337,12 @@ impl LogWriter {
         self.written_lsn = next_lsn;
     }
 
-    fn open_segment(&mut self, medium: &mut dyn Medium, opening: SegmentOpening, checkpoint: &Checkpoint) {
+    fn open_segment(
+        &mut self,
+        medium: &mut dyn Medium,
+        opening: SegmentOpening,
+        checkpoint: &Checkpoint,
+    ) {
         let mut payload = Vec::with_capacity(64 + checkpoint.regions.len() * 4);
         checkpoint.encode_into(&mut payload);
         let mut header = SegmentHeader::empty();
@@ -329,13 +359,15 @@ impl LogWriter {
         header.segment_bytes = self.geometry.segment_bytes.into();
         header.sector_bytes = self.geometry.sector_bytes.into();
         header.region_bytes = self.geometry.region_bytes.into();
+        header.oldest_held = self.oldest_held.0.into();
         header.checkpoint_bytes = (payload.len() as u32).into();
         header.checkpoint_crc = crc32c(&payload).into();
         let total = header.data_offset() as usize;
         self.opening.slice(0, total).write_with(|bytes| {
             bytes.fill(0);
             bytes[..SEGMENT_HEADER_BYTES].copy_from_slice(&header.to_block());
-            bytes[SEGMENT_HEADER_BYTES..SEGMENT_HEADER_BYTES + payload.len()].copy_from_slice(&payload);
+            bytes[SEGMENT_HEADER_BYTES..SEGMENT_HEADER_BYTES + payload.len()]
+                .copy_from_slice(&payload);
         });
         self.sequence = opening.sequence;
         self.segment_lsn_start = opening.lsn_start;
@@ -344,32 +376,57 @@ impl LogWriter {
         self.previous_hash = opening.previous_hash;
         self.roll = Roll::No;
         let token = self.token();
-        let offset = (opening.sequence.0 % self.geometry.segment_count) * self.geometry.segment_bytes;
-        self.flights.push_back(Flight { token, slot: None, lsn_end: opening.lsn_start, done: false });
+        let offset =
+            (opening.sequence.0 % self.geometry.segment_count) * self.geometry.segment_bytes;
+        self.flights.push_back(Flight {
+            token,
+            slot: None,
+            lsn_end: opening.lsn_start,
+            done: false,
+        });
         self.bytes_written += total as u64;
-        medium.submit(Disk::Log, token, Operation::Write { offset, buffer: self.opening.slice(0, total) });
+        medium.submit(
+            Disk::Log,
+            token,
+            Operation::Write {
+                offset,
+                buffer: self.opening.slice(0, total),
+            },
+        );
     }
 
     /// Slots that appending records with these payload lengths would take at most.
     fn slots_needed(&self, records: usize, payload: usize) -> usize {
         let payload = payload.next_multiple_of(PAYLOAD_ALIGN);
         let room = self.open.map_or((0, 0), |slot| {
-            (BATCH_RECORDS_MAX - self.buffer.record_count(slot), BATCH_PAYLOAD_BYTES_MAX - self.buffer.payload_bytes(slot))
+            (
+                BATCH_RECORDS_MAX - self.buffer.record_count(slot),
+                BATCH_PAYLOAD_BYTES_MAX - self.buffer.payload_bytes(slot),
+            )
         });
         if records <= room.0 && payload <= room.1 {
             return 0;
         }
-        1 + payload / (BATCH_PAYLOAD_BYTES_MAX - RECORD_PAYLOAD_BYTES_MAX as usize) + records / BATCH_RECORDS_MAX
+        1 + payload / (BATCH_PAYLOAD_BYTES_MAX - RECORD_PAYLOAD_BYTES_MAX as usize)
+            + records / BATCH_RECORDS_MAX
     }
 
     /// Whether `records` records with `payload` bytes in all can be appended now. Two slots are kept for records of our own.
     #[must_use]
     pub fn has_room(&self, records: usize, payload: usize, own: bool) -> bool {
-        self.failure.is_none() && self.slots_needed(records, payload) + if own { 0 } else { 2 } <= self.buffer.free_slots()
+        self.failure.is_none()
+            && self.slots_needed(records, payload) + if own { 0 } else { 2 }
+                <= self.buffer.free_slots()
     }
 
     /// Appends one record; `copy` fills its payload of `payload_bytes`. Returns its LSN and place. The caller has asked [`LogWriter::has_room`].
-    pub fn append(&mut self, now: Now, mut record: Record, payload_bytes: usize, copy: impl FnOnce(&mut [u8])) -> (Lsn, Chunk) {
+    pub fn append(
+        &mut self,
+        now: Now,
+        mut record: Record,
+        payload_bytes: usize,
+        copy: impl FnOnce(&mut [u8]),
+    ) -> (Lsn, Chunk) {
         assert!(payload_bytes as u64 <= RECORD_PAYLOAD_BYTES_MAX);
         if let Some(slot) = self.open
             && (self.buffer.record_count(slot) == BATCH_RECORDS_MAX
@@ -382,7 +439,10 @@ impl LogWriter {
         let slot = match self.open {
             Some(slot) => slot,
             None => {
-                let slot = self.buffer.open(self.next_lsn, time).expect("has_room was asked");
+                let slot = self
+                    .buffer
+                    .open(self.next_lsn, time)
+                    .expect("has_room was asked");
                 self.open = Some(slot);
                 self.open_since_ns = now.monotonic_ns;
                 slot
@@ -396,12 +456,21 @@ impl LogWriter {
             record.payload_offset = U32::new(at as u32);
             record.payload_bytes = U32::new(payload_bytes as u32);
             let epoch = self.epoch;
-            let crc = self.buffer.read_payload(slot, at, payload_bytes, |bytes| payload_crc(epoch, lsn, bytes));
+            let crc = self.buffer.read_payload(slot, at, payload_bytes, |bytes| {
+                payload_crc(epoch, lsn, bytes)
+            });
             record.payload_crc = U32::new(crc);
         }
         let index = self.buffer.push_record(slot, &record);
         self.next_lsn = lsn.plus(1);
-        (lsn, Chunk { slot: slot as u16, first: index as u8, count: 1 })
+        (
+            lsn,
+            Chunk {
+                slot: slot as u16,
+                first: index as u8,
+                count: 1,
+            },
+        )
     }
 
     /// Somebody waits until everything below `lsn` is durable.
@@ -430,19 +499,20 @@ impl LogWriter {
     }
 
     fn batch_bytes(&self, slot: usize) -> u64 {
-        BATCH_HEADER_BYTES as u64 + (self.buffer.payload_bytes(slot) as u64).next_multiple_of(BLOCK_BYTES)
+        BATCH_HEADER_BYTES as u64
+            + (self.buffer.payload_bytes(slot) as u64).next_multiple_of(BLOCK_BYTES)
     }
 
     /// Whether the next segment must be opened: the caller then gives its checkpoint to [`LogWriter::roll`].
     #[must_use]
     pub fn wants_roll(&self) -> bool {
-        self.roll == Roll::Ready && self.failure.is_none() && self.has_place(SegmentSequence(self.sequence.0 + 1))
+        self.roll == Roll::Ready && self.failure.is_none() && self.may_roll()
     }
 
     /// Whether the ring is full: the store has not taken its segments, and records wait for a place.
     #[must_use]
     pub fn is_full(&self) -> bool {
-        self.roll == Roll::Ready && !self.has_place(SegmentSequence(self.sequence.0 + 1))
+        self.roll == Roll::Ready && !self.may_roll()
     }
 
     /// Opens the next segment of this epoch.
@@ -474,13 +544,22 @@ impl LogWriter {
         if let Some(slot) = self.open {
             let waited = self.wanted_lsn > self.written_lsn || self.seal_wanted;
             let old = now.monotonic_ns.saturating_sub(self.open_since_ns) >= LINGER_NS;
-            let full = self.buffer.payload_bytes(slot) >= BATCH_PAYLOAD_BYTES_MAX - RECORD_PAYLOAD_BYTES_MAX as usize;
-            if full || (self.closed.is_empty() && self.flights.len() < FLIGHTS_MAX && ((waited && self.flights.is_empty()) || old)) {
+            let full = self.buffer.payload_bytes(slot)
+                >= BATCH_PAYLOAD_BYTES_MAX - RECORD_PAYLOAD_BYTES_MAX as usize;
+            if full
+                || (self.closed.is_empty()
+                    && self.flights.len() < FLIGHTS_MAX
+                    && ((waited && self.flights.is_empty()) || old))
+            {
                 self.close_batch();
             }
         }
         self.submit_batches(medium);
-        if self.seal_wanted && self.roll == Roll::No && self.closed.is_empty() && self.open.is_none() {
+        if self.seal_wanted
+            && self.roll == Roll::No
+            && self.closed.is_empty()
+            && self.open.is_none()
+        {
             self.seal_wanted = false;
             self.roll = Roll::Draining;
         }
@@ -492,7 +571,8 @@ impl LogWriter {
             }
         }
         let wanted = self.wanted_low > self.durable_lsn && self.written_lsn >= self.wanted_low;
-        let wanted = wanted || (self.wanted_lsn > self.durable_lsn && self.written_lsn >= self.wanted_lsn);
+        let wanted =
+            wanted || (self.wanted_lsn > self.durable_lsn && self.written_lsn >= self.wanted_lsn);
         if wanted && self.flush.is_none() {
             self.submit_flush(medium);
         }
@@ -500,7 +580,9 @@ impl LogWriter {
 
     fn submit_batches(&mut self, medium: &mut dyn Medium) {
         while self.roll == Roll::No && self.flights.len() < FLIGHTS_MAX {
-            let Some(&slot) = self.closed.front() else { break };
+            let Some(&slot) = self.closed.front() else {
+                break;
+            };
             let bytes = self.batch_bytes(slot);
             if self.position + bytes > self.geometry.segment_bytes {
                 self.roll = Roll::Draining;
@@ -515,15 +597,23 @@ impl LogWriter {
                 segment: self.sequence,
                 block: (self.position / BLOCK_BYTES) as u32,
             };
-            let header = BatchHeader::new(place, lsn_first, self.buffer.time(slot), self.previous_hash);
+            let header =
+                BatchHeader::new(place, lsn_first, self.buffer.time(slot), self.previous_hash);
             let (buffer, hash) = self.buffer.seal(slot, header);
             self.previous_hash = hash;
-            let offset = (self.sequence.0 % self.geometry.segment_count) * self.geometry.segment_bytes + self.position;
+            let offset = (self.sequence.0 % self.geometry.segment_count)
+                * self.geometry.segment_bytes
+                + self.position;
             self.position += bytes;
             self.bytes_written += bytes;
             self.batches += 1;
             let token = self.token();
-            self.flights.push_back(Flight { token, slot: Some(slot), lsn_end, done: false });
+            self.flights.push_back(Flight {
+                token,
+                slot: Some(slot),
+                lsn_end,
+                done: false,
+            });
             medium.submit(Disk::Log, token, Operation::Write { offset, buffer });
         }
     }
@@ -552,7 +642,9 @@ impl LogWriter {
             }
             return;
         }
-        let Some(flight) = self.flights.iter_mut().find(|flight| flight.token == token) else { return };
+        let Some(flight) = self.flights.iter_mut().find(|flight| flight.token == token) else {
+            return;
+        };
         flight.done = true;
         self.progress_ns = self.now_ns;
         if let Err(error) = result {

@@ -52,11 +52,20 @@ pub fn differences(
     let mut at = 0;
     while at < total {
         let length = (total - at).min(STEP_BYTES);
-        for range in image.ranges(at, length).into_iter().filter(|range| range.kind != RangeKind::Undefined) {
+        for range in image
+            .ranges(at, length)
+            .into_iter()
+            .filter(|range| range.kind != RangeKind::Undefined)
+        {
             let size = range.length as usize;
-            image.read(range.offset, &mut ours[..size]).map_err(RestoreError::Store)?;
-            device.read_exact_at(&mut theirs[..size], range.offset).map_err(RestoreError::Device)?;
-            different += each_run(range.offset, &ours[..size], &theirs[..size], &mut differs).map_err(RestoreError::Stopped)?;
+            image
+                .read(range.offset, &mut ours[..size])
+                .map_err(RestoreError::Store)?;
+            device
+                .read_exact_at(&mut theirs[..size], range.offset)
+                .map_err(RestoreError::Device)?;
+            different += each_run(range.offset, &ours[..size], &theirs[..size], &mut differs)
+                .map_err(RestoreError::Stopped)?;
         }
         at += length;
         if !progress(at, total) {
@@ -66,7 +75,12 @@ pub fn differences(
     Ok(different)
 }
 
-fn each_run(base: u64, ours: &[u8], theirs: &[u8], differs: &mut impl FnMut(u64, &[u8]) -> Result<(), String>) -> Result<u64, String> {
+fn each_run(
+    base: u64,
+    ours: &[u8],
+    theirs: &[u8],
+    differs: &mut impl FnMut(u64, &[u8]) -> Result<(), String>,
+) -> Result<u64, String> {
     let block = BLOCK_BYTES as usize;
     let mut different = 0;
     let mut start = None;

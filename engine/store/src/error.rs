@@ -61,11 +61,30 @@ impl fmt::Display for StoreError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             StoreError::Io(path, error) => write!(f, "{}: {error}", path.display()),
-            StoreError::Damaged(path, error) => write!(f, "{}: {error}. Other segments stay readable", path.display()),
-            StoreError::Locked(path) => write!(f, "{} is open in another varved; stop that one first", path.display()),
-            StoreError::Missing(sequence) => write!(f, "segment {sequence} is neither in the store nor in the log: the history has a hole there"),
-            StoreError::LogDamaged(sequence, why) => write!(f, "segment {sequence} of the log is damaged: {why}. It is kept; the volume goes on"),
-            StoreError::Payload { segment, lsn, offset, length } => write!(
+            StoreError::Damaged(path, error) => write!(
+                f,
+                "{}: {error}. Other segments stay readable",
+                path.display()
+            ),
+            StoreError::Locked(path) => write!(
+                f,
+                "{} is open in another varved; stop that one first",
+                path.display()
+            ),
+            StoreError::Missing(sequence) => write!(
+                f,
+                "segment {sequence} is neither in the store nor in the log: the history has a hole there"
+            ),
+            StoreError::LogDamaged(sequence, why) => write!(
+                f,
+                "segment {sequence} of the log is damaged: {why}. It is kept; the volume goes on"
+            ),
+            StoreError::Payload {
+                segment,
+                lsn,
+                offset,
+                length,
+            } => write!(
                 f,
                 "segment {segment}, LSN {lsn}: bytes {offset} to {} of the volume are damaged from this instant until they were next written",
                 offset + length

@@ -67,15 +67,31 @@ pub struct Image {
 impl Image {
     /// Opens the image at `lsn`. The caller has asked the timeline whether it resolves. Files stay open: the image outlives changes of the store.
     pub fn open(store: &VolumeStore, lsn: Lsn) -> Result<Image, StoreError> {
-        let mut image =
-            Image { bytes: store.volume_bytes()?, lsn, extents: BTreeMap::new(), sources: Vec::new(), cache: Mutex::new(Cache::default()) };
-        for segment in store.segments().filter(|segment| Lsn(segment.footer.lsn_start.get()) < lsn) {
+        let mut image = Image {
+            bytes: store.volume_bytes()?,
+            lsn,
+            extents: BTreeMap::new(),
+            sources: Vec::new(),
+            cache: Mutex::new(Cache::default()),
+        };
+        for segment in store
+            .segments()
+            .filter(|segment| Lsn(segment.footer.lsn_start.get()) < lsn)
+        {
             let path: &PathBuf = &segment.path;
             let file = File::open(path).map_err(StoreError::io(path))?;
             let index = image.sources.len() as u32;
             let sequence = SegmentSequence(segment.footer.sequence.get());
-            image.sources.push(Source { file, epoch: EpochId(segment.footer.epoch), sequence });
-            for entry in segment.entries.iter().take_while(|entry| Lsn(entry.lsn.get()) < lsn) {
+            image.sources.push(Source {
+                file,
+                epoch: EpochId(segment.footer.epoch),
+                sequence,
+            });
+            for entry in segment
+                .entries
+                .iter()
+                .take_while(|entry| Lsn(entry.lsn.get()) < lsn)
+            {
                 if entry.kind().is_ok_and(RecordKind::changes_image) {
                     image.lay(index, *entry);
                 }
@@ -105,7 +121,13 @@ impl Image {
         if let Some((&at, &before)) = self.extents.range(..start).next_back()
             && before.end > start
         {
-            self.extents.insert(at, Extent { end: start, ..before });
+            self.extents.insert(
+                at,
+                Extent {
+                    end: start,
+                    ..before
+                },
+            );
             if before.end > end {
                 self.extents.insert(end, before);
             }
@@ -116,7 +138,14 @@ impl Image {
                 self.extents.insert(end, covered);
             }
         }
-        self.extents.insert(start, Extent { end, segment, entry });
+        self.extents.insert(
+            start,
+            Extent {
+                end,
+                segment,
+                entry,
+            },
+        );
     }
 
     /// The ranges of `[offset, offset + length)`, without holes: what no record tells of is zero.
@@ -139,10 +168,22 @@ impl Image {
     ) -> Result<(), StoreError> {
         let end = offset + length;
         let mut at = offset;
-        let first = self.extents.range(..=offset).next_back().filter(|(_, extent)| extent.end > offset).map_or(offset, |(start, _)| *start);
+        let first = self
+            .extents
+            .range(..=offset)
+            .next_back()
+            .filter(|(_, extent)| extent.end > offset)
+            .map_or(offset, |(start, _)| *start);
         for (&start, extent) in self.extents.range(first..end) {
             if start > at {
-                visit(ImageRange { offset: at, length: start - at, kind: RangeKind::Zero }, None)?;
+                visit(
+                    ImageRange {
+                        offset: at,
+                        length: start - at,
+                        kind: RangeKind::Zero,
+                    },
+                    None,
+                )?;
                 at = start;
             }
             let stop = extent.end.min(end);
@@ -151,11 +192,25 @@ impl Image {
                 Ok(RecordKind::Zero) => RangeKind::Zero,
                 _ => RangeKind::Undefined,
             };
-            visit(ImageRange { offset: at, length: stop - at, kind }, Some(extent))?;
+            visit(
+                ImageRange {
+                    offset: at,
+                    length: stop - at,
+                    kind,
+                },
+                Some(extent),
+            )?;
             at = stop;
         }
         if at < end {
-            visit(ImageRange { offset: at, length: end - at, kind: RangeKind::Zero }, None)?;
+            visit(
+                ImageRange {
+                    offset: at,
+                    length: end - at,
+                    kind: RangeKind::Zero,
+                },
+                None,
+            )?;
         }
         Ok(())
     }
@@ -176,10 +231,18 @@ impl Image {
         })
     }
 
-    fn read_extent(&self, extent: &Extent, offset: u64, target: &mut [u8]) -> Result<(), StoreError> {
+    fn read_extent(
+        &self,
+        extent: &Extent,
+        offset: u64,
+        target: &mut [u8],
+    ) -> Result<(), StoreError> {
         let entry = &extent.entry;
         let skip = (offset - entry.offset.get()) as usize;
-        let mut cache = self.cache.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut cache = self
+            .cache
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
         let lsn = entry.lsn.get();
         if !cache.payloads.contains_key(&lsn) {
             let payload = self.load(extent)?;
@@ -210,7 +273,10 @@ impl Image {
             return Err(damaged());
         }
         let mut payload = vec![0u8; entry.length.get() as usize];
-        source.file.read_exact_at(&mut payload, entry.payload.get()).map_err(|_| damaged())?;
+        source
+            .file
+            .read_exact_at(&mut payload, entry.payload.get())
+            .map_err(|_| damaged())?;
         if payload_crc(source.epoch, Lsn(entry.lsn.get()), &payload) != entry.payload_crc.get() {
             return Err(damaged());
         }

@@ -30,19 +30,35 @@ pub fn ingest(
     below: SegmentSequence,
 ) -> Result<Ingested, StoreError> {
     let log_path = Path::new("the log");
-    let headers = read_headers(log as &mut dyn ReadAt, segment_bytes, segment_count).map_err(StoreError::segment(log_path))?;
-    let mut done = Ingested { below: store.newest().map_or(SegmentSequence(0), |newest| SegmentSequence(newest.0 + 1)), ..Ingested::default() };
+    let headers = read_headers(log as &mut dyn ReadAt, segment_bytes, segment_count)
+        .map_err(StoreError::segment(log_path))?;
+    let mut done = Ingested {
+        below: store
+            .newest()
+            .map_or(SegmentSequence(0), |newest| SegmentSequence(newest.0 + 1)),
+        ..Ingested::default()
+    };
     for (index, segment) in headers.iter().enumerate() {
         let sequence = segment.header.sequence();
         if segment.header.volume() != store.volume() {
-            return Err(StoreError::LogDamaged(sequence, "it belongs to another volume".to_owned()));
+            return Err(StoreError::LogDamaged(
+                sequence,
+                "it belongs to another volume".to_owned(),
+            ));
         }
         if sequence >= below || store.newest().is_some_and(|newest| sequence <= newest) {
             continue;
         }
-        let Some(next) = headers.get(index + 1) else { break };
-        if store.newest().is_some_and(|newest| newest.0 + 1 != sequence.0) && index == 0 {
-            done.problems.push(StoreError::Missing(SegmentSequence(sequence.0 - 1)).to_string());
+        let Some(next) = headers.get(index + 1) else {
+            break;
+        };
+        if store
+            .newest()
+            .is_some_and(|newest| newest.0 + 1 != sequence.0)
+            && index == 0
+        {
+            done.problems
+                .push(StoreError::Missing(SegmentSequence(sequence.0 - 1)).to_string());
         }
         match take(store, log, segment, next, segment_bytes) {
             Ok(Some(taken)) => {
@@ -50,7 +66,9 @@ pub fn ingest(
                 done.segments += 1;
             }
             Ok(None) => {}
-            Err(StoreError::LogDamaged(sequence, why)) => done.problems.push(StoreError::LogDamaged(sequence, why).to_string()),
+            Err(StoreError::LogDamaged(sequence, why)) => done
+                .problems
+                .push(StoreError::LogDamaged(sequence, why).to_string()),
             Err(error) => return Err(error),
         }
         done.below = SegmentSequence(sequence.0 + 1);
@@ -68,15 +86,20 @@ fn take(
 ) -> Result<Option<StoredSegment>, StoreError> {
     let sequence = segment.header.sequence();
     let follows = next.header.sequence().0 == sequence.0 + 1;
-    let lsn_limit = if follows { Lsn(next.header.previous_lsn_end.get()) } else { Lsn(u64::MAX) };
+    let lsn_limit = if follows {
+        Lsn(next.header.previous_lsn_end.get())
+    } else {
+        Lsn(u64::MAX)
+    };
     if lsn_limit <= segment.header.lsn_start() {
         return Ok(None);
     }
     let damaged = |why: String| StoreError::LogDamaged(sequence, why);
-    let mut reader = match SegmentReader::open(&mut *log as &mut dyn ReadAt, segment.base, segment_bytes) {
-        Ok(reader) => reader,
-        Err(error) => return Err(damaged(error.to_string())),
-    };
+    let mut reader =
+        match SegmentReader::open(&mut *log as &mut dyn ReadAt, segment.base, segment_bytes) {
+            Ok(reader) => reader,
+            Err(error) => return Err(damaged(error.to_string())),
+        };
     let mut entries = Vec::new();
     let (mut time_start, mut time_end) = (segment.header.wall_time(), segment.header.wall_time());
     while reader.tail().2 < lsn_limit {
@@ -84,7 +107,12 @@ fn take(
             Ok(true) => {}
             Ok(false) => break,
             // Behind the end of an abandoned epoch anything may lie; before it, a break is damage.
-            Err(error) if follows => return Err(damaged(format!("at LSN {} of {lsn_limit}: {error}", reader.tail().2))),
+            Err(error) if follows => {
+                return Err(damaged(format!(
+                    "at LSN {} of {lsn_limit}: {error}",
+                    reader.tail().2
+                )));
+            }
             Err(_) => break,
         }
         collect(&reader, &mut entries).map_err(|error| damaged(error.to_string()))?;
@@ -108,17 +136,26 @@ fn take(
     footer.root = copy(log, segment.base, data_bytes, &path, footer)?;
     write_run(&store.run_path(sequence), &footer, &entries)?;
     rename(&path.with_extension("new"), &path)?;
-    Ok(Some(StoredSegment { footer, path, entries }))
+    Ok(Some(StoredSegment {
+        footer,
+        path,
+        entries,
+    }))
 }
 
-fn collect<R: ReadAt>(reader: &SegmentReader<R>, entries: &mut Vec<RunEntry>) -> Result<(), varve_format::FormatError> {
+fn collect<R: ReadAt>(
+    reader: &SegmentReader<R>,
+    entries: &mut Vec<RunEntry>,
+) -> Result<(), varve_format::FormatError> {
     reader.each_record(|found| {
         if matches!(found.kind, RecordKind::Intent | RecordKind::Stable) {
             return;
         }
         let (offset, length) = match found.kind {
             // A span's or gap's argument, in the place of an offset.
-            RecordKind::SpanBegin | RecordKind::SpanEnd | RecordKind::Gap => (found.record.argument.get(), 0),
+            RecordKind::SpanBegin | RecordKind::SpanEnd | RecordKind::Gap => {
+                (found.record.argument.get(), 0)
+            }
             RecordKind::Point => (0, found.payload.len() as u64),
             _ => (found.record.offset.get(), found.record.length.get()),
         };
@@ -140,16 +177,24 @@ fn collect<R: ReadAt>(reader: &SegmentReader<R>, entries: &mut Vec<RunEntry>) ->
 /// Reads the index of a segment file that lost its run.
 pub(crate) fn index_file(path: &Path, footer: &SegmentFooter) -> Result<Vec<RunEntry>, StoreError> {
     let file = File::open(path).map_err(StoreError::io(path))?;
-    let mut reader = SegmentReader::open(file, 0, footer.data_bytes.get()).map_err(StoreError::segment(path))?;
+    let mut reader =
+        SegmentReader::open(file, 0, footer.data_bytes.get()).map_err(StoreError::segment(path))?;
     let mut entries = Vec::new();
     while reader.advance().map_err(StoreError::segment(path))? {
-        collect(&reader, &mut entries).map_err(|error| StoreError::Damaged(path.to_path_buf(), error))?;
+        collect(&reader, &mut entries)
+            .map_err(|error| StoreError::Damaged(path.to_path_buf(), error))?;
     }
     Ok(entries)
 }
 
 /// Copies the segment's bytes and its footer into a new file, durably. Returns the root.
-fn copy(log: &mut File, base: u64, data_bytes: u64, path: &Path, mut footer: SegmentFooter) -> Result<[u8; 32], StoreError> {
+fn copy(
+    log: &mut File,
+    base: u64,
+    data_bytes: u64,
+    path: &Path,
+    mut footer: SegmentFooter,
+) -> Result<[u8; 32], StoreError> {
     let new = path.with_extension("new");
     let mut file = File::create(&new).map_err(StoreError::io(&new))?;
     let mut hasher = blake3::Hasher::new();
@@ -157,23 +202,34 @@ fn copy(log: &mut File, base: u64, data_bytes: u64, path: &Path, mut footer: Seg
     let mut done = 0;
     while done < data_bytes {
         let part = (data_bytes - done).min(buffer.len() as u64) as usize;
-        log.read_at(base + done, &mut buffer[..part]).map_err(StoreError::io(Path::new("the log")))?;
+        log.read_at(base + done, &mut buffer[..part])
+            .map_err(StoreError::io(Path::new("the log")))?;
         hasher.update(&buffer[..part]);
-        file.write_all(&buffer[..part]).map_err(StoreError::io(&new))?;
+        file.write_all(&buffer[..part])
+            .map_err(StoreError::io(&new))?;
         done += part as u64;
     }
     footer.root = *hasher.finalize().as_bytes();
-    file.write_all(&footer.to_block()).map_err(StoreError::io(&new))?;
+    file.write_all(&footer.to_block())
+        .map_err(StoreError::io(&new))?;
     file.sync_all().map_err(StoreError::io(&new))?;
     Ok(footer.root)
 }
 
-pub(crate) fn write_run(path: &Path, footer: &SegmentFooter, entries: &[RunEntry]) -> Result<(), StoreError> {
+pub(crate) fn write_run(
+    path: &Path,
+    footer: &SegmentFooter,
+    entries: &[RunEntry],
+) -> Result<(), StoreError> {
     let new = path.with_extension("new");
     let bytes = entries.as_bytes();
     let write = || {
         let mut file = File::create(&new)?;
-        file.write_all(&RunHeader::encode(footer.volume, footer.sequence.get(), bytes))?;
+        file.write_all(&RunHeader::encode(
+            footer.volume,
+            footer.sequence.get(),
+            bytes,
+        ))?;
         file.write_all(bytes)?;
         file.sync_all()
     };
@@ -184,5 +240,7 @@ pub(crate) fn write_run(path: &Path, footer: &SegmentFooter, entries: &[RunEntry
 fn rename(new: &Path, path: &Path) -> Result<(), StoreError> {
     std::fs::rename(new, path).map_err(StoreError::io(path))?;
     let parent = path.parent().unwrap_or(path);
-    File::open(parent).and_then(|directory| directory.sync_all()).map_err(StoreError::io(parent))
+    File::open(parent)
+        .and_then(|directory| directory.sync_all())
+        .map_err(StoreError::io(parent))
 }

@@ -70,18 +70,32 @@ impl Timeline {
             for entry in &segment.entries {
                 let (lsn, time) = (Lsn(entry.lsn.get()), WallTime(entry.wall_time.get()));
                 timeline.records.push((lsn, time));
-                let event = || Event { lsn, time, entry: *entry, segment: segment.footer.sequence.get() };
+                let event = || Event {
+                    lsn,
+                    time,
+                    entry: *entry,
+                    segment: segment.footer.sequence.get(),
+                };
                 match entry.kind() {
                     Ok(RecordKind::Point) => timeline.points.push(event()),
                     Ok(RecordKind::Gap) => timeline.gaps.push(event()),
                     Ok(RecordKind::SpanBegin) => {
                         // A new span takes over one that was never ended: from its beginning on nothing resolves.
                         let kind = SpanKind::from_code(entry.detail).unwrap_or(SpanKind::Verify);
-                        open = Some(open.map_or((lsn, time, kind), |(from, since, _)| (from, since, kind)));
+                        open = Some(
+                            open.map_or((lsn, time, kind), |(from, since, _)| (from, since, kind)),
+                        );
                     }
                     Ok(RecordKind::SpanEnd) => {
                         if let Some((from, from_time, kind)) = open.take() {
-                            timeline.closed.push(Closed { from, to: lsn, from_time, to_time: time, kind, open: false });
+                            timeline.closed.push(Closed {
+                                from,
+                                to: lsn,
+                                from_time,
+                                to_time: time,
+                                kind,
+                                open: false,
+                            });
                         }
                     }
                     _ => {}
@@ -90,7 +104,14 @@ impl Timeline {
         }
         if let Some((from, from_time, kind)) = open {
             let to_time = timeline.records.last().map_or(from_time, |record| record.1);
-            timeline.closed.push(Closed { from, to: timeline.end, from_time, to_time, kind, open: true });
+            timeline.closed.push(Closed {
+                from,
+                to: timeline.end,
+                from_time,
+                to_time,
+                kind,
+                open: true,
+            });
         }
         timeline
     }
@@ -110,14 +131,22 @@ impl Timeline {
     /// First LSN that resolves.
     #[must_use]
     pub fn first(&self) -> Option<Lsn> {
-        self.closed.first().filter(|closed| !closed.open).map(|closed| closed.to.plus(1))
+        self.closed
+            .first()
+            .filter(|closed| !closed.open)
+            .map(|closed| closed.to.plus(1))
     }
 
     /// Last LSN that resolves.
     #[must_use]
     pub fn last(&self) -> Option<Lsn> {
         self.first()?;
-        Some(self.closed.last().filter(|closed| closed.open).map_or(self.end, |closed| closed.from))
+        Some(
+            self.closed
+                .last()
+                .filter(|closed| closed.open)
+                .map_or(self.end, |closed| closed.from),
+        )
     }
 
     /// Number of records.
@@ -130,7 +159,11 @@ impl Timeline {
     #[must_use]
     pub fn time_of(&self, lsn: Lsn) -> WallTime {
         let index = self.records.partition_point(|record| record.0 < lsn);
-        index.checked_sub(1).and_then(|i| self.records.get(i)).or_else(|| self.records.first()).map_or(WallTime(0), |record| record.1)
+        index
+            .checked_sub(1)
+            .and_then(|i| self.records.get(i))
+            .or_else(|| self.records.first())
+            .map_or(WallTime(0), |record| record.1)
     }
 
     /// The LSN whose image holds every record up to `time`.
@@ -145,15 +178,31 @@ impl Timeline {
     pub fn check(&self, lsn: Lsn) -> Result<Lsn, Nearest> {
         let with_time = |lsn: Lsn| (lsn, self.time_of(lsn));
         let (Some(first), Some(last)) = (self.first(), self.last()) else {
-            return Err(Nearest { before: None, after: None, reason: self.closed.first().map(|closed| closed.kind) });
+            return Err(Nearest {
+                before: None,
+                after: None,
+                reason: self.closed.first().map(|closed| closed.kind),
+            });
         };
         if lsn < first {
-            return Err(Nearest { before: None, after: Some(with_time(first)), reason: None });
+            return Err(Nearest {
+                before: None,
+                after: Some(with_time(first)),
+                reason: None,
+            });
         }
         if lsn > self.end {
-            return Err(Nearest { before: Some(with_time(last)), after: None, reason: None });
+            return Err(Nearest {
+                before: Some(with_time(last)),
+                after: None,
+                reason: None,
+            });
         }
-        match self.closed.iter().find(|closed| closed.from < lsn && lsn <= closed.to) {
+        match self
+            .closed
+            .iter()
+            .find(|closed| closed.from < lsn && lsn <= closed.to)
+        {
             Some(closed) => Err(Nearest {
                 before: (closed.from >= first).then(|| with_time(closed.from)),
                 after: (!closed.open).then(|| with_time(closed.to.plus(1))),

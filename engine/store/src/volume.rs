@@ -6,7 +6,9 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use varve_format::{RunEntry, RunHeader, SEGMENT_FOOTER_BYTES, SegmentFooter, SegmentSequence, VolumeId};
+use varve_format::{
+    RunEntry, RunHeader, SEGMENT_FOOTER_BYTES, SegmentFooter, SegmentSequence, VolumeId,
+};
 
 /// A sealed segment at rest.
 #[derive(Clone, Debug)]
@@ -39,7 +41,8 @@ impl VolumeStore {
         }
         let lock_path = directory.join("lock");
         let file = File::create(&lock_path).map_err(StoreError::io(&lock_path))?;
-        let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|_| StoreError::Locked(directory.clone()))?;
+        let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock)
+            .map_err(|_| StoreError::Locked(directory.clone()))?;
         let mut store = VolumeStore {
             directory,
             volume,
@@ -54,8 +57,11 @@ impl VolumeStore {
 
     fn load(&mut self) -> Result<(), StoreError> {
         let folder = self.directory.join("segments");
-        let mut paths: Vec<PathBuf> =
-            std::fs::read_dir(&folder).map_err(StoreError::io(&folder))?.flatten().map(|entry| entry.path()).collect();
+        let mut paths: Vec<PathBuf> = std::fs::read_dir(&folder)
+            .map_err(StoreError::io(&folder))?
+            .flatten()
+            .map(|entry| entry.path())
+            .collect();
         paths.sort();
         for path in paths {
             if path.extension().is_some_and(|extension| extension == "new") {
@@ -64,7 +70,8 @@ impl VolumeStore {
             }
             match self.load_segment(&path) {
                 Ok(segment) => {
-                    self.segments.insert(SegmentSequence(segment.footer.sequence.get()), segment);
+                    self.segments
+                        .insert(SegmentSequence(segment.footer.sequence.get()), segment);
                 }
                 Err(error) => self.damaged.push(error.to_string()),
             }
@@ -76,7 +83,10 @@ impl VolumeStore {
     fn load_segment(&self, path: &Path) -> Result<StoredSegment, StoreError> {
         let footer = read_footer(path)?;
         if footer.volume != self.volume.0 {
-            return Err(StoreError::Damaged(path.to_path_buf(), varve_format::FormatError::Foreign("volume")));
+            return Err(StoreError::Damaged(
+                path.to_path_buf(),
+                varve_format::FormatError::Foreign("volume"),
+            ));
         }
         let run = self.run_path(SegmentSequence(footer.sequence.get()));
         let entries = match read_run(&run, &footer) {
@@ -88,11 +98,16 @@ impl VolumeStore {
                 entries
             }
         };
-        Ok(StoredSegment { footer, path: path.to_path_buf(), entries })
+        Ok(StoredSegment {
+            footer,
+            path: path.to_path_buf(),
+            entries,
+        })
     }
 
     pub(crate) fn add(&mut self, segment: StoredSegment) {
-        self.segments.insert(SegmentSequence(segment.footer.sequence.get()), segment);
+        self.segments
+            .insert(SegmentSequence(segment.footer.sequence.get()), segment);
         self.rebuild_timeline();
     }
 
@@ -101,11 +116,15 @@ impl VolumeStore {
     }
 
     pub(crate) fn segment_path(&self, sequence: SegmentSequence) -> PathBuf {
-        self.directory.join("segments").join(format!("{:020}.seg", sequence.0))
+        self.directory
+            .join("segments")
+            .join(format!("{:020}.seg", sequence.0))
     }
 
     pub(crate) fn run_path(&self, sequence: SegmentSequence) -> PathBuf {
-        self.directory.join("runs").join(format!("{:020}.run", sequence.0))
+        self.directory
+            .join("runs")
+            .join(format!("{:020}.run", sequence.0))
     }
 
     /// The volume.
@@ -140,14 +159,20 @@ impl VolumeStore {
     /// Bytes of all segment files.
     #[must_use]
     pub fn stored_bytes(&self) -> u64 {
-        self.segments.values().map(|s| s.footer.data_bytes.get() + SEGMENT_FOOTER_BYTES as u64).sum()
+        self.segments
+            .values()
+            .map(|s| s.footer.data_bytes.get() + SEGMENT_FOOTER_BYTES as u64)
+            .sum()
     }
 
     /// Size of the volume by the newest segment.
     pub fn volume_bytes(&self) -> Result<u64, StoreError> {
-        let Some(segment) = self.segments.values().next_back() else { return Ok(0) };
+        let Some(segment) = self.segments.values().next_back() else {
+            return Ok(0);
+        };
         let file = File::open(&segment.path).map_err(StoreError::io(&segment.path))?;
-        let reader = varve_log::SegmentReader::open(file, 0, segment.footer.data_bytes.get()).map_err(StoreError::segment(&segment.path))?;
+        let reader = varve_log::SegmentReader::open(file, 0, segment.footer.data_bytes.get())
+            .map_err(StoreError::segment(&segment.path))?;
         Ok(reader.header().volume_bytes.get())
     }
 }
@@ -158,12 +183,23 @@ fn read_footer(path: &Path) -> Result<SegmentFooter, StoreError> {
     let mut block = vec![0u8; SEGMENT_FOOTER_BYTES];
     let at = length.checked_sub(SEGMENT_FOOTER_BYTES as u64);
     let at = at.ok_or_else(|| {
-        StoreError::Damaged(path.to_path_buf(), varve_format::FormatError::Truncated { needed: SEGMENT_FOOTER_BYTES as u64, found: length })
+        StoreError::Damaged(
+            path.to_path_buf(),
+            varve_format::FormatError::Truncated {
+                needed: SEGMENT_FOOTER_BYTES as u64,
+                found: length,
+            },
+        )
     })?;
-    file.read_exact_at(&mut block, at).map_err(StoreError::io(path))?;
-    let footer = SegmentFooter::parse(&block).map_err(|error| StoreError::Damaged(path.to_path_buf(), error))?;
+    file.read_exact_at(&mut block, at)
+        .map_err(StoreError::io(path))?;
+    let footer = SegmentFooter::parse(&block)
+        .map_err(|error| StoreError::Damaged(path.to_path_buf(), error))?;
     if footer.data_bytes.get() != at {
-        let error = varve_format::FormatError::Truncated { needed: footer.data_bytes.get(), found: at };
+        let error = varve_format::FormatError::Truncated {
+            needed: footer.data_bytes.get(),
+            found: at,
+        };
         return Err(StoreError::Damaged(path.to_path_buf(), error));
     }
     Ok(footer)

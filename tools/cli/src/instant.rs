@@ -16,17 +16,24 @@ pub fn parse_instant(text: &str, now: &Zoned) -> Result<Instant, String> {
         return Ok(Instant::Now);
     }
     if let Some(number) = text.strip_prefix("lsn:") {
-        return number.parse().map(Instant::Lsn).map_err(|_| format!("`{text}`: an LSN is a number, like `lsn:1234`"));
+        return number
+            .parse()
+            .map(Instant::Lsn)
+            .map_err(|_| format!("`{text}`: an LSN is a number, like `lsn:1234`"));
     }
     if let Some(name) = text.strip_prefix("point:") {
         return Ok(Instant::Point(name.to_owned()));
     }
     if let Some(seconds) = text.strip_prefix('@') {
-        let seconds: f64 = seconds.parse().map_err(|_| format!("`{text}`: seconds since 1970 are a number, like `@1795000000.5`"))?;
+        let seconds: f64 = seconds.parse().map_err(|_| {
+            format!("`{text}`: seconds since 1970 are a number, like `@1795000000.5`")
+        })?;
         return Ok(Instant::Time((seconds * 1e9) as i64));
     }
     if let Some(span) = text.strip_suffix(" ago") {
-        let span: Span = span.parse().map_err(|_| format!("`{text}`: a time span is like `5 minutes ago` or `1h 30m ago`"))?;
+        let span: Span = span.parse().map_err(|_| {
+            format!("`{text}`: a time span is like `5 minutes ago` or `1h 30m ago`")
+        })?;
         let then = now.checked_sub(span).map_err(|e| e.to_string())?;
         return Ok(time(&then.timestamp()));
     }
@@ -34,7 +41,12 @@ pub fn parse_instant(text: &str, now: &Zoned) -> Result<Instant, String> {
     if let Ok(stamp) = text.parse::<Timestamp>() {
         return Ok(time(&stamp));
     }
-    let local = |civil: DateTime| civil.to_zoned(now.time_zone().clone()).map(|zoned| time(&zoned.timestamp())).map_err(|e| e.to_string());
+    let local = |civil: DateTime| {
+        civil
+            .to_zoned(now.time_zone().clone())
+            .map(|zoned| time(&zoned.timestamp()))
+            .map_err(|e| e.to_string())
+    };
     if let Ok(civil) = iso.parse::<DateTime>() {
         return local(civil);
     }
@@ -44,7 +56,9 @@ pub fn parse_instant(text: &str, now: &Zoned) -> Result<Instant, String> {
         return local(now.date().to_datetime(of_day));
     }
     if text.starts_with(|c: char| c.is_ascii_digit()) && text.contains([':', ' ']) {
-        return Err(format!("`{text}` is not a time that I understand; write it like `2026-11-22 14:03:07.5` (a point's name: `point:{text}`)"));
+        return Err(format!(
+            "`{text}` is not a time that I understand; write it like `2026-11-22 14:03:07.5` (a point's name: `point:{text}`)"
+        ));
     }
     Ok(Instant::Point(text.to_owned()))
 }
@@ -58,7 +72,12 @@ fn time(stamp: &Timestamp) -> Instant {
 pub fn show_time(ns: i64) -> String {
     Timestamp::from_nanosecond(i128::from(ns)).map_or_else(
         |_| "?".to_owned(),
-        |stamp| stamp.to_zoned(jiff::tz::TimeZone::system()).strftime("%Y-%m-%d %H:%M:%S%.3f").to_string(),
+        |stamp| {
+            stamp
+                .to_zoned(jiff::tz::TimeZone::system())
+                .strftime("%Y-%m-%d %H:%M:%S%.3f")
+                .to_string()
+        },
     )
 }
 
@@ -91,20 +110,39 @@ mod tests {
     #[test]
     fn times_points_and_numbers_are_told_apart() {
         let base = 1_795_359_600_000_000_000; // 2026-11-22 15:00:00 UTC
-        assert_eq!(at("2026-11-22 15:00:00.5"), Ok(Instant::Time(base + 500_000_000)));
+        assert_eq!(
+            at("2026-11-22 15:00:00.5"),
+            Ok(Instant::Time(base + 500_000_000))
+        );
         assert_eq!(at("2026-11-22T15:00:00Z"), Ok(Instant::Time(base)));
         assert_eq!(at("15:00"), Ok(Instant::Time(base)));
-        assert_eq!(at("5 minutes ago"), Ok(Instant::Time(base - 300_000_000_000)));
-        assert_eq!(at("1h 30m ago"), Ok(Instant::Time(base - 5_400_000_000_000)));
+        assert_eq!(
+            at("5 minutes ago"),
+            Ok(Instant::Time(base - 300_000_000_000))
+        );
+        assert_eq!(
+            at("1h 30m ago"),
+            Ok(Instant::Time(base - 5_400_000_000_000))
+        );
         assert_eq!(at("lsn:77"), Ok(Instant::Lsn(77)));
         assert_eq!(at("now"), Ok(Instant::Now));
-        assert_eq!(at("before-upgrade"), Ok(Instant::Point("before-upgrade".to_owned())));
+        assert_eq!(
+            at("before-upgrade"),
+            Ok(Instant::Point("before-upgrade".to_owned()))
+        );
         assert_eq!(at("point:15:00"), Ok(Instant::Point("15:00".to_owned())));
     }
 
     #[test]
     fn what_looks_like_a_time_and_is_none_is_refused() {
-        for text in ["", "lsn:x", "2026-13-45 99:00", "25:99", "five minutes ago", "@x"] {
+        for text in [
+            "",
+            "lsn:x",
+            "2026-13-45 99:00",
+            "25:99",
+            "five minutes ago",
+            "@x",
+        ] {
             assert!(at(text).is_err(), "{text:?}");
         }
     }

@@ -29,7 +29,11 @@ impl Output {
     /// Prints a result: as JSON, or with `words`.
     pub fn result<T: Serialize>(&self, value: &T, words: impl FnOnce()) {
         if self.json {
-            self.envelope(&Envelope { schema: 1, result: Some(value), error: None });
+            self.envelope(&Envelope {
+                schema: 1,
+                result: Some(value),
+                error: None,
+            });
         } else {
             words();
         }
@@ -44,7 +48,11 @@ impl Output {
     /// Prints an error and gives the exit code for it.
     pub fn error(&self, error: &ControlError) -> ExitCode {
         if self.json {
-            self.envelope(&Envelope::<()> { schema: 1, result: None, error: Some(error) });
+            self.envelope(&Envelope::<()> {
+                schema: 1,
+                result: None,
+                error: Some(error),
+            });
         } else {
             eprintln!("varve: {error}");
         }
@@ -59,11 +67,19 @@ impl Output {
     }
 
     /// A progress bar for bytes; hidden where standard error is no terminal.
-    #[must_use]
     pub fn bar(&self, what: &str) -> impl FnMut(Progress) + use<> {
         let visible = !self.quiet && !self.json && std::io::stderr().is_terminal();
-        let bar = ProgressBar::with_draw_target(None, if visible { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() });
-        let style = ProgressStyle::with_template("{msg} [{bar:40}] {bytes}/{total_bytes} {bytes_per_sec} {eta}");
+        let bar = ProgressBar::with_draw_target(
+            None,
+            if visible {
+                ProgressDrawTarget::stderr()
+            } else {
+                ProgressDrawTarget::hidden()
+            },
+        );
+        let style = ProgressStyle::with_template(
+            "{msg} [{bar:40}] {bytes}/{total_bytes} {bytes_per_sec} {eta}",
+        );
         bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
         bar.set_message(what.to_owned());
         move |progress: Progress| {
@@ -109,5 +125,9 @@ pub fn show_bytes(bytes: u64) -> String {
         value /= 1024.0;
         unit += 1;
     }
-    if unit == 0 { format!("{bytes} B") } else { format!("{value:.1} {}", UNITS[unit]) }
+    if unit == 0 {
+        format!("{bytes} B")
+    } else {
+        format!("{value:.1} {}", UNITS[unit])
+    }
 }

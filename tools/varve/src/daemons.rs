@@ -28,7 +28,10 @@ fn connect(socket: &Path, name: &str) -> Result<Client, ControlError> {
 pub fn volumes(context: &Context) -> Result<Vec<VolumeInfo>, ControlError> {
     match filter(context)?.call(&FilterOp::Status)? {
         FilterReply::Status { volumes, .. } => Ok(volumes),
-        _ => Err(ControlError::new("C005-answer", "blkfilter gave an unexpected answer")),
+        _ => Err(ControlError::new(
+            "C005-answer",
+            "blkfilter gave an unexpected answer",
+        )),
     }
 }
 
@@ -40,10 +43,16 @@ pub fn volume(context: &Context, name: Option<String>) -> Result<String, Control
     let volumes = volumes(context)?;
     match volumes.as_slice() {
         [only] => Ok(only.name.clone()),
-        [] => Err(ControlError::new("V019-unknown", "no volume is protected; `varve protect DEVICE` begins")),
+        [] => Err(ControlError::new(
+            "V019-unknown",
+            "no volume is protected; `varve protect DEVICE` begins",
+        )),
         several => {
             let names: Vec<&str> = several.iter().map(|volume| volume.name.as_str()).collect();
-            Err(ControlError::new("V031-which", format!("which volume? Say --volume: {}", names.join(", "))))
+            Err(ControlError::new(
+                "V031-which",
+                format!("which volume? Say --volume: {}", names.join(", ")),
+            ))
         }
     }
 }
@@ -53,15 +62,22 @@ pub fn up(context: &Context) -> Result<(), ControlError> {
     std::fs::create_dir_all(context.paths.run())?;
     for name in ["blkfilter", "varved"] {
         let alive = |context: &Context| match name {
-            "blkfilter" => filter(context).and_then(|mut c| c.call::<_, FilterReply>(&FilterOp::Ping)).is_ok(),
-            _ => store(context).and_then(|mut c| c.call::<_, StoreReply>(&StoreOp::Ping)).is_ok(),
+            "blkfilter" => filter(context)
+                .and_then(|mut c| c.call::<_, FilterReply>(&FilterOp::Ping))
+                .is_ok(),
+            _ => store(context)
+                .and_then(|mut c| c.call::<_, StoreReply>(&StoreOp::Ping))
+                .is_ok(),
         };
         if alive(context) {
             context.output.say(format!("{name}: runs already"));
             continue;
         }
         let log_path = context.paths.run().join(format!("{name}.log"));
-        let log = std::fs::File::options().create(true).append(true).open(&log_path)?;
+        let log = std::fs::File::options()
+            .create(true)
+            .append(true)
+            .open(&log_path)?;
         let program = std::env::current_exe()?.with_file_name(name);
         Command::new(&program)
             .arg("--root")
@@ -75,11 +91,17 @@ pub fn up(context: &Context) -> Result<(), ControlError> {
         let start = Instant::now();
         while !alive(context) {
             if start.elapsed() > Duration::from_secs(60) {
-                return Err(ControlError::new("D002-start", format!("{name} did not come up; see {}", log_path.display())));
+                return Err(ControlError::new(
+                    "D002-start",
+                    format!("{name} did not come up; see {}", log_path.display()),
+                ));
             }
             std::thread::sleep(Duration::from_millis(20));
         }
-        context.output.say(format!("{name}: started (its messages: {})", log_path.display()));
+        context.output.say(format!(
+            "{name}: started (its messages: {})",
+            log_path.display()
+        ));
     }
     Ok(())
 }

@@ -172,9 +172,19 @@ struct Context {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let root = cli.common.root.or_else(|| std::env::var_os("VARVE_ROOT").map(PathBuf::from)).unwrap_or_else(|| PathBuf::from("/"));
-    let output = Output { json: cli.common.json, quiet: cli.common.quiet };
-    let context = Context { paths: Paths::new(root), output };
+    let root = cli
+        .common
+        .root
+        .or_else(|| std::env::var_os("VARVE_ROOT").map(PathBuf::from))
+        .unwrap_or_else(|| PathBuf::from("/"));
+    let output = Output {
+        json: cli.common.json,
+        quiet: cli.common.quiet,
+    };
+    let context = Context {
+        paths: Paths::new(root),
+        output,
+    };
     match run(&context, cli.command) {
         Ok(code) => code,
         Err(error) => output.error(&error),
@@ -189,19 +199,45 @@ fn run(context: &Context, command: Command) -> Result<ExitCode, ControlError> {
         Command::Down => daemons::down(context).map(done),
         Command::Status { wait } => status::run(context, wait),
         Command::Protect(args) => protect::protect(context, &args).map(done),
-        Command::Unprotect { volume, forget } => protect::unprotect(context, &volume, forget).map(done),
+        Command::Unprotect { volume, forget } => {
+            protect::unprotect(context, &volume, forget).map(done)
+        }
         Command::Mark { label, volume } => past::mark(context, volume.name, &label).map(done),
         Command::Points { volume } => past::points(context, volume.name).map(done),
         Command::History { volume } => past::history(context, volume.name).map(done),
-        Command::Mount { instant, directory, writable, partition, volume } => {
-            past::mount(context, volume.name, &instant, &directory, writable, partition).map(done)
-        }
+        Command::Mount {
+            instant,
+            directory,
+            writable,
+            partition,
+            volume,
+        } => past::mount(
+            context,
+            volume.name,
+            &instant,
+            &directory,
+            writable,
+            partition,
+        )
+        .map(done),
         Command::Umount { directory } => past::umount(context, &directory).map(done),
-        Command::Export { instant, nbd, writable, volume } => past::export(context, volume.name, &instant, nbd, writable).map(done),
+        Command::Export {
+            instant,
+            nbd,
+            writable,
+            volume,
+        } => past::export(context, volume.name, &instant, nbd, writable).map(done),
         Command::Unexport { device } => past::unexport(context, device).map(done),
         Command::Exports => past::exports(context).map(done),
-        Command::Rewind { instant, dry_run, yes, volume } => past::rewind(context, volume.name, &instant, dry_run, yes).map(done),
-        Command::Diff { from, to, volume } => past::diff(context, volume.name, &from, &to).map(done),
+        Command::Rewind {
+            instant,
+            dry_run,
+            yes,
+            volume,
+        } => past::rewind(context, volume.name, &instant, dry_run, yes).map(done),
+        Command::Diff { from, to, volume } => {
+            past::diff(context, volume.name, &from, &to).map(done)
+        }
         Command::Compare { volume } => past::compare(context, volume.name),
         Command::Dump { .. } => {
             print!("{}", varve_format::layout::markdown());

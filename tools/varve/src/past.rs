@@ -5,7 +5,9 @@ use serde::Serialize;
 use std::path::Path;
 use std::process::{Command, ExitCode};
 use varve_cli::{confirm, parse_instant, show_bytes, show_time};
-use varve_control::{ControlError, FilterOp, FilterReply, Instant, StoreOp, StoreReply, VolumeHistory};
+use varve_control::{
+    ControlError, FilterOp, FilterReply, Instant, StoreOp, StoreReply, VolumeHistory,
+};
 
 fn instant(text: &str) -> Result<Instant, ControlError> {
     parse_instant(text, &jiff::Zoned::now()).map_err(|why| ControlError::new("I005-instant", why))
@@ -18,17 +20,22 @@ fn unexpected() -> ControlError {
 /// Times in the daemon's messages are seconds since 1970 (`@…`); people read clocks.
 fn ask(context: &Context, op: &StoreOp, what: &str) -> Result<StoreReply, ControlError> {
     let bar = context.output.bar(what);
-    daemons::store(context)?.call_with(op, &[], bar).map_err(|mut error: ControlError| {
-        error.message = with_clock_times(&error.message);
-        error
-    })
+    daemons::store(context)?
+        .call_with(op, &[], bar)
+        .map_err(|mut error: ControlError| {
+            error.message = with_clock_times(&error.message);
+            error
+        })
 }
 
 fn with_clock_times(text: &str) -> String {
     let mut out = String::new();
     let mut rest = text;
     while let Some(at) = rest.find('@') {
-        let number: String = rest[at + 1..].chars().take_while(|c| c.is_ascii_digit() || *c == '.').collect();
+        let number: String = rest[at + 1..]
+            .chars()
+            .take_while(|c| c.is_ascii_digit() || *c == '.')
+            .collect();
         let number = number.trim_end_matches('.');
         out += &rest[..at];
         match number.parse::<f64>() {
@@ -43,7 +50,11 @@ fn with_clock_times(text: &str) -> String {
 /// `varve mark`.
 pub fn mark(context: &Context, volume: Option<String>, label: &str) -> Result<(), ControlError> {
     let name = daemons::volume(context, volume)?;
-    let FilterReply::Instant { lsn } = daemons::filter(context)?.call(&FilterOp::Mark { name: name.clone(), label: label.to_owned() })? else {
+    let FilterReply::Instant { lsn } = daemons::filter(context)?.call(&FilterOp::Mark {
+        name: name.clone(),
+        label: label.to_owned(),
+    })?
+    else {
         return Err(unexpected());
     };
     #[derive(Serialize)]
@@ -52,12 +63,29 @@ pub fn mark(context: &Context, volume: Option<String>, label: &str) -> Result<()
         name: &'a str,
         lsn: u64,
     }
-    context.output.result(&Marked { volume: &name, name: label, lsn }, || context.output.say(format!("{name}: point {label:?} at lsn:{lsn}")));
+    context.output.result(
+        &Marked {
+            volume: &name,
+            name: label,
+            lsn,
+        },
+        || {
+            context
+                .output
+                .say(format!("{name}: point {label:?} at lsn:{lsn}"))
+        },
+    );
     Ok(())
 }
 
 fn fetch_history(context: &Context, name: &str) -> Result<VolumeHistory, ControlError> {
-    match ask(context, &StoreOp::History { volume: name.to_owned() }, "reading the history")? {
+    match ask(
+        context,
+        &StoreOp::History {
+            volume: name.to_owned(),
+        },
+        "reading the history",
+    )? {
         StoreReply::History { history } => Ok(*history),
         _ => Err(unexpected()),
     }
@@ -69,10 +97,17 @@ pub fn points(context: &Context, volume: Option<String>) -> Result<(), ControlEr
     let history = fetch_history(context, &name)?;
     context.output.result(&history.points, || {
         for point in &history.points {
-            println!("{}  lsn:{}  {}", show_time(point.time_ns), point.lsn, point.name);
+            println!(
+                "{}  lsn:{}  {}",
+                show_time(point.time_ns),
+                point.lsn,
+                point.name
+            );
         }
         if history.points.is_empty() {
-            context.output.say("no recovery points; `varve mark NAME` makes one");
+            context
+                .output
+                .say("no recovery points; `varve mark NAME` makes one");
         }
     });
     Ok(())
@@ -87,8 +122,18 @@ pub fn history(context: &Context, volume: Option<String>) -> Result<(), ControlE
             println!("{name}: no instant yet; the first full copy is running (`varve status`)");
             return;
         }
-        println!("{name}: any instant from {} (lsn:{})", show_time(history.first_ns), history.first_lsn);
-        println!("{:width$}                to {} (lsn:{})", "", show_time(history.last_ns), history.last_lsn, width = name.len());
+        println!(
+            "{name}: any instant from {} (lsn:{})",
+            show_time(history.first_ns),
+            history.first_lsn
+        );
+        println!(
+            "{:width$}                to {} (lsn:{})",
+            "",
+            show_time(history.last_ns),
+            history.last_lsn,
+            width = name.len()
+        );
         let seconds = ((history.last_ns - history.first_ns) as f64 / 1e9).max(1.0);
         println!(
             "  {} records, {} written, {} stored; {:.1} records/s, {}/s",
@@ -99,20 +144,43 @@ pub fn history(context: &Context, volume: Option<String>) -> Result<(), ControlE
             show_bytes((history.payload_bytes as f64 / seconds) as u64)
         );
         for (from, to, from_ns, to_ns, why) in &history.closed {
-            println!("  closed  {} to {}  lsn:{from} to lsn:{to}  {why}", show_time(*from_ns), show_time(*to_ns));
+            println!(
+                "  closed  {} to {}  lsn:{from} to lsn:{to}  {why}",
+                show_time(*from_ns),
+                show_time(*to_ns)
+            );
         }
         for (from_ns, to_ns) in &history.gaps {
-            println!("  gap     {} to {}  no single writes", show_time(*from_ns), show_time(*to_ns));
+            println!(
+                "  gap     {} to {}  no single writes",
+                show_time(*from_ns),
+                show_time(*to_ns)
+            );
         }
     });
     Ok(())
 }
 
-fn show(context: &Context, volume: Option<String>, text: &str, nbd: Option<String>, writable: bool) -> Result<(String, u64, i64), ControlError> {
+fn show(
+    context: &Context,
+    volume: Option<String>,
+    text: &str,
+    nbd: Option<String>,
+    writable: bool,
+) -> Result<(String, u64, i64), ControlError> {
     let volume = daemons::volume(context, volume)?;
-    let op = StoreOp::Export { volume, instant: instant(text)?, writable, nbd };
+    let op = StoreOp::Export {
+        volume,
+        instant: instant(text)?,
+        writable,
+        nbd,
+    };
     match ask(context, &op, "opening the image")? {
-        StoreReply::Shown { device, lsn, time_ns } => Ok((device, lsn, time_ns)),
+        StoreReply::Shown {
+            device,
+            lsn,
+            time_ns,
+        } => Ok((device, lsn, time_ns)),
         _ => Err(unexpected()),
     }
 }
@@ -126,12 +194,32 @@ struct Shown<'a> {
 }
 
 /// `varve export`.
-pub fn export(context: &Context, volume: Option<String>, text: &str, nbd: Option<String>, writable: bool) -> Result<(), ControlError> {
-    let nbd = nbd.map(std::path::absolute).transpose()?.map(|path| path.display().to_string());
+pub fn export(
+    context: &Context,
+    volume: Option<String>,
+    text: &str,
+    nbd: Option<String>,
+    writable: bool,
+) -> Result<(), ControlError> {
+    let nbd = nbd
+        .map(std::path::absolute)
+        .transpose()?
+        .map(|path| path.display().to_string());
     let (device, lsn, time_ns) = show(context, volume, text, nbd, writable)?;
-    context.output.result(&Shown { device: &device, lsn, time_ns, mounted: None }, || {
-        context.output.say(format!("{} (lsn:{lsn}) is at {device}; end it with: varve unexport {device}", show_time(time_ns)));
-    });
+    context.output.result(
+        &Shown {
+            device: &device,
+            lsn,
+            time_ns,
+            mounted: None,
+        },
+        || {
+            context.output.say(format!(
+                "{} (lsn:{lsn}) is at {device}; end it with: varve unexport {device}",
+                show_time(time_ns)
+            ));
+        },
+    );
     Ok(())
 }
 
@@ -145,7 +233,10 @@ pub fn mount(
     partition: Option<u32>,
 ) -> Result<(), ControlError> {
     if !directory.is_dir() {
-        return Err(ControlError::new("X005-directory", format!("{} is not a directory", directory.display())));
+        return Err(ControlError::new(
+            "X005-directory",
+            format!("{} is not a directory", directory.display()),
+        ));
     }
     let (device, lsn, time_ns) = show(context, volume, text, None, true)?;
     let node = partition.map_or_else(|| device.clone(), |number| format!("{device}p{number}"));
@@ -154,49 +245,112 @@ pub fn mount(
     if kind == "xfs" {
         options.push("nouuid"); // Its original may be mounted beside it.
     }
-    let outcome = Command::new("mount").args(["-o", &options.join(","), &node]).arg(directory).output()?;
+    let outcome = Command::new("mount")
+        .args(["-o", &options.join(","), &node])
+        .arg(directory)
+        .output()?;
     if !outcome.status.success() {
-        let _ = daemons::store(context)?.call::<_, StoreReply>(&StoreOp::Unexport { device: device.clone() });
+        let _ = daemons::store(context)?.call::<_, StoreReply>(&StoreOp::Unexport {
+            device: device.clone(),
+        });
         let why = String::from_utf8_lossy(&outcome.stderr).trim().to_owned();
-        return Err(ControlError::new("X006-mount", format!("{node}: {why}. If the volume is a whole disk, say --partition N")));
+        return Err(ControlError::new(
+            "X006-mount",
+            format!("{node}: {why}. If the volume is a whole disk, say --partition N"),
+        ));
     }
-    context.output.result(&Shown { device: &device, lsn, time_ns, mounted: Some(directory) }, || {
-        context.output.say(format!("{} (lsn:{lsn}) is mounted on {}; end it with: varve umount {}", show_time(time_ns), directory.display(), directory.display()));
-    });
+    context.output.result(
+        &Shown {
+            device: &device,
+            lsn,
+            time_ns,
+            mounted: Some(directory),
+        },
+        || {
+            context.output.say(format!(
+                "{} (lsn:{lsn}) is mounted on {}; end it with: varve umount {}",
+                show_time(time_ns),
+                directory.display(),
+                directory.display()
+            ));
+        },
+    );
     Ok(())
 }
 
 fn output_of(program: &str, arguments: &[&str]) -> String {
-    Command::new(program).args(arguments).output().map(|out| String::from_utf8_lossy(&out.stdout).trim().to_owned()).unwrap_or_default()
+    Command::new(program)
+        .args(arguments)
+        .output()
+        .map(|out| String::from_utf8_lossy(&out.stdout).trim().to_owned())
+        .unwrap_or_default()
 }
 
 /// `varve umount`.
 pub fn umount(context: &Context, directory: &Path) -> Result<(), ControlError> {
     let directory = std::fs::canonicalize(directory)?;
-    let node = output_of("findmnt", &["-n", "-o", "SOURCE", "--mountpoint", &directory.display().to_string()]);
+    let node = output_of(
+        "findmnt",
+        &[
+            "-n",
+            "-o",
+            "SOURCE",
+            "--mountpoint",
+            &directory.display().to_string(),
+        ],
+    );
     if node.is_empty() {
-        return Err(ControlError::new("X007-mount", format!("nothing is mounted on {}", directory.display())));
+        return Err(ControlError::new(
+            "X007-mount",
+            format!("nothing is mounted on {}", directory.display()),
+        ));
     }
-    let StoreReply::Exports { exports } = ask(context, &StoreOp::Exports, "")? else { return Err(unexpected()) };
-    let device = exports.iter().map(|export| &export.0).find(|device| node == **device || node.starts_with(&format!("{device}p")));
-    let device = device.ok_or_else(|| ControlError::new("X003-unknown", format!("{} is not an image of ours; use umount", directory.display())))?;
+    let StoreReply::Exports { exports } = ask(context, &StoreOp::Exports, "")? else {
+        return Err(unexpected());
+    };
+    let device = exports
+        .iter()
+        .map(|export| &export.0)
+        .find(|device| node == **device || node.starts_with(&format!("{device}p")));
+    let device = device.ok_or_else(|| {
+        ControlError::new(
+            "X003-unknown",
+            format!(
+                "{} is not an image of ours; use umount",
+                directory.display()
+            ),
+        )
+    })?;
     let outcome = Command::new("umount").arg(&directory).output()?;
     if !outcome.status.success() {
-        return Err(ControlError::new("V012-busy", String::from_utf8_lossy(&outcome.stderr).trim().to_owned()));
+        return Err(ControlError::new(
+            "V012-busy",
+            String::from_utf8_lossy(&outcome.stderr).trim().to_owned(),
+        ));
     }
     unexport(context, device.clone())
 }
 
 /// `varve unexport`.
 pub fn unexport(context: &Context, device: String) -> Result<(), ControlError> {
-    ask(context, &StoreOp::Unexport { device: device.clone() }, "")?;
-    context.output.result(&device, || context.output.say(format!("{device} is gone")));
+    ask(
+        context,
+        &StoreOp::Unexport {
+            device: device.clone(),
+        },
+        "",
+    )?;
+    context
+        .output
+        .result(&device, || context.output.say(format!("{device} is gone")));
     Ok(())
 }
 
 /// `varve exports`.
 pub fn exports(context: &Context) -> Result<(), ControlError> {
-    let StoreReply::Exports { exports } = ask(context, &StoreOp::Exports, "")? else { return Err(unexpected()) };
+    let StoreReply::Exports { exports } = ask(context, &StoreOp::Exports, "")? else {
+        return Err(unexpected());
+    };
     context.output.result(&exports, || {
         for (device, what) in &exports {
             println!("{device}  {}", with_clock_times(what));
@@ -206,41 +360,111 @@ pub fn exports(context: &Context) -> Result<(), ControlError> {
 }
 
 /// `varve rewind`.
-pub fn rewind(context: &Context, volume: Option<String>, text: &str, dry_run: bool, yes: bool) -> Result<(), ControlError> {
+pub fn rewind(
+    context: &Context,
+    volume: Option<String>,
+    text: &str,
+    dry_run: bool,
+    yes: bool,
+) -> Result<(), ControlError> {
     let volume = daemons::volume(context, volume)?;
     let wanted = instant(text)?;
     if !dry_run && !yes {
-        let plan = ask(context, &StoreOp::Rewind { volume: volume.clone(), instant: wanted.clone(), dry_run: true }, "comparing")?;
-        let StoreReply::Rewound { lsn, time_ns, written_bytes, .. } = plan else { return Err(unexpected()) };
-        let question = format!("Write {} (lsn:{lsn}) back over {volume}? {} differ. It can be undone.", show_time(time_ns), show_bytes(written_bytes));
+        let plan = ask(
+            context,
+            &StoreOp::Rewind {
+                volume: volume.clone(),
+                instant: wanted.clone(),
+                dry_run: true,
+            },
+            "comparing",
+        )?;
+        let StoreReply::Rewound {
+            lsn,
+            time_ns,
+            written_bytes,
+            ..
+        } = plan
+        else {
+            return Err(unexpected());
+        };
+        let question = format!(
+            "Write {} (lsn:{lsn}) back over {volume}? {} differ. It can be undone.",
+            show_time(time_ns),
+            show_bytes(written_bytes)
+        );
         if !confirm(&question) {
-            return Err(ControlError::new("R002-unconfirmed", "not confirmed; nothing was written (--yes does not ask)"));
+            return Err(ControlError::new(
+                "R002-unconfirmed",
+                "not confirmed; nothing was written (--yes does not ask)",
+            ));
         }
     }
-    let reply = ask(context, &StoreOp::Rewind { volume: volume.clone(), instant: wanted, dry_run }, if dry_run { "comparing" } else { "rewinding" })?;
-    let StoreReply::Rewound { lsn, time_ns, written_bytes, undo_lsn } = reply.clone() else { return Err(unexpected()) };
+    let reply = ask(
+        context,
+        &StoreOp::Rewind {
+            volume: volume.clone(),
+            instant: wanted,
+            dry_run,
+        },
+        if dry_run { "comparing" } else { "rewinding" },
+    )?;
+    let StoreReply::Rewound {
+        lsn,
+        time_ns,
+        written_bytes,
+        undo_lsn,
+    } = reply.clone()
+    else {
+        return Err(unexpected());
+    };
     context.output.result(&reply, || {
         let when = show_time(time_ns);
         if dry_run {
-            context.output.say(format!("{volume} at {when} (lsn:{lsn}): {} would be written", show_bytes(written_bytes)));
+            context.output.say(format!(
+                "{volume} at {when} (lsn:{lsn}): {} would be written",
+                show_bytes(written_bytes)
+            ));
         } else {
-            context.output.say(format!("{volume} is again what it was at {when} (lsn:{lsn}); {} were written", show_bytes(written_bytes)));
-            context.output.say(format!("  undo it with: varve rewind --volume {volume} lsn:{undo_lsn}"));
+            context.output.say(format!(
+                "{volume} is again what it was at {when} (lsn:{lsn}); {} were written",
+                show_bytes(written_bytes)
+            ));
+            context.output.say(format!(
+                "  undo it with: varve rewind --volume {volume} lsn:{undo_lsn}"
+            ));
         }
     });
     Ok(())
 }
 
 /// `varve diff`.
-pub fn diff(context: &Context, volume: Option<String>, from: &str, to: &str) -> Result<(), ControlError> {
+pub fn diff(
+    context: &Context,
+    volume: Option<String>,
+    from: &str,
+    to: &str,
+) -> Result<(), ControlError> {
     let volume = daemons::volume(context, volume)?;
-    let reply = ask(context, &StoreOp::Diff { volume, from: instant(from)?, to: instant(to)? }, "")?;
-    let StoreReply::Ranges { ranges, bytes } = &reply else { return Err(unexpected()) };
+    let reply = ask(
+        context,
+        &StoreOp::Diff {
+            volume,
+            from: instant(from)?,
+            to: instant(to)?,
+        },
+        "",
+    )?;
+    let StoreReply::Ranges { ranges, bytes } = &reply else {
+        return Err(unexpected());
+    };
     context.output.result(&reply, || {
         for (offset, length) in ranges {
             println!("{offset} {length}");
         }
-        context.output.say(format!("{} ranges, {}", ranges.len(), show_bytes(*bytes)));
+        context
+            .output
+            .say(format!("{} ranges, {}", ranges.len(), show_bytes(*bytes)));
     });
     Ok(())
 }
@@ -248,17 +472,35 @@ pub fn diff(context: &Context, volume: Option<String>, from: &str, to: &str) -> 
 /// `varve compare`.
 pub fn compare(context: &Context, volume: Option<String>) -> Result<ExitCode, ControlError> {
     let volume = daemons::volume(context, volume)?;
-    let reply = ask(context, &StoreOp::Compare { volume: volume.clone() }, "comparing")?;
-    let StoreReply::Ranges { ranges, bytes } = &reply else { return Err(unexpected()) };
+    let reply = ask(
+        context,
+        &StoreOp::Compare {
+            volume: volume.clone(),
+        },
+        "comparing",
+    )?;
+    let StoreReply::Ranges { ranges, bytes } = &reply else {
+        return Err(unexpected());
+    };
     context.output.result(&reply, || {
         if ranges.is_empty() {
-            context.output.say(format!("{volume}: the device is what its history says"));
+            context
+                .output
+                .say(format!("{volume}: the device is what its history says"));
         } else {
             for (offset, length) in ranges {
                 println!("{offset} {length}");
             }
-            println!("{volume}: {} differ from the history in {} ranges", show_bytes(*bytes), ranges.len());
+            println!(
+                "{volume}: {} differ from the history in {} ranges",
+                show_bytes(*bytes),
+                ranges.len()
+            );
         }
     });
-    Ok(if ranges.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(7) })
+    Ok(if ranges.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::from(7)
+    })
 }

@@ -36,17 +36,32 @@ pub fn run(context: &Context, wait: Option<u64>) -> Result<ExitCode, ControlErro
         volumes = daemons::volumes(context)?;
     }
     let all_safe = !volumes.is_empty() && volumes.iter().all(|volume| volume.state == "protected");
-    let shown: Vec<VolumeStatus> = volumes.into_iter().map(|volume| judge(context, volume)).collect();
-    context.output.result(&shown, || shown.iter().for_each(print));
+    let shown: Vec<VolumeStatus> = volumes
+        .into_iter()
+        .map(|volume| judge(context, volume))
+        .collect();
+    context
+        .output
+        .result(&shown, || shown.iter().for_each(print));
     if shown.is_empty() {
-        context.output.say("Nothing is protected. Next: varve protect DEVICE");
+        context
+            .output
+            .say("Nothing is protected. Next: varve protect DEVICE");
     }
-    Ok(if all_safe { ExitCode::SUCCESS } else { ExitCode::from(3) })
+    Ok(if all_safe {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::from(3)
+    })
 }
 
 fn judge(context: &Context, volume: VolumeInfo) -> VolumeStatus {
     let history = daemons::store(context)
-        .and_then(|mut store| store.call(&StoreOp::History { volume: volume.name.clone() }))
+        .and_then(|mut store| {
+            store.call(&StoreOp::History {
+                volume: volume.name.clone(),
+            })
+        })
         .map(|reply| match reply {
             StoreReply::History { history } => *history,
             _ => VolumeHistory::default(),
@@ -55,8 +70,18 @@ fn judge(context: &Context, volume: VolumeInfo) -> VolumeStatus {
     let history = history.unwrap_or_default();
     let (exposure_seconds, exposure_bytes) = match volume.state.as_str() {
         "protected" => (0.0, 0),
-        "bypass" => ((now_ns() - volume.bypass_since_ns).max(0) as f64 / 1e9, volume.marked_bytes),
-        _ => (if history.last_ns > 0 { (now_ns() - history.last_ns).max(0) as f64 / 1e9 } else { 0.0 }, volume.marked_bytes),
+        "bypass" => (
+            (now_ns() - volume.bypass_since_ns).max(0) as f64 / 1e9,
+            volume.marked_bytes,
+        ),
+        _ => (
+            if history.last_ns > 0 {
+                (now_ns() - history.last_ns).max(0) as f64 / 1e9
+            } else {
+                0.0
+            },
+            volume.marked_bytes,
+        ),
     };
     VolumeStatus {
         exposure_seconds,
@@ -72,36 +97,93 @@ fn judge(context: &Context, volume: VolumeInfo) -> VolumeStatus {
 fn advise(volume: &VolumeInfo, store_is_silent: bool) -> (String, String) {
     let to = |risk: &str, command: String| (risk.to_owned(), command);
     match volume.state.as_str() {
-        "failed" => to("the volume does not run", "correct what the note says, then: varve down; varve up".to_owned()),
-        "bypass" if volume.bypass_unmarked => to("a power cut now would leave no trace of the bypass: check the log's and the state file's disks", "varve doctor".to_owned()),
-        "bypass" => to("writes are not recorded; it heals by itself once the log answers", "varve doctor".to_owned()),
-        "rewinding" => to("a rewind is running; the device is not offered until it is done", "varve status --wait 600".to_owned()),
-        _ if store_is_silent => to("the store's daemon does not answer: the log will fill up", "varve up".to_owned()),
-        "synchronising" | "healing" | "unverified" => to("instants resolve again once the copy is done", "varve status --wait 600".to_owned()),
-        _ if volume.segments_held * 4 > volume.segment_count * 3 => to("the log is more than three quarters full: the store is behind", "varve doctor".to_owned()),
-        _ if !volume.memory_locked => to("memory is not locked: slow under memory pressure", "varve doctor".to_owned()),
-        _ => to("none known", "varve mark NAME (before your next change)".to_owned()),
+        "failed" => to(
+            "the volume does not run",
+            "correct what the note says, then: varve down; varve up".to_owned(),
+        ),
+        "bypass" if volume.bypass_unmarked => to(
+            "a power cut now would leave no trace of the bypass: check the log's and the state file's disks",
+            "varve doctor".to_owned(),
+        ),
+        "bypass" => to(
+            "writes are not recorded; it heals by itself once the log answers",
+            "varve doctor".to_owned(),
+        ),
+        "rewinding" => to(
+            "a rewind is running; the device is not offered until it is done",
+            "varve status --wait 600".to_owned(),
+        ),
+        _ if store_is_silent => to(
+            "the store's daemon does not answer: the log will fill up",
+            "varve up".to_owned(),
+        ),
+        "synchronising" | "healing" | "unverified" => to(
+            "instants resolve again once the copy is done",
+            "varve status --wait 600".to_owned(),
+        ),
+        _ if volume.segments_held * 4 > volume.segment_count * 3 => to(
+            "the log is more than three quarters full: the store is behind",
+            "varve doctor".to_owned(),
+        ),
+        _ if !volume.memory_locked => to(
+            "memory is not locked: slow under memory pressure",
+            "varve doctor".to_owned(),
+        ),
+        _ => to(
+            "none known",
+            "varve mark NAME (before your next change)".to_owned(),
+        ),
     }
 }
 
 fn print(status: &VolumeStatus) {
     let volume = &status.volume;
-    let safe = if volume.state == "protected" { "SAFE" } else { "NOT SAFE" };
-    println!("{}: {safe} ({})  {} -> {} [{}]", volume.name, volume.state, volume.device, if volume.mapped.is_empty() { "not offered" } else { &volume.mapped }, volume.front);
+    let safe = if volume.state == "protected" {
+        "SAFE"
+    } else {
+        "NOT SAFE"
+    };
+    println!(
+        "{}: {safe} ({})  {} -> {} [{}]",
+        volume.name,
+        volume.state,
+        volume.device,
+        if volume.mapped.is_empty() {
+            "not offered"
+        } else {
+            &volume.mapped
+        },
+        volume.front
+    );
     if !volume.note.is_empty() {
         println!("  last start  {}", volume.note);
     }
-    println!("  exposure    {:.1} s, {} not in the history", status.exposure_seconds, show_bytes(status.exposure_bytes));
+    println!(
+        "  exposure    {:.1} s, {} not in the history",
+        status.exposure_seconds,
+        show_bytes(status.exposure_bytes)
+    );
     if status.restorable_to_ns > 0 {
         let span = show_ago(status.restorable_from_ns, status.restorable_to_ns);
-        println!("  restorable  {}  to  {}  ({span})", show_time(status.restorable_from_ns), show_time(status.restorable_to_ns));
+        println!(
+            "  restorable  {}  to  {}  ({span})",
+            show_time(status.restorable_from_ns),
+            show_time(status.restorable_to_ns)
+        );
     } else {
         println!("  restorable  nothing yet");
     }
     if volume.bypass_since_ns > 0 {
-        println!("  bypass      since {}: {}", show_time(volume.bypass_since_ns), volume.bypass_reason);
+        println!(
+            "  bypass      since {}: {}",
+            show_time(volume.bypass_since_ns),
+            volume.bypass_reason
+        );
     }
-    println!("  last check  none recorded; `varve compare --volume {}` makes one", volume.name);
+    println!(
+        "  last check  none recorded; `varve compare --volume {}` makes one",
+        volume.name
+    );
     println!("  next risk   {}", status.next_risk);
     println!("  next        {}", status.next_command);
 }

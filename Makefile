@@ -1,0 +1,49 @@
+# Varve. `make help` lists the targets.
+SHELL := /bin/bash
+export CARGO_TERM_COLOR ?= auto
+NEXTEST := cargo nextest run --workspace --no-fail-fast
+DESTDIR ?=
+PREFIX ?= /usr
+BIN := $(DESTDIR)$(PREFIX)/bin
+UNITS := $(DESTDIR)/usr/lib/systemd/system
+RULES := $(DESTDIR)/usr/lib/udev/rules.d
+
+.PHONY: help setup build demo check test vm bench install clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+setup: ## install what building and testing need (Debian, Ubuntu; as root)
+	@tools/setup
+
+build: setup ## build the programs
+	cargo build --release
+
+demo: build ## protect a scratch disk, lose data, get every instant back (as root)
+	@tests/demo
+
+check: setup ## format, lints, tidy, unit tests
+	cargo fmt --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	cargo nextest run --workspace --lib --bins -E 'not binary(vm)'
+	cargo nextest run -p varve-tests --test tidy
+
+test: setup ## all tests, with the small numbers (as root; about two minutes after the build)
+	cargo build --workspace
+	$(NEXTEST)
+
+vm: setup ## the tests on real kernels with the large numbers
+	cargo build --workspace
+	VARVE_TEST_SIZE=large $(NEXTEST) -E 'binary(vm)'
+
+bench: build ## figures as ratios: raw disk, plain loop, Varve (as root)
+	@tests/bench
+
+install: ## install into DESTDIR: programs, units, udev rules
+	install -d $(BIN) $(UNITS) $(RULES)
+	install -m 0755 target/release/blkfilter target/release/varved target/release/varve $(BIN)
+	install -m 0644 blkfilter/filter/systemd/blkfilter.service engine/daemon/systemd/varved.service $(UNITS)
+	install -m 0644 blkfilter/filter/systemd/60-varve.rules $(RULES)
+
+clean: ## remove what was built
+	cargo clean
