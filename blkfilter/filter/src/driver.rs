@@ -104,6 +104,7 @@ impl VolumeDevice {
 impl Device for VolumeDevice {
     fn submit(&mut self, request: Request) {
         if let Some(medium) = self.medium.as_mut() {
+            medium.hold_time();
             self.volume.submit(medium, request);
         }
     }
@@ -112,6 +113,7 @@ impl Device for VolumeDevice {
         if let Some(medium) = self.medium.as_mut()
             && let Some(completion) = medium.take(user_data, result)
         {
+            medium.hold_time();
             self.volume.complete(medium, completion);
         }
     }
@@ -120,6 +122,7 @@ impl Device for VolumeDevice {
         let Some(medium) = self.medium.as_mut() else {
             return;
         };
+        medium.hold_time();
         while let Ok(message) = self.messages.try_recv() {
             match message {
                 Message::Status(reply) => {
@@ -152,6 +155,7 @@ impl Device for VolumeDevice {
         let Some(medium) = self.medium.as_mut() else {
             return;
         };
+        medium.hold_time();
         // Completions that never reached the kernel.
         while let Some(completion) = medium.poll(false) {
             self.volume.complete(medium, completion);
@@ -172,12 +176,17 @@ impl Device for VolumeDevice {
         self.answers.pop_front()
     }
 
-    fn next_run_ns(&self) -> u64 {
-        let Some(medium) = self.medium.as_ref() else {
-            return 1_000_000_000;
+    fn end_turn(&mut self) -> (u64, u64) {
+        let Some(medium) = self.medium.as_mut() else {
+            return (varve_front::monotonic_ns(), 1_000_000_000);
         };
+        medium.hold_time();
         let now = medium.now().monotonic_ns;
-        self.volume.deadline_ns(now).saturating_sub(now).max(20_000)
+        medium.let_time_pass();
+        (
+            now,
+            self.volume.deadline_ns(now).saturating_sub(now).max(20_000),
+        )
     }
 
     fn is_quiet(&self) -> bool {
@@ -250,8 +259,8 @@ impl Device for FailedDevice {
     fn take_answer(&mut self) -> Option<Answer> {
         self.answers.pop_front()
     }
-    fn next_run_ns(&self) -> u64 {
-        1_000_000_000
+    fn end_turn(&mut self) -> (u64, u64) {
+        (varve_front::monotonic_ns(), 1_000_000_000)
     }
     fn is_quiet(&self) -> bool {
         self.answers.is_empty()

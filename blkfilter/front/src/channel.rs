@@ -133,7 +133,7 @@ pub fn serve(
         if !free.is_empty() && !jobs.is_empty() {
             continue;
         }
-        wait_own(device.next_run_ns(), &mut taken)?;
+        wait_own(device.end_turn().1, &mut taken)?;
         for (user_data, result) in taken.drain(..) {
             dispatch(device.as_mut(), &port, waker, user_data, result);
         }

@@ -34,8 +34,8 @@ pub trait Device {
     fn run(&mut self);
     /// The next answer.
     fn take_answer(&mut self) -> Option<Answer>;
-    /// Nanoseconds until [`Device::run`] must be called if nothing happens.
-    fn next_run_ns(&self) -> u64;
+    /// The turn is over: monotonic time now (as the turn saw it) and the nanoseconds until [`Device::run`] must be called if nothing happens.
+    fn end_turn(&mut self) -> (u64, u64);
     /// Whether it has nothing in the ring and owes no answer.
     fn is_quiet(&self) -> bool;
     /// The front end has stopped and everything is quiet.

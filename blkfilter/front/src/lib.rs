@@ -19,4 +19,5 @@ mod request;
 pub mod ublk;
 
 pub use device::{Answer, Device, DeviceFactory, Errno, RingPort, Stopper, Waker};
+pub use loopback::now_ns as monotonic_ns;
 pub use request::{Geometry, Request, RequestKind};

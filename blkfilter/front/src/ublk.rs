@@ -6,7 +6,7 @@
 //! were in flight come again (REISSUE). Until then I/O waits.
 
 use crate::device::{Device, DeviceFactory, RingPort, Stopper, Waker};
-use crate::loopback::{RingTimer, TIMER, arm_bell, dispatch, now_ns, push_into};
+use crate::loopback::{RingTimer, TIMER, arm_bell, dispatch, push_into};
 use crate::{Geometry, Request, RequestKind};
 use libublk::ctrl::{UblkCtrl, UblkCtrlBuilder};
 use libublk::helpers::IoBuf;
@@ -213,7 +213,8 @@ fn run_queue(queue_id: u16, device: &UblkDev, factory: DeviceFactory, waker: &Wa
     };
     arm_bell(&port, waker);
     let mut timer = RingTimer::new();
-    timer.arm(&port, now_ns(), target.next_run_ns());
+    let (now, after) = target.end_turn();
+    timer.arm(&port, now, after);
     queue.wait_and_handle_io(|queue, tag, io| {
         if io.is_tgt_io() {
             if io.user_data() == TIMER {
@@ -226,7 +227,8 @@ fn run_queue(queue_id: u16, device: &UblkDev, factory: DeviceFactory, waker: &Wa
         if io.is_last_cqe() {
             target.run();
             answer(queue, &buffers, target.as_mut());
-            timer.arm(&port, now_ns(), target.next_run_ns());
+            let (now, after) = target.end_turn();
+            timer.arm(&port, now, after);
         }
     });
     drain(target.as_mut(), &port, waker);

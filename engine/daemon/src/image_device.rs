@@ -81,8 +81,8 @@ impl Device for ImageDevice {
     fn take_answer(&mut self) -> Option<Answer> {
         self.answers.pop_front()
     }
-    fn next_run_ns(&self) -> u64 {
-        1_000_000_000
+    fn end_turn(&mut self) -> (u64, u64) {
+        (varve_front::monotonic_ns(), 1_000_000_000)
     }
     fn is_quiet(&self) -> bool {
         self.answers.is_empty()

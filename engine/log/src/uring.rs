@@ -109,6 +109,45 @@ pub struct UringMedium<P> {
     free: Vec<u16>,
     /// Completions found while somebody else reaped, or made without the kernel.
     ready: VecDeque<Completion>,
+    clock: Clock,
+}
+
+/// The time, asked for once a turn: where the C library cannot read clocks without the kernel (guests, some clock sources) each reading is a
+/// system call.
+#[derive(Clone, Copy, Default)]
+struct Clock {
+    now: Now,
+    /// Wall clock minus monotonic clock, and when that was last measured.
+    wall_offset_ns: i64,
+    offset_measured_ns: u64,
+    /// While set, `now` holds.
+    held: bool,
+}
+
+/// How long the wall clock is taken to go with the monotonic one: a step of it is seen after this.
+const WALL_OFFSET_NS: u64 = 50_000_000;
+
+fn read_clock(id: nix::time::ClockId) -> i64 {
+    nix::time::clock_gettime(id).map_or(0, |t| t.tv_sec() * 1_000_000_000 + t.tv_nsec())
+}
+
+impl Clock {
+    fn read(&self) -> Clock {
+        let monotonic_ns = read_clock(nix::time::ClockId::CLOCK_MONOTONIC) as u64;
+        let mut clock = *self;
+        if self.offset_measured_ns == 0
+            || monotonic_ns.saturating_sub(self.offset_measured_ns) > WALL_OFFSET_NS
+        {
+            clock.wall_offset_ns =
+                read_clock(nix::time::ClockId::CLOCK_REALTIME) - monotonic_ns as i64;
+            clock.offset_measured_ns = monotonic_ns;
+        }
+        clock.now = Now {
+            monotonic_ns,
+            wall: WallTime(monotonic_ns as i64 + clock.wall_offset_ns),
+        };
+        clock
+    }
 }
 
 impl<P: Port> UringMedium<P> {
@@ -126,6 +165,7 @@ impl<P: Port> UringMedium<P> {
             pending: (0..PENDING_MAX).map(|_| None).collect(),
             free: (0..PENDING_MAX as u16).rev().collect(),
             ready: VecDeque::with_capacity(16),
+            clock: Clock::default(),
         })
     }
 
@@ -143,6 +183,7 @@ impl<P: Port> UringMedium<P> {
             pending,
             free,
             ready,
+            clock,
             ..
         } = self;
         UringMedium {
@@ -154,12 +195,31 @@ impl<P: Port> UringMedium<P> {
             pending,
             free,
             ready,
+            clock: Clock {
+                held: false,
+                ..clock
+            },
         }
     }
 
     /// The ring.
     pub fn port(&mut self) -> &mut P {
         &mut self.port
+    }
+
+    /// Reads the clock and holds it until [`UringMedium::let_time_pass`]: one turn of a loop happens at one time. Does nothing if it is held already.
+    pub fn hold_time(&mut self) {
+        if !self.clock.held {
+            self.clock = Clock {
+                held: true,
+                ..self.clock.read()
+            };
+        }
+    }
+
+    /// The turn is over.
+    pub fn let_time_pass(&mut self) {
+        self.clock.held = false;
     }
 
     /// The origin's file.
@@ -302,12 +362,10 @@ impl<P: Port> Medium for UringMedium<P> {
     }
 
     fn now(&self) -> Now {
-        let clock = |id| {
-            nix::time::clock_gettime(id).map_or(0, |t| t.tv_sec() * 1_000_000_000 + t.tv_nsec())
-        };
-        Now {
-            monotonic_ns: clock(nix::time::ClockId::CLOCK_MONOTONIC) as u64,
-            wall: WallTime(clock(nix::time::ClockId::CLOCK_REALTIME)),
+        if self.clock.held {
+            self.clock.now
+        } else {
+            self.clock.read().now
         }
     }
 
