@@ -94,6 +94,8 @@ fn guest(
     for directory in writable {
         runner.arg("-w").arg(directory);
     }
+    // The programs may lie where the guest has a fresh file system.
+    runner.arg("-w").arg(bin());
     runner
         .env("VARVE_BIN", bin())
         .arg("--")
@@ -115,6 +117,7 @@ fn scenario(kernel: &Path, arguments: &[&str]) {
     for attempt in 0..2 {
         let origin = disk(directory.path(), "origin", ORIGIN_MIB);
         let lasting = disk(directory.path(), "lasting", 768);
+        let log = disk(directory.path(), "log", 200);
         let script = format!(
             "mkfs.ext4 -q -F /dev/ubdb && mkdir -p /mnt/varve && mount /dev/ubdb /mnt/varve && {} {} /mnt/varve /dev/ubda {}",
             env!("CARGO_BIN_EXE_scenario"),
@@ -123,7 +126,7 @@ fn scenario(kernel: &Path, arguments: &[&str]) {
         );
         let output = guest(
             kernel,
-            &[&origin, &lasting],
+            &[&origin, &lasting, &log],
             &[],
             600,
             &["bash", "-c", &script],
@@ -240,6 +243,7 @@ fn cut_power(kernel: &Path, disks: &[&Path], command: &str, after_ms: u64) {
     for disk in disks {
         runner.arg("-d").arg(disk);
     }
+    runner.arg("-w").arg(bin());
     runner
         .env("VARVE_BIN", bin())
         .args(["--", "bash", "-c", command]);
@@ -337,4 +341,52 @@ fn fallback_images_equal_the_writers_memory() {
 #[test]
 fn fallback_sqlite_keeps_every_acknowledged_transaction() {
     fallback(&["sqlite"]);
+}
+
+#[test]
+fn ublk_log_stalled_failing_or_full_is_bypassed_and_healed() {
+    for kind in ["stalled", "failing", "full"] {
+        everywhere(&["log-fault", kind]);
+    }
+}
+
+/// The log fails, production goes on, the power is cut: the log that comes back looks whole, and must not be believed.
+#[test]
+fn ublk_power_cut_in_bypass_is_not_believed_to_be_whole() {
+    for kernel in kernels() {
+        for kind in ["stalled", "failing"] {
+            let directory = tempfile::tempdir().unwrap();
+            let origin = disk(directory.path(), "origin", ORIGIN_MIB);
+            let lasting = disk(directory.path(), "lasting", 768);
+            let log = disk(directory.path(), "log", 200);
+            let disks: [&Path; 3] = [&origin, &lasting, &log];
+            let run = |story: &str, format: &str| {
+                format!(
+                    "{format}mkdir -p /mnt/varve && mount /dev/ubdb /mnt/varve && {} {story} /mnt/varve /dev/ubda {kind}",
+                    env!("CARGO_BIN_EXE_scenario")
+                )
+            };
+            cut_power(
+                &kernel,
+                &disks,
+                &run("log-fault-load", "mkfs.ext4 -q -F /dev/ubdb && "),
+                1500,
+            );
+            let output = guest(
+                &kernel,
+                &disks,
+                &[],
+                300,
+                &["bash", "-c", &run("after-bypass-cut", "")],
+            );
+            let text = String::from_utf8_lossy(&output.stdout);
+            println!("{kind}: {text}");
+            assert!(
+                output.status.success(),
+                "{kind} under {}: {}\n{text}",
+                kernel.display(),
+                output.status
+            );
+        }
+    }
 }
