@@ -92,7 +92,7 @@ impl<R: Rules> Simulated<R> {
         let machine = Rc::new(RefCell::new(SimMachine::new(script.seed, sizes)));
         let mut config = VolumeConfig::new(VolumeId([9; 16]), VOLUME_BYTES as u64, SECTOR as u32);
         config.region_bytes = 8192;
-        config.open_regions_max = 10;
+        config.open_regions_max = 12;
         config.stable_bytes = 96 << 10;
         config.stable_interval_ns = 20_000_000;
         config.heal_interval_ns = 5_000_000;
@@ -388,6 +388,12 @@ impl<R: Rules> Simulated<R> {
             .unwrap()
             .close(&mut self.medium, kernel)
             .unwrap();
+    }
+
+    /// The volume's figures.
+    #[must_use]
+    pub fn status(&self) -> blkfilter::VolumeStatus {
+        self.volume.as_ref().unwrap().status()
     }
 
     /// The state now.

@@ -25,6 +25,7 @@ impl<R: Rules> Volume<R> {
         if self.state == VolumeState::Bypass || !self.is_logging() {
             return Ok(()); // The state file says so, and memory keeps the bitmap.
         }
+        self.quiet_log(medium)?;
         run_blocking(medium, Disk::Origin, Operation::Flush)?;
         self.regions.clear();
         let next = self.writer.next_lsn();

@@ -4,7 +4,7 @@
 //! begun before the asker's write completed.
 
 use crate::config::Rules;
-use crate::volume::{TOKEN_ORIGIN_FLUSH, Volume};
+use crate::volume::{Phase, TOKEN_ORIGIN_FLUSH, Volume};
 use varve_format::{Lsn, Record, RecordKind, SpanKind, VolumeState};
 use varve_log::{Disk, IoError, Medium, Operation};
 
@@ -18,8 +18,6 @@ pub struct OriginFlusher {
     covers: Lsn,
     /// Writes below this LSN are durable on the origin.
     flushed: Lsn,
-    /// Generations at or below which a flush failed; whoever waited for one of them gets the error.
-    failed: Option<(u64, IoError)>,
 }
 
 impl OriginFlusher {
@@ -52,16 +50,10 @@ impl OriginFlusher {
         self.started != self.finished
     }
 
-    /// How a generation ended; `None` while it has not.
+    /// Whether a generation has ended. How, its waiters have been told when it did.
     #[must_use]
-    pub fn outcome(&self, generation: u64) -> Option<Result<(), IoError>> {
-        if generation > self.finished {
-            return None;
-        }
-        match self.failed {
-            Some((failed, error)) if generation == failed => Some(Err(error)),
-            _ => Some(Ok(())),
-        }
+    pub fn has_ended(&self, generation: u64) -> bool {
+        generation <= self.finished
     }
 
     /// Writes below this LSN are durable on the origin.
@@ -89,7 +81,12 @@ impl<R: Rules> Volume<R> {
             Err(error) => {
                 // The origin may have dropped any write since the last flush: all open regions are read again.
                 self.counters.origin_errors += 1;
-                self.flusher.failed = Some((self.flusher.finished, error));
+                let finished = self.flusher.finished;
+                for active in &mut self.table {
+                    if matches!(active.phase, Phase::Durable { origin, .. } if origin == finished) {
+                        active.error.get_or_insert(error);
+                    }
+                }
                 let open: Vec<(u64, u64)> = self.regions.touched_since(Lsn(0)).collect();
                 for (offset, length) in open {
                     self.bitmap

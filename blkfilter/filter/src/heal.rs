@@ -272,9 +272,15 @@ impl<R: Rules> Volume<R> {
             previous_bytes: old.bytes,
             previous_hash: old.hash,
         };
+        // A rewind stays one: its end is known only to whoever writes it.
+        let (kind, argument) = match self.span {
+            Some((SpanKind::Rewind, _, target)) => (SpanKind::Rewind, target),
+            _ if self.healer.unmarked => (SpanKind::Verify, 0),
+            _ => (SpanKind::CatchUp, 0),
+        };
         let checkpoint = Checkpoint {
             stable_lsn: lsn_start,
-            span: Some((SpanKind::CatchUp, lsn_start, 0)),
+            span: Some((kind, lsn_start, argument)),
             copy_cursor: 0,
             state: VolumeState::Healing,
             regions: Vec::new(),
@@ -289,17 +295,9 @@ impl<R: Rules> Volume<R> {
         self.append(medium, Record::new(RecordKind::Epoch, 0, 0, 0), &[]);
         let gap = Record::new(RecordKind::Gap, 0, 0, self.healer.gap_since.0 as u64);
         self.append(medium, gap, &[]);
-        let kind = if self.healer.unmarked {
-            SpanKind::Verify
-        } else {
-            SpanKind::CatchUp
-        };
-        let (begin, _) = self.append(
-            medium,
-            Record::new(RecordKind::SpanBegin, 0, 0, 0).with_detail(kind as u8),
-            &[],
-        );
-        self.span = Some((kind, begin, 0));
+        let record = Record::new(RecordKind::SpanBegin, 0, 0, argument).with_detail(kind as u8);
+        let (begin, _) = self.append(medium, record, &[]);
+        self.span = Some((kind, begin, argument));
         self.span_end = None;
         self.writer.want_durable(begin.plus(1));
         self.healer.stage = Stage::Probing(now, begin);
@@ -318,6 +316,7 @@ impl<R: Rules> Volume<R> {
         }
         self.state = match self.span {
             Some((SpanKind::Verify, ..)) => VolumeState::Unverified,
+            Some((SpanKind::Rewind, ..)) => VolumeState::Rewinding,
             _ => VolumeState::Healing,
         };
         // Regions that the old epoch left open stay open: the origin may still lose writes that only the old epoch's records tell of.

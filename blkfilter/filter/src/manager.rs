@@ -109,13 +109,23 @@ impl Manager {
             ));
         }
         let name = spec.name.clone();
-        self.open(spec.clone(), None)?;
+        self.open_with(spec.clone(), None, true)?;
         varve_control::save_spec(&self.paths.volumes(), &spec)
             .map_err(|e| error("V011-config", e))?;
         self.info(&name)
     }
 
     fn open(&self, spec: VolumeSpec, rewind: Option<Lsn>) -> Result<(), ControlError> {
+        self.open_with(spec, rewind, false)
+    }
+
+    /// Opens a volume. A new one must have everything (`strict`); an old one is offered even if its log or state file is gone: in bypass.
+    fn open_with(
+        &self,
+        spec: VolumeSpec,
+        rewind: Option<Lsn>,
+        strict: bool,
+    ) -> Result<(), ControlError> {
         let recover = self.recorded_ublk(&spec.name);
         let origin = origin::claim_origin(
             &spec.device,
@@ -126,9 +136,12 @@ impl Manager {
             .map_err(|e| error("V013-device", format!("{}: {e}", spec.device.display())))?;
         check_size(&spec, &geometry)?;
         let config = config_of(&spec)?;
-        let log = origin::open_log(&spec.log, spec.segment_bytes * spec.segment_count)
-            .map_err(|e| error("V014-log", format!("the log {}: {e}", spec.log.display())))?;
-        let state = origin::open_state(&spec.state).map_err(|e| {
+        let log = or_broken(
+            origin::open_log(&spec.log, spec.segment_bytes * spec.segment_count),
+            strict,
+        )
+        .map_err(|e| error("V014-log", format!("the log {}: {e}", spec.log.display())))?;
+        let state = or_broken(origin::open_state(&spec.state), strict).map_err(|e| {
             error(
                 "V015-state",
                 format!("the state file {}: {e}", spec.state.display()),
@@ -266,6 +279,14 @@ impl Manager {
                 ));
             }
         };
+        if report.in_bypass && matches!(mode, Mode::Rewinding(Some(_))) {
+            stopper.stop();
+            let _ = thread.join();
+            return Err(error(
+                "V026-bypass",
+                "the log is in bypass: a rewind could not be recorded. Nothing was changed; see `varve status`",
+            ));
+        }
         let mapped = match shown.recv_timeout(START_WAIT) {
             Ok(mapped) => mapped,
             Err(_) => {
@@ -570,6 +591,17 @@ impl Manager {
     }
 }
 
+/// Stands in for a file that cannot be opened: every read and write of it fails, which leads to bypass, not to a missing device.
+fn or_broken(opened: std::io::Result<File>, strict: bool) -> std::io::Result<File> {
+    match opened {
+        Err(failed) if !strict => {
+            eprintln!("blkfilter: {failed}: the volume starts without it");
+            File::open("/dev/null")
+        }
+        result => result,
+    }
+}
+
 fn claim_error(device: &Path, why: &std::io::Error) -> ControlError {
     match why.raw_os_error() {
         Some(libc::EBUSY) => error(
@@ -615,7 +647,7 @@ fn config_of(spec: &VolumeSpec) -> Result<VolumeConfig, ControlError> {
     config.segment_bytes = spec.segment_bytes;
     config.segment_count = spec.segment_count;
     config.open_regions_max = ((spec.resync_bytes_max / u64::from(config.region_bytes)) as usize)
-        .clamp(16, varve_format::OPEN_REGIONS_MAX);
+        .clamp(64, varve_format::OPEN_REGIONS_MAX);
     config.log_wait_max_ns = spec.log_wait_max_ms * 1_000_000;
     config.ack = match spec.ack {
         Ack::Async => AckPolicy::Async,

@@ -64,7 +64,7 @@ pub struct StartReport {
     pub records_survived: u64,
     /// Records that were written to the origin again.
     pub records_redone: u64,
-    /// A rewind was interrupted: it must be finished before the device is offered.
+    /// A rewind is open (begun now, or interrupted before): it must be finished before the device is offered.
     pub rewind_target: Option<Lsn>,
     /// The log could not be used: the volume is in bypass, and records that only memory held are lost (a gap says so once the log is back).
     pub in_bypass: bool,
@@ -127,8 +127,8 @@ struct Plan {
 
 /// What the bitmap begins with.
 enum Mark {
-    /// As it survived.
-    Kept,
+    /// As it survived, and these ranges, whose writes the origin may lack.
+    Kept(Vec<(u64, u64)>),
     /// What the checkpoint leaves open, and ranges of failed writes.
     Open(Vec<(u64, u64)>),
     /// Everything.
@@ -181,11 +181,12 @@ impl<R: Rules> Volume<R> {
             surviving.memory(),
             SurvivingMemory::slots_base(),
             config.slots,
+            config.sector_bytes as usize,
         );
         let mut plan = plan(medium, &config, &surviving, &buffer, &found, kernel)?;
         // The start itself writes out of memory of its own, so that what survived stays as it is until it is safe.
         let own = Memory::anonymous(START_SLOTS * SLOT_BYTES).map_err(StartError::Memory)?;
-        let own = BatchBuffer::new(&own, 0, START_SLOTS);
+        let own = BatchBuffer::new(&own, 0, START_SLOTS, config.sector_bytes as usize);
         let mut volume = Volume::<R>::assemble(config, surviving, state_file, own, geometry)
             .map_err(StartError::Memory)?;
         if let Some(request) = rewind {
@@ -265,20 +266,25 @@ impl<R: Rules> Volume<R> {
             summary: plan.summary.clone(),
             ..StartReport::default()
         };
-        if !matches!(plan.mark, Mark::Kept) {
+        if !matches!(plan.mark, Mark::Kept(_)) {
             self.surviving.disclaim();
         }
         let now = medium.now();
         self.stable_time_ns = now.monotonic_ns;
         self.last_record_time = found.scan.as_ref().map_or(now.wall, |scan| scan.tail.time);
         let old = old_epoch(found);
+        if let Mark::Kept(ranges) = &plan.mark {
+            for (offset, length) in ranges {
+                self.bitmap.set(*offset, *length);
+            }
+        }
         match &plan.mark {
             // Marked blocks without a span: a start in bypass was cut short. Its records are lost, its marks are not.
-            Mark::Kept if !self.bitmap.is_empty() && plan.checkpoint.span.is_none() => {
+            Mark::Kept(_) if !self.bitmap.is_empty() && plan.checkpoint.span.is_none() => {
                 plan.span = Some(SpanKind::CatchUp);
                 plan.gap = true;
             }
-            Mark::Kept => {}
+            Mark::Kept(_) => {}
             Mark::All => self.bitmap.set(0, self.config.volume_bytes),
             Mark::Open(failed) => {
                 self.bitmap.clear_all();
@@ -289,7 +295,7 @@ impl<R: Rules> Volume<R> {
         let mut opened = checkpoint.clone();
         if plan.span.is_some() && opened.span.is_none() {
             // Until the span's begin record is durable the header itself must say that things are open.
-            opened.copy_cursor = if matches!(plan.mark, Mark::All | Mark::Kept) {
+            opened.copy_cursor = if matches!(plan.mark, Mark::All | Mark::Kept(_)) {
                 0
             } else {
                 u64::MAX
@@ -339,7 +345,11 @@ impl<R: Rules> Volume<R> {
             self.regions
                 .touch(record.offset.get(), record.length.get(), survivor.lsn);
         }
-        self.append_beginning(medium, &plan, rewind)?;
+        let recorded = plan
+            .records
+            .iter()
+            .any(|r| Some(r.lsn) == plan.checkpoint.span.map(|span| span.1));
+        self.append_beginning(medium, &plan, rewind, recorded)?;
         if let Err(error) = self.settle_log(medium) {
             self.start_in_bypass(medium, old, error, &mut report);
             return Ok(report);
@@ -351,9 +361,7 @@ impl<R: Rules> Volume<R> {
                 u64::from(redo(medium, survivor).map_err(|e| StartError::Io("the device", e))?);
         }
         report.reread_bytes = self.bitmap.bytes();
-        if let Some((SpanKind::Rewind, _, target)) = self.span
-            && rewind.is_none()
-        {
+        if let Some((SpanKind::Rewind, _, target)) = self.span {
             report.rewind_target = Some(Lsn(target));
         }
         Ok(report)
@@ -369,6 +377,7 @@ impl<R: Rules> Volume<R> {
         medium: &mut dyn Medium,
         plan: &Plan,
         rewind: Option<RewindRequest>,
+        recorded: bool,
     ) -> Result<(), StartError> {
         self.make_room(medium)?;
         let gap_since = self.last_record_time;
@@ -386,21 +395,18 @@ impl<R: Rules> Volume<R> {
         }
         self.state = plan.checkpoint.state;
         self.span = plan.checkpoint.span;
-        if let Some(request) = rewind
-            && self.span.is_some_and(|span| span.1 == Lsn(0))
-        {
-            let begin = Record::new(RecordKind::SpanBegin, 0, 0, request.target.0)
-                .with_detail(SpanKind::Rewind as u8);
-            let (lsn, _) = self.append(medium, begin, &[]);
-            self.span = Some((SpanKind::Rewind, lsn, request.target.0));
-            self.state = VolumeState::Rewinding;
-        } else if let (Some(kind), None) = (plan.span, self.span) {
-            let (lsn, _) = self.append(
-                medium,
-                Record::new(RecordKind::SpanBegin, 0, 0, 0).with_detail(kind as u8),
-                &[],
-            );
-            self.span = Some((kind, lsn, 0));
+        // A span that only a header tells of has no begin record yet: its epoch was cut short before that record was durable.
+        let unrecorded = |begin: Lsn| begin == Lsn(0) || (begin >= self.epoch_start.0 && !recorded);
+        let begin = match (self.span, rewind, plan.span) {
+            (Some((kind, begin, argument)), _, _) if unrecorded(begin) => Some((kind, argument)),
+            (None, Some(request), _) => Some((SpanKind::Rewind, request.target.0)),
+            (None, None, Some(kind)) => Some((kind, 0)),
+            _ => None,
+        };
+        if let Some((kind, argument)) = begin {
+            let record = Record::new(RecordKind::SpanBegin, 0, 0, argument).with_detail(kind as u8);
+            let (lsn, _) = self.append(medium, record, &[]);
+            self.span = Some((kind, lsn, argument));
         }
         self.state = match self.span {
             Some((SpanKind::BaseCopy, ..)) => VolumeState::Synchronising,
@@ -431,7 +437,7 @@ impl<R: Rules> Volume<R> {
         while self.writer.durable_lsn() < target {
             if let Some(error) = self.writer.failure() {
                 while !self.writer.is_quiet() {
-                    let completion = medium.poll(true).ok_or(IoError(libc::ESHUTDOWN))?;
+                    let completion = medium.poll(true).ok_or(error)?;
                     self.writer.complete(completion.token, completion.result);
                 }
                 return Err(error);
@@ -445,7 +451,16 @@ impl<R: Rules> Volume<R> {
             if self.writer.is_full() && self.writer.is_quiet() {
                 return Err(IoError(libc::ENOSPC));
             }
-            let completion = medium.poll(true).ok_or(IoError(libc::ESHUTDOWN))?;
+            let completion = medium.poll(true).ok_or(IoError(libc::ETIMEDOUT))?;
+            self.writer.complete(completion.token, completion.result);
+        }
+        self.quiet_log(medium)
+    }
+
+    /// Waits until nothing of the log is in flight: whatever waits for something else next would take its completions.
+    pub(crate) fn quiet_log(&mut self, medium: &mut dyn Medium) -> Result<(), IoError> {
+        while !self.writer.is_quiet() {
+            let completion = medium.poll(true).ok_or(IoError(libc::ETIMEDOUT))?;
             self.writer.complete(completion.token, completion.result);
         }
         Ok(())
@@ -461,6 +476,12 @@ impl<R: Rules> Volume<R> {
     ) {
         self.writer
             .stand_by(old.epoch, old.sequence, old.oldest_held, old.next);
+        let mut old = old;
+        if !self.writer.is_quiet() {
+            // What hangs may still land in the place that comes next: leave that out.
+            self.writer.forget_flights();
+            old.sequence.0 += 1;
+        }
         self.writer.poison(error);
         self.state = VolumeState::Bypass;
         self.bitmap.set(0, self.config.volume_bytes);
@@ -576,10 +597,17 @@ fn plan(
         state: VolumeState::Protected,
         regions: Vec::new(),
     };
+    // An unfinished rewind stays one, whatever else is in doubt.
+    let rewinding = found
+        .scan
+        .as_ref()
+        .and_then(|scan| scan.checkpoint.span)
+        .filter(|span| span.0 == SpanKind::Rewind);
     let whole = |summary: &str, kind: SpanKind, gap: bool| Plan {
         summary: summary.to_owned(),
         checkpoint: Checkpoint {
             copy_cursor: 0,
+            span: rewinding,
             ..nothing.clone()
         },
         span: Some(kind),
@@ -643,17 +671,23 @@ fn plan(
                 checkpoint,
                 span: None,
                 gap: false,
-                mark: Mark::Kept,
+                mark: Mark::Kept(Vec::new()),
                 records,
                 epoch_detail: 2,
             })
         }
-        (StateKind::Bypass, Some(_)) if descends => Ok(Plan {
+        (StateKind::Bypass, Some(records)) if descends => Ok(Plan {
             summary: "restarted in bypass: blocks that changed meanwhile are copied".to_owned(),
             checkpoint: scan.checkpoint.clone(),
             span: Some(SpanKind::CatchUp),
             gap: true,
-            mark: Mark::Kept,
+            mark: Mark::Kept(
+                records
+                    .iter()
+                    .filter(|r| !r.done && r.record.kind().is_ok_and(RecordKind::changes_image))
+                    .map(|r| (r.record.offset.get(), r.record.length.get()))
+                    .collect(),
+            ),
             records: Vec::new(),
             epoch_detail: 2,
         }),

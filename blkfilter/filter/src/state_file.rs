@@ -50,14 +50,13 @@ impl StateFile {
         let mut newest: Option<StateSlot> = None;
         for slot in 0..STATE_SLOTS {
             let offset = (slot * STATE_SLOT_BYTES) as u64;
-            run_blocking(
-                medium,
-                Disk::State,
-                Operation::Read {
-                    offset,
-                    buffer: buffer.clone(),
-                },
-            )?;
+            let read = Operation::Read {
+                offset,
+                buffer: buffer.clone(),
+            };
+            if run_blocking(medium, Disk::State, read).is_err() {
+                continue; // Nothing is known, then: everything is read again.
+            }
             match buffer.read_with(StateSlot::parse) {
                 Ok(found) if found.volume != volume.0 => {
                     return Err(StateError::Format(FormatError::Foreign("volume")));

@@ -146,6 +146,16 @@ impl<R: Rules> Volume<R> {
             });
             return;
         }
+        if request.length / u64::from(self.config.region_bytes) + 2
+            > self.config.open_regions_max as u64 / 2
+        {
+            // It could never be admitted; front ends cut such ranges.
+            self.answers.push_back(Answer {
+                tag,
+                result: Err(IoError(libc::EINVAL)),
+            });
+            return;
+        }
         let Some(id) = self.free.pop() else {
             self.answers.push_back(Answer {
                 tag,

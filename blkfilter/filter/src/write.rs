@@ -296,6 +296,16 @@ impl<R: Rules> Volume<R> {
         if let Some(place) = active.lock.take() {
             self.locks.unlock(place);
         }
+        // An origin that cannot discard keeps what it has, which "undefined" allows.
+        let request = self.table[id as usize].request.as_ref();
+        if request.is_some_and(|r| r.kind == RequestKind::Discard)
+            && matches!(
+                self.table[id as usize].error,
+                Some(IoError(libc::EOPNOTSUPP | libc::EINVAL))
+            )
+        {
+            self.table[id as usize].error = None;
+        }
         match self.table[id as usize].error {
             Some(error) if is_read => self.finish(id, Err(error)),
             Some(error) => {
@@ -361,8 +371,9 @@ impl<R: Rules> Volume<R> {
         for id in 0..self.table.len() {
             if let Phase::Durable { origin, log } = self.table[id].phase
                 && (log <= durable || bypass)
-                && let Some(result) = self.flusher.outcome(origin)
+                && self.flusher.has_ended(origin)
             {
+                let result = self.table[id].error.map_or(Ok(()), Err);
                 self.finish(id as u16, result);
             }
         }

@@ -202,18 +202,22 @@ impl Filesystem for OneFile {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        let kind = if mode & libc::FALLOC_FL_PUNCH_HOLE != 0 {
-            // The loop driver also uses holes for write-zeroes, and reads of a hole in a file give zeroes: exact, not undefined.
-            RequestKind::Zero
-        } else if mode & libc::FALLOC_FL_ZERO_RANGE != 0 {
-            RequestKind::Zero
-        } else {
+        // The loop driver also uses holes for write-zeroes, and reads of a hole in a file give zeroes: exact, not undefined.
+        if mode & (libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE) == 0 {
             reply.error(Errno::EOPNOTSUPP);
             return;
-        };
-        let length = length.min(self.geometry.bytes.saturating_sub(offset));
-        self.send(kind, offset, length, Vec::new(), move |result| {
-            answer(reply, result)
+        }
+        let end = offset.saturating_add(length).min(self.geometry.bytes);
+        let jobs = self.jobs.clone();
+        // Long and rare: in parts, on a thread of its own.
+        std::thread::spawn(move || {
+            let parts = (offset..end).step_by(crate::RANGE_BYTES_MAX as usize);
+            let outcome = parts.into_iter().try_for_each(|at| {
+                let part = (end - at).min(crate::RANGE_BYTES_MAX);
+                jobs.call(RequestKind::Zero, at, part, Vec::new(), false)
+                    .map(|_| ())
+            });
+            answer(reply, outcome.map(|()| Vec::new()));
         });
     }
 }

@@ -18,6 +18,9 @@ pub mod nbd;
 mod request;
 pub mod ublk;
 
+/// Longest discard or write-zeroes that a front end passes on: 16 MiB. Longer ones are cut.
+pub const RANGE_BYTES_MAX: u64 = 16 << 20;
+
 pub use device::{Answer, Device, DeviceFactory, Errno, RingPort, Stopper, Waker};
 pub use loopback::now_ns as monotonic_ns;
 pub use request::{Geometry, Request, RequestKind};

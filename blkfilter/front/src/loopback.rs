@@ -5,6 +5,8 @@
 use crate::device::{Device, RingPort, Waker};
 use io_uring::{IoUring, opcode, squeue, types};
 use std::cell::RefCell;
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
 use varve_log::TARGET_BIT;
 
 pub(crate) const BELL: u64 = TARGET_BIT | 1;
@@ -82,39 +84,49 @@ pub(crate) fn arm_bell(port: &RingPort, waker: &Waker) {
     (port.push)(&entry);
 }
 
-/// A timer in the ring of a front end that waits without a time-out of its own.
+/// Timers in the ring of a front end that waits without a time-out of its own. Those that are out are known, so that none is armed twice.
 pub(crate) struct RingTimer {
-    due_ns: u64,
-    time: Box<types::Timespec>,
+    due_ns: BinaryHeap<Reverse<u64>>,
+    /// The kernel copies the time when the entry is submitted, which may be later than the next arming: each timer has a place of its own.
+    times: Box<[types::Timespec; TIMERS_MAX]>,
+    next: usize,
 }
+
+/// Timers out at most; each later one is due earlier than all before it.
+const TIMERS_MAX: usize = 64;
 
 impl RingTimer {
     pub(crate) fn new() -> RingTimer {
         RingTimer {
-            due_ns: u64::MAX,
-            time: Box::new(types::Timespec::new()),
+            due_ns: BinaryHeap::with_capacity(TIMERS_MAX),
+            times: Box::new([types::Timespec::new(); TIMERS_MAX]),
+            next: 0,
         }
     }
 
     /// Makes sure that the ring completes something within `after_ns`.
     pub(crate) fn arm(&mut self, port: &RingPort, now_ns: u64, after_ns: u64) {
         let due = now_ns + after_ns;
-        if self.due_ns > now_ns && self.due_ns <= due {
+        if self.due_ns.peek().is_some_and(|earliest| earliest.0 <= due)
+            || self.due_ns.len() >= TIMERS_MAX
+        {
             return;
         }
-        self.due_ns = due;
-        *self.time = types::Timespec::new()
+        self.due_ns.push(Reverse(due));
+        self.next = (self.next + 1) % TIMERS_MAX;
+        let time = &mut self.times[self.next];
+        *time = types::Timespec::new()
             .sec(after_ns / 1_000_000_000)
             .nsec((after_ns % 1_000_000_000) as u32);
-        // The kernel copies the time when the entry is submitted, which happens before this thread waits again.
-        let entry = opcode::Timeout::new(&raw const *self.time)
+        let entry = opcode::Timeout::new(&raw const *time)
             .build()
             .user_data(TIMER);
         (port.push)(&entry);
     }
 
+    /// The earliest of them has fired.
     pub(crate) fn fired(&mut self) {
-        self.due_ns = u64::MAX;
+        self.due_ns.pop();
     }
 }
 

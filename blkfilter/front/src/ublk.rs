@@ -74,6 +74,9 @@ pub struct UblkOptions {
     pub geometry: Geometry,
 }
 
+/// Longest discard or write-zeroes: it opens so many regions at once, far fewer than may be open.
+const RANGE_SECTORS_MAX: u32 = (crate::RANGE_BYTES_MAX >> 9) as u32;
+
 type SharedFactory = Arc<Mutex<Option<DeviceFactory>>>;
 
 /// Makes the device and drives it until `stopper` says stop. `started` is called with the device's number once it is there. Runs on the calling
@@ -165,8 +168,8 @@ fn set_parameters(device: &mut UblkDev, geometry: &Geometry) {
     if geometry.discard_granularity > 0 {
         types |= sys::UBLK_PARAM_TYPE_DISCARD;
         discard.discard_granularity = geometry.discard_granularity;
-        discard.max_discard_sectors = 1 << 21; // 1 GiB: one request stays far below 2 GiB, where byte counts overflow.
-        discard.max_write_zeroes_sectors = 1 << 21;
+        discard.max_discard_sectors = RANGE_SECTORS_MAX;
+        discard.max_write_zeroes_sectors = RANGE_SECTORS_MAX;
         discard.max_discard_segments = 1;
     }
     device.tgt.dev_size = geometry.bytes;
@@ -215,22 +218,55 @@ fn run_queue(queue_id: u16, device: &UblkDev, factory: DeviceFactory, waker: &Wa
     let mut timer = RingTimer::new();
     let (now, after) = target.end_turn();
     timer.arm(&port, now, after);
-    queue.wait_and_handle_io(|queue, tag, io| {
-        if io.is_tgt_io() {
-            if io.user_data() == TIMER {
-                timer.fired();
+    loop {
+        let turn = queue.flush_and_wake_io_tasks(
+            |user_data, completion, last| {
+                if user_data & TARGET_BIT != 0 {
+                    if user_data == TIMER {
+                        timer.fired();
+                    }
+                    dispatch(
+                        target.as_mut(),
+                        &port,
+                        waker,
+                        user_data,
+                        completion.result(),
+                    );
+                } else if completion.result() == sys::UBLK_IO_RES_OK as i32 {
+                    submit(
+                        &queue,
+                        (user_data & 0xffff) as u16,
+                        &wrapped,
+                        target.as_mut(),
+                    );
+                }
+                if last {
+                    target.run();
+                    answer(&queue, &buffers, target.as_mut());
+                    let (now, after) = target.end_turn();
+                    timer.arm(&port, now, after);
+                }
+            },
+            1,
+        );
+        match turn {
+            Ok(_) => {}
+            Err(UblkError::QueueIsDown) => break,
+            // A debugger, a frozen group, a suspended machine: the wait was interrupted, nothing more.
+            Err(UblkError::IOError(error))
+                if matches!(
+                    error.raw_os_error(),
+                    Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)
+                ) => {}
+            Err(error) => {
+                // Going on is impossible, and stopping would take the device from its users. A dead daemon is harmless: the next one takes over.
+                eprintln!(
+                    "varve: the ublk queue failed ({error}); ending the process, so that the next one can recover the device"
+                );
+                std::process::abort();
             }
-            dispatch(target.as_mut(), &port, waker, io.user_data(), io.result());
-        } else {
-            submit(queue, tag, &wrapped, target.as_mut());
         }
-        if io.is_last_cqe() {
-            target.run();
-            answer(queue, &buffers, target.as_mut());
-            let (now, after) = target.end_turn();
-            timer.arm(&port, now, after);
-        }
-    });
+    }
     drain(target.as_mut(), &port, waker);
     target.closed();
 }

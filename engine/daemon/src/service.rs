@@ -1,10 +1,10 @@
 //! What `varved` does: follows the logs, answers questions about the past.
 
 use crate::export::Exports;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use varve_control::{
     Client, ControlError, FilterOp, FilterReply, Instant, Paths, PointInfo, Reporter, StoreOp,
@@ -22,6 +22,24 @@ pub struct Service {
     paths: Paths,
     stores: Mutex<BTreeMap<String, VolumeStore>>,
     exports: Exports,
+    /// Volumes that this process is rewinding; another's interrupted rewind is finished by `follow`.
+    rewinding: Mutex<BTreeSet<String>>,
+}
+
+/// Held while this process writes a rewind.
+struct RewindClaim {
+    service: Arc<Service>,
+    name: String,
+}
+
+impl Drop for RewindClaim {
+    fn drop(&mut self) {
+        self.service
+            .rewinding
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .remove(&self.name);
+    }
 }
 
 fn error(code: &str, message: impl std::fmt::Display) -> ControlError {
@@ -40,6 +58,7 @@ impl Service {
             paths,
             stores: Mutex::new(BTreeMap::new()),
             exports: Exports::default(),
+            rewinding: Mutex::new(BTreeSet::new()),
         }
     }
 
@@ -47,6 +66,18 @@ impl Service {
         self.stores
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// One rewind of a volume at a time in this process.
+    fn claim_rewind(self: &Arc<Self>, name: &str) -> Option<RewindClaim> {
+        let mut claimed = self
+            .rewinding
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        claimed.insert(name.to_owned()).then(|| RewindClaim {
+            service: Arc::clone(self),
+            name: name.to_owned(),
+        })
     }
 
     fn specs(&self) -> Vec<VolumeSpec> {
@@ -85,7 +116,7 @@ impl Service {
     }
 
     /// Takes history out of the logs as it is sealed, and finishes rewinds that were interrupted. Never returns.
-    pub fn follow(&self) {
+    pub fn follow(self: &Arc<Self>) {
         let mut told: BTreeMap<String, String> = BTreeMap::new();
         loop {
             std::thread::sleep(FOLLOW_EVERY);
@@ -96,14 +127,23 @@ impl Service {
                 continue;
             };
             for volume in volumes {
-                let outcome = match volume.rewind_target {
-                    Some(target) if volume.state == "rewinding" => {
-                        self.finish_rewind(&volume, Lsn(target))
-                    }
-                    _ if volume.segments_held > 1 => {
-                        self.take(&volume, SegmentSequence(volume.sequence))
-                    }
-                    _ => Ok(()),
+                if let (Some(target), "rewinding") = (volume.rewind_target, volume.state.as_str())
+                    && let Some(claim) = self.claim_rewind(&volume.name)
+                {
+                    // On a thread of its own: the log must go on being drained.
+                    let (service, volume) = (Arc::clone(self), volume.clone());
+                    std::thread::spawn(move || {
+                        if let Err(failed) = service.finish_rewind(&volume, Lsn(target)) {
+                            eprintln!("varved: {}: {failed}", volume.name);
+                            std::thread::sleep(Duration::from_secs(5));
+                        }
+                        drop(claim);
+                    });
+                }
+                let outcome = if volume.segments_held > 1 {
+                    self.take(&volume, SegmentSequence(volume.sequence))
+                } else {
+                    Ok(())
                 };
                 // Said once, not twice a second.
                 match outcome {
@@ -211,6 +251,12 @@ impl Service {
                         ),
                     ));
                 }
+                if let Some(nearest) = timeline.gap_at(WallTime(*ns)) {
+                    return Err(error(
+                        "I006-gap",
+                        describe("that time", "in a gap without single writes", &nearest),
+                    ));
+                }
                 timeline.at_time(WallTime(*ns))
             }
             Instant::Point(name) => {
@@ -227,14 +273,18 @@ impl Service {
                 })?
             }
         };
-        timeline
-            .check(wanted)
-            .map_err(|nearest| error("I004-closed", describe(wanted, &nearest)))
+        timeline.check(wanted).map_err(|nearest| {
+            let why = nearest.reason.map_or("outside the history", span_name);
+            error(
+                "I004-closed",
+                describe(&format!("LSN {wanted}"), why, &nearest),
+            )
+        })
     }
 
     /// Answers one question.
     pub fn answer(
-        &self,
+        self: &Arc<Self>,
         op: StoreOp,
         reporter: &mut Reporter<'_>,
     ) -> Result<StoreReply, ControlError> {
@@ -400,7 +450,7 @@ impl Service {
     }
 
     fn rewind(
-        &self,
+        self: &Arc<Self>,
         volume: &str,
         instant: &Instant,
         dry_run: bool,
@@ -408,22 +458,10 @@ impl Service {
     ) -> Result<StoreReply, ControlError> {
         let info = self.info(volume)?;
         if let (Some(target), "rewinding") = (info.rewind_target, info.state.as_str()) {
-            let wanted = Lsn(target);
-            if *instant != Instant::Lsn(target) {
-                return Err(error(
-                    "V023-rewinding",
-                    format!(
-                        "a rewind to LSN {target} was interrupted and is being finished; wait for it (`varve status`)"
-                    ),
-                ));
-            }
-            let written = self.write_back(&info, wanted, reporter)?;
-            return Ok(StoreReply::Rewound {
-                lsn: target,
-                time_ns: 0,
-                written_bytes: written,
-                undo_lsn: 0,
-            });
+            let message = format!(
+                "a rewind to LSN {target} is being written, or was interrupted and is being finished; wait for it (`varve status`)"
+            );
+            return Err(error("V023-rewinding", message));
         }
         let (image, time_ns) = self.image(volume, instant)?;
         let target = image.lsn();
@@ -453,6 +491,12 @@ impl Service {
             ));
         }
         drop(image);
+        let _claim = self.claim_rewind(volume).ok_or_else(|| {
+            error(
+                "V023-rewinding",
+                format!("{volume} is being rewound already; wait for it (`varve status`)"),
+            )
+        })?;
         self.filter()?
             .call::<_, FilterReply>(&FilterOp::RewindBegin {
                 name: volume.to_owned(),
@@ -625,8 +669,7 @@ fn span_name(kind: varve_format::SpanKind) -> &'static str {
     }
 }
 
-fn describe(wanted: Lsn, nearest: &Nearest) -> String {
-    let why = nearest.reason.map_or("outside the history", span_name);
+fn describe(wanted: &str, why: &str, nearest: &Nearest) -> String {
     let side = |instant: Option<(Lsn, WallTime)>, word: &str| {
         instant.map_or_else(
             || format!("none {word}"),
@@ -634,7 +677,7 @@ fn describe(wanted: Lsn, nearest: &Nearest) -> String {
         )
     };
     format!(
-        "LSN {wanted} does not resolve ({why}); the nearest instants: {}, {}",
+        "{wanted} does not resolve ({why}); the nearest instants: {}, {}",
         side(nearest.before, "before"),
         side(nearest.after, "after")
     )

@@ -98,8 +98,22 @@ pub fn markdown() -> String {
         "Segment footer",
         SegmentFooter,
         [
-            crc, magic, version, compat, incompat, volume, epoch, sequence, lsn_start, lsn_end,
-            time_start, time_end, data_bytes, root, reserved
+            crc,
+            magic,
+            version,
+            compat,
+            incompat,
+            volume,
+            epoch,
+            sequence,
+            lsn_start,
+            lsn_end,
+            time_start,
+            time_end,
+            data_bytes,
+            root,
+            previous_lsn_end,
+            reserved
         ]
     );
     table!(

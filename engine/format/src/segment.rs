@@ -206,8 +206,10 @@ pub struct SegmentFooter {
     pub data_bytes: U64,
     /// BLAKE3 of the bytes before this footer.
     pub root: [u8; 32],
+    /// Where history ended before this segment, by its header: a segment is missing if what is stored ends elsewhere.
+    pub previous_lsn_end: U64,
     /// Zero.
-    pub reserved: [u8; 3968],
+    pub reserved: [u8; 3960],
 }
 const _: () = assert!(size_of::<SegmentFooter>() == SEGMENT_FOOTER_BYTES);
 

@@ -21,8 +21,6 @@ use varve_format::{
 use zerocopy::{FromBytes, IntoBytes};
 
 const PAGE: usize = 4096;
-/// Payloads begin at multiples of this: the origin's direct I/O reads them where they lie.
-pub const PAYLOAD_ALIGN: usize = 512;
 /// Memory of one slot.
 pub const SLOT_BYTES: usize = PAGE + BATCH_HEADER_BYTES + BATCH_PAYLOAD_BYTES_MAX;
 
@@ -74,12 +72,14 @@ pub struct BatchBuffer {
     holds: Vec<u16>,
     next_order: u64,
     free: usize,
+    /// Payloads begin at multiples of this, the origin's sector: its direct I/O reads them where they lie.
+    align: usize,
 }
 
 impl BatchBuffer {
     /// A buffer of `slots` slots at `base` of `memory`. What is in it is kept until [`BatchBuffer::clear`].
     #[must_use]
-    pub fn new(memory: &Rc<Memory>, base: usize, slots: usize) -> BatchBuffer {
+    pub fn new(memory: &Rc<Memory>, base: usize, slots: usize, align: usize) -> BatchBuffer {
         assert!(base + slots * SLOT_BYTES <= memory.bytes() && base.is_multiple_of(PAGE));
         BatchBuffer {
             memory: Rc::clone(memory),
@@ -88,6 +88,7 @@ impl BatchBuffer {
             holds: vec![0; slots],
             next_order: 1,
             free: slots,
+            align,
         }
     }
 
@@ -102,6 +103,12 @@ impl BatchBuffer {
         }
         self.holds.fill(0);
         self.free = self.slots;
+    }
+
+    /// What payloads are aligned to.
+    #[must_use]
+    pub fn align(&self) -> usize {
+        self.align
     }
 
     /// Slots that are free.
@@ -188,7 +195,7 @@ impl BatchBuffer {
     /// Copies a payload in behind what is there; the record that names it comes next.
     pub fn push_payload(&self, slot: usize, copy: impl FnOnce(&mut [u8]), bytes: usize) -> usize {
         let at = self.payload_bytes(slot);
-        assert!(at.is_multiple_of(PAYLOAD_ALIGN) && at + bytes <= BATCH_PAYLOAD_BYTES_MAX);
+        assert!(at.is_multiple_of(self.align) && at + bytes <= BATCH_PAYLOAD_BYTES_MAX);
         self.memory
             .write_with(self.payload_offset(slot) + at, bytes, copy);
         at
@@ -218,7 +225,7 @@ impl BatchBuffer {
             self.payload_bytes(slot),
             record.payload_bytes.get() as usize,
         );
-        let padded = bytes.next_multiple_of(PAYLOAD_ALIGN);
+        let padded = bytes.next_multiple_of(self.align);
         self.memory.write_with(
             self.payload_offset(slot) + at + bytes,
             padded - bytes,

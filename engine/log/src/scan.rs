@@ -86,7 +86,7 @@ fn reader(medium: &mut dyn Medium) -> io::Result<MediumReader<'_>> {
     })
 }
 
-/// Reads all segment headers of this volume in the ring, in the order of their sequence. Places without a valid header are left out;
+/// Reads all segment headers of the ring that belong together, in the order of their sequence. Places without a valid header are left out;
 /// a newer version or a read error is an error.
 pub fn read_headers(
     source: &mut dyn ReadAt,
@@ -109,7 +109,30 @@ pub fn read_headers(
         }
     }
     found.sort_by_key(|segment| segment.header.sequence.get());
-    Ok(found)
+    Ok(without_stale(found))
+}
+
+/// Leaves out headers that an abandoned epoch left in front of a newer one: a restart gave its own segment the number that they would follow. A header
+/// belongs only if the segment before it, where there is one, is of its epoch or of its parent.
+fn without_stale(segments: Vec<RingSegment>) -> Vec<RingSegment> {
+    let mut kept: Vec<RingSegment> = Vec::with_capacity(segments.len());
+    let mut dropped = None;
+    for segment in segments {
+        let header = &segment.header;
+        let before = header.sequence.get().checked_sub(1);
+        let previous = kept
+            .last()
+            .filter(|previous| Some(previous.header.sequence.get()) == before);
+        let foreign = previous.is_some_and(|p| {
+            p.header.epoch != header.epoch && p.header.epoch != header.parent_epoch
+        });
+        if foreign || (before.is_some() && dropped == before) {
+            dropped = Some(header.sequence.get());
+        } else {
+            kept.push(segment);
+        }
+    }
+    kept
 }
 
 /// Scans a log. `Ok(None)`: the log is empty.
@@ -254,12 +277,17 @@ pub fn note_record(
         }
         RecordKind::SpanBegin => {
             if let Some(kind) = SpanKind::from_code(record.detail) {
+                let told = checkpoint.span.is_some();
                 checkpoint.span = Some((kind, lsn, record.argument.get()));
-                checkpoint.copy_cursor = if matches!(kind, SpanKind::Resync | SpanKind::Rewind) {
-                    u64::MAX
-                } else {
-                    0
-                };
+                // A header may have told of the span already, and of what it copies; the record adds nothing then.
+                if !told {
+                    checkpoint.copy_cursor = if matches!(kind, SpanKind::Resync | SpanKind::Rewind)
+                    {
+                        u64::MAX
+                    } else {
+                        0
+                    };
+                }
                 checkpoint.state = state_of(kind);
             }
         }

@@ -35,7 +35,8 @@ fn checkpoint() -> Checkpoint {
 
 fn writer(medium: &mut SimMedium) -> LogWriter {
     let memory = Memory::anonymous(8 * SLOT_BYTES).unwrap();
-    let mut writer = LogWriter::new(geometry(), BatchBuffer::new(&memory, 0, 8), 1 << 40).unwrap();
+    let mut writer =
+        LogWriter::new(geometry(), BatchBuffer::new(&memory, 0, 8, 512), 1 << 40).unwrap();
     let opening = SegmentOpening {
         epoch: EpochId([1; 16]),
         parent_epoch: EpochId([0; 16]),

@@ -17,6 +17,9 @@ pub const TARGET_BIT: u64 = 1 << 63;
 /// Marks an operation of a medium; other users of the ring (timers, wake-ups) leave it clear.
 const MEDIUM_BIT: u64 = 1 << 48;
 
+/// A disk that does not answer for so long at a start or close is taken for broken.
+const REAP_SECONDS: u64 = 5;
+
 /// Where entries are pushed.
 pub trait Port {
     /// Queues an entry; submits to make room if it must.
@@ -77,14 +80,22 @@ impl Port for OwnRing {
         if let Some(entry) = self.ring.completion().next() {
             return Some(entry);
         }
+        if !wait {
+            let _ = self.ring.submit();
+            return self.ring.completion().next();
+        }
         loop {
-            match self.ring.submit_and_wait(usize::from(wait)) {
+            let timeout = types::Timespec::new().sec(REAP_SECONDS);
+            let arguments = types::SubmitArgs::new().timespec(&timeout);
+            match self.ring.submitter().submit_with_args(1, &arguments) {
                 Ok(_) => {}
-                Err(error) if error.raw_os_error() == Some(libc::EINTR) => continue,
-                Err(_) => return None,
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EBUSY)) => {
+                    continue;
+                }
+                Err(_) => return self.ring.completion().next(),
             }
             let entry = self.ring.completion().next();
-            if entry.is_some() || !wait {
+            if entry.is_some() {
                 return entry;
             }
         }
@@ -169,13 +180,15 @@ impl<P: Port> UringMedium<P> {
         })
     }
 
-    /// Goes on with another ring; nothing may be in flight.
-    pub fn with_port<Q: Port>(self, port: Q) -> UringMedium<Q> {
-        assert!(
-            self.in_flight() == 0,
-            "operations in flight belong to the old ring"
-        );
+    /// Goes on with another ring. Operations that never came back (a disk that hangs) stay with the old one for ever, and so do their buffers.
+    pub fn with_port<Q: Port>(mut self, port: Q) -> UringMedium<Q> {
+        if self.in_flight() > 0 {
+            let lost: Vec<Pending> = self.pending.iter_mut().filter_map(Option::take).collect();
+            std::mem::forget(lost);
+            self.free = (0..self.pending.len() as u16).rev().collect();
+        }
         let UringMedium {
+            port: _old,
             origin,
             log,
             state,
@@ -184,7 +197,6 @@ impl<P: Port> UringMedium<P> {
             free,
             ready,
             clock,
-            ..
         } = self;
         UringMedium {
             port,

@@ -12,7 +12,7 @@
 //! * A flush fails: dirty pages may have been dropped and marked clean, so a second flush would lie. The writer is poisoned: nothing becomes
 //!   durable any more until a new epoch begins in a new segment.
 
-use crate::buffer::{BatchBuffer, Chunk, PAYLOAD_ALIGN};
+use crate::buffer::{BatchBuffer, Chunk};
 use crate::{Buffer, Disk, IoError, Medium, Now, Operation};
 use std::collections::VecDeque;
 use varve_format::{
@@ -397,7 +397,7 @@ impl LogWriter {
 
     /// Slots that appending records with these payload lengths would take at most.
     fn slots_needed(&self, records: usize, payload: usize) -> usize {
-        let payload = payload.next_multiple_of(PAYLOAD_ALIGN);
+        let payload = payload.next_multiple_of(self.buffer.align());
         let room = self.open.map_or((0, 0), |slot| {
             (
                 BATCH_RECORDS_MAX - self.buffer.record_count(slot),
@@ -675,6 +675,12 @@ impl LogWriter {
         self.oldest_held
     }
 
+    /// Forgets operations that never came back. Their place in the ring must not be used again: they may still land.
+    pub fn forget_flights(&mut self) {
+        self.flights.clear();
+        self.flush = None;
+    }
+
     /// Gives up the epoch: nothing becomes durable any more.
     pub fn poison(&mut self, error: IoError) {
         self.failure.get_or_insert(error);
@@ -683,6 +689,12 @@ impl LogWriter {
     /// When [`LogWriter::pump`] wants to be called again, if nothing else happens.
     #[must_use]
     pub fn deadline_ns(&self) -> Option<u64> {
-        self.open.map(|_| self.open_since_ns + LINGER_NS)
+        let could_write = self.failure.is_none()
+            && self.roll == Roll::No
+            && self.closed.is_empty()
+            && self.flights.len() < FLIGHTS_MAX;
+        self.open
+            .filter(|_| could_write)
+            .map(|_| self.open_since_ns + LINGER_NS)
     }
 }

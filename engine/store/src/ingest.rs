@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io::Write;
 use std::path::Path;
 use varve_format::{Lsn, RecordKind, RunEntry, RunHeader, SegmentFooter, SegmentSequence};
-use varve_log::{ReadAt, RingSegment, SegmentReader, read_headers};
+use varve_log::{ReadAt, RingSegment, SegmentError, SegmentReader, read_headers};
 use zerocopy::IntoBytes;
 
 /// What an ingest has done.
@@ -106,6 +106,10 @@ fn take(
         match reader.advance() {
             Ok(true) => {}
             Ok(false) => break,
+            // A disk that fails to read now may read later: nothing is given up.
+            Err(SegmentError::Io(error)) => {
+                return Err(StoreError::Io(Path::new("the log").to_path_buf(), error));
+            }
             // Behind the end of an abandoned epoch anything may lie; before it, a break is damage.
             Err(error) if follows => {
                 return Err(damaged(format!(
@@ -132,6 +136,7 @@ fn take(
     footer.time_start = time_start.0.into();
     footer.time_end = time_end.0.into();
     footer.data_bytes = data_bytes.into();
+    footer.previous_lsn_end = segment.header.previous_lsn_end;
     let path = store.segment_path(sequence);
     footer.root = copy(log, segment.base, data_bytes, &path, footer)?;
     write_run(&store.run_path(sequence), &footer, &entries)?;

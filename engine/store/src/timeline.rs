@@ -65,7 +65,18 @@ impl Timeline {
     pub fn of<'a>(segments: impl Iterator<Item = &'a StoredSegment>) -> Timeline {
         let mut timeline = Timeline::default();
         let mut open: Option<(Lsn, WallTime, SpanKind)> = None;
+        let (mut hole, mut full_copy) = (false, false);
         for segment in segments {
+            let before = Lsn(segment.footer.previous_lsn_end.get());
+            if timeline.end > Lsn(0) && before != timeline.end {
+                // A segment is missing: nothing resolves until everything was read again.
+                hole = true;
+                let since = timeline
+                    .records
+                    .last()
+                    .map_or(WallTime(0), |record| record.1);
+                open.get_or_insert((timeline.end, since, SpanKind::Verify));
+            }
             timeline.end = Lsn(segment.footer.lsn_end.get());
             for entry in &segment.entries {
                 let (lsn, time) = (Lsn(entry.lsn.get()), WallTime(entry.wall_time.get()));
@@ -82,11 +93,15 @@ impl Timeline {
                     Ok(RecordKind::SpanBegin) => {
                         // A new span takes over one that was never ended: from its beginning on nothing resolves.
                         let kind = SpanKind::from_code(entry.detail).unwrap_or(SpanKind::Verify);
+                        full_copy = matches!(kind, SpanKind::BaseCopy | SpanKind::Verify);
                         open = Some(
                             open.map_or((lsn, time, kind), |(from, since, _)| (from, since, kind)),
                         );
                     }
+                    // Only a full copy makes up for a missing segment.
+                    Ok(RecordKind::SpanEnd) if hole && !full_copy => {}
                     Ok(RecordKind::SpanEnd) => {
+                        hole = false;
                         if let Some((from, from_time, kind)) = open.take() {
                             timeline.closed.push(Closed {
                                 from,
@@ -172,6 +187,28 @@ impl Timeline {
         // Times never run backwards within an epoch; where the clock was set back between two, the later record counts.
         let index = self.records.iter().rposition(|record| record.1 <= time);
         index.map_or(Lsn(0), |i| self.records[i].0.plus(1))
+    }
+
+    /// Whether single writes are missing at `time`: the gap around it, with the nearest instants on both sides.
+    #[must_use]
+    pub fn gap_at(&self, time: WallTime) -> Option<Nearest> {
+        let since = |gap: &Event| WallTime(gap.entry.offset.get() as i64);
+        let gap = self
+            .gaps
+            .iter()
+            .find(|gap| since(gap) < time && time < gap.time)?;
+        let before = self.at_time(since(gap));
+        let after = self
+            .closed
+            .iter()
+            .find(|closed| closed.to > gap.lsn && !closed.open)
+            .map_or(gap.lsn.plus(1), |closed| closed.to.plus(1));
+        let with_time = |lsn: Lsn| (lsn, self.time_of(lsn));
+        Some(Nearest {
+            before: self.check(before).is_ok().then(|| with_time(before)),
+            after: self.check(after).is_ok().then(|| with_time(after)),
+            reason: None,
+        })
     }
 
     /// Whether `lsn` resolves; if not, what does.
