@@ -114,6 +114,12 @@ impl Client {
         })
     }
 
+    /// Waits for answers no longer than this.
+    pub fn answer_within(self, limit: std::time::Duration) -> io::Result<Client> {
+        self.reader.get_ref().set_read_timeout(Some(limit))?;
+        Ok(self)
+    }
+
     /// Asks and waits for the answer.
     pub fn call<Op: Serialize, Reply: DeserializeOwned>(
         &mut self,

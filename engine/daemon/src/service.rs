@@ -140,7 +140,10 @@ impl Service {
                         drop(claim);
                     });
                 }
-                let outcome = if volume.segments_held > 1 {
+                let outcome = if volume.segments_held > 1
+                    && (volume.state != "bypass"
+                        || volume.segments_held >= volume.segment_count - 2)
+                {
                     self.take(&volume, SegmentSequence(volume.sequence))
                 } else {
                     Ok(())
@@ -219,8 +222,8 @@ impl Service {
     /// Brings the store up to this moment.
     fn refresh(&self, name: &str) -> Result<VolumeInfo, ControlError> {
         let volume = self.info(name)?;
-        if volume.state == "failed" {
-            return Ok(volume); // Its history up to now can still be read.
+        if matches!(volume.state.as_str(), "failed" | "bypass") {
+            return Ok(volume); // The log may not answer; history up to now can still be read.
         }
         if let FilterReply::Sealed { sealed } = self.filter()?.call(&FilterOp::Seal {
             name: name.to_owned(),

@@ -56,7 +56,9 @@ pub fn run(context: &Context, wait: Option<u64>) -> Result<ExitCode, ControlErro
 }
 
 fn judge(context: &Context, volume: VolumeInfo) -> VolumeStatus {
+    // A store that hangs on a broken disk must not keep us from saying so.
     let history = daemons::store(context)
+        .and_then(|store| Ok(store.answer_within(Duration::from_secs(3))?))
         .and_then(|mut store| {
             store.call(&StoreOp::History {
                 volume: volume.name.clone(),
