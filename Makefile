@@ -28,7 +28,7 @@ check: setup ## format, lints, tidy, unit tests
 	cargo nextest run --workspace --lib --bins -E 'not binary(vm)'
 	cargo nextest run -p varve-tests --test tidy
 
-test: setup ## all tests, with the small numbers (as root; about two minutes after the build)
+test: setup ## all tests, with the small numbers (as root; about seven minutes after the build)
 	cargo build --workspace
 	$(NEXTEST)
 
