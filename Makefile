@@ -25,7 +25,7 @@ demo: build ## protect a scratch disk, lose data, get every instant back (as roo
 check: setup ## format, lints, tidy, unit tests
 	cargo fmt --check
 	cargo clippy --workspace --all-targets -- -D warnings
-	cargo nextest run --workspace --lib --bins -E 'not binary(vm)'
+	cargo nextest run --workspace --lib --bins -E 'not binary(/^vm/)'
 	cargo nextest run -p varve-tests --test tidy
 
 test: setup ## all tests, with the small numbers (as root; about seven minutes after the build)
@@ -34,7 +34,7 @@ test: setup ## all tests, with the small numbers (as root; about seven minutes a
 
 vm: setup ## the tests on real kernels with the large numbers
 	cargo build --workspace
-	VARVE_TEST_SIZE=large $(NEXTEST) -E 'binary(vm)'
+	VARVE_TEST_SIZE=large $(NEXTEST) -E 'binary(/^vm/)'
 
 bench: build ## figures as ratios: raw disk, plain loop, Varve (as root)
 	@tests/bench

@@ -5,6 +5,9 @@
     reason = "in tests a surprise should end the test"
 )]
 
+pub mod guest;
 pub mod history;
+pub mod replay;
 pub mod scenario;
 pub mod simulated;
+pub mod stamps;

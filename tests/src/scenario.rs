@@ -1,7 +1,7 @@
 //! What runs inside a guest (or on this machine, for the fallback): real devices, real file systems, real databases, the real programs.
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -187,73 +187,6 @@ pub fn finish_fio(child: Child) -> Result<String, String> {
             String::from_utf8_lossy(&output.stderr)
         ))
     }
-}
-
-/// A writer that stamps and flushes blocks one after another, for oracles that need to know what was acknowledged when.
-pub struct Stamper {
-    file: File,
-    blocks: u64,
-    /// What each block must hold.
-    pub model: Vec<u64>,
-    next: u64,
-}
-
-impl Stamper {
-    /// Writes stamps to `path`, which holds `blocks` blocks of 4 KiB.
-    pub fn new(path: &str, blocks: u64) -> Result<Stamper, String> {
-        use std::os::unix::fs::OpenOptionsExt;
-        const O_DIRECT: i32 = 0o40000;
-        let file = File::options()
-            .write(true)
-            .custom_flags(O_DIRECT)
-            .open(path)
-            .map_err(|e| format!("{path}: {e}"))?;
-        Ok(Stamper {
-            file,
-            blocks,
-            model: vec![0; blocks as usize],
-            next: 1,
-        })
-    }
-
-    /// Writes one stamp somewhere; flushes if asked.
-    pub fn write(&mut self, flush: bool) -> Result<(), String> {
-        let stamp = self.next;
-        self.next += 1;
-        let block = stamp.wrapping_mul(0x9e37_79b9_7f4a_7c15) % self.blocks;
-        let mut space = vec![0u8; 8192];
-        let skip = space.as_ptr().align_offset(4096);
-        for part in space[skip..skip + 4096].chunks_exact_mut(8) {
-            part.copy_from_slice(&stamp.to_le_bytes());
-        }
-        std::os::unix::fs::FileExt::write_all_at(
-            &self.file,
-            &space[skip..skip + 4096],
-            block * 4096,
-        )
-        .map_err(|e| e.to_string())?;
-        if flush {
-            self.file.sync_data().map_err(|e| e.to_string())?;
-        }
-        self.model[block as usize] = stamp;
-        Ok(())
-    }
-}
-
-/// Reads the stamps of an image or device; every block must be whole.
-pub fn read_stamps(path: &str, blocks: u64) -> Result<Vec<u64>, String> {
-    let mut file = File::open(path).map_err(|e| format!("{path}: {e}"))?;
-    let mut block = vec![0u8; 4096];
-    (0..blocks)
-        .map(|index| {
-            file.read_exact(&mut block).map_err(|e| e.to_string())?;
-            let stamp = u64::from_le_bytes(block[..8].try_into().map_err(|_| "short")?);
-            if block.chunks_exact(8).any(|part| part != &block[..8]) {
-                return Err(format!("block {index} is torn"));
-            }
-            Ok(stamp)
-        })
-        .collect()
 }
 
 /// Says something with the time since the start.

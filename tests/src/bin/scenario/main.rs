@@ -1,0 +1,70 @@
+//! `scenario NAME ROOT DEVICE [ARGUMENT]`: one story on a real device; exit code 0 if every promise held.
+
+mod death;
+mod instants;
+mod log_fault;
+mod origin;
+
+use std::path::Path;
+use std::process::ExitCode;
+use varve_tests::scenario::Installation;
+
+type Outcome = Result<(), String>;
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let [name, root, device, rest @ ..] = arguments.as_slice() else {
+        eprintln!("scenario NAME ROOT DEVICE [ARGUMENT...]");
+        return ExitCode::from(2);
+    };
+    let argument = rest.first().map_or("", String::as_str);
+    let number = rest.get(1).and_then(|text| text.parse().ok()).unwrap_or(0);
+    let outcome = Installation::new(Path::new(root)).and_then(|installation| match name.as_str() {
+        "instants" => instants::instants(&installation, device, argument, number),
+        "stamps" => instants::stamps(&installation, device, argument.parse().unwrap_or(20)),
+        "sqlite" => instants::sqlite(&installation, device),
+        "kill" => death::kill(&installation, device, argument.parse().unwrap_or(5)),
+        "load" => death::load(&installation, device, argument, number as u64),
+        "after-cut" => death::after_cut(&installation, argument),
+        "log-fault" => log_fault::log_fault(&installation, device, argument),
+        "log-fault-load" => log_fault::log_fault_load(&installation, device, argument),
+        "after-bypass-cut" => log_fault::after_bypass_cut(&installation),
+        "behind-our-back" => origin::behind_our_back(&installation, device),
+        other => Err(format!("no scenario is named {other}")),
+    });
+    match outcome {
+        Ok(()) => {
+            println!("scenario {name}: every promise held");
+            ExitCode::SUCCESS
+        }
+        Err(broken) => {
+            println!("scenario {name}: BROKEN: {broken}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Starts the daemons and protects the device; gives the mapped one.
+pub fn protect(varve: &Installation, device: &str) -> Result<String, String> {
+    varve.varve(&["up"])?;
+    varve.varve(&["protect", device, "--name", "disk", "--log-size", "128"])?;
+    varve.device("disk")
+}
+
+/// Exports an image; gives its device.
+pub fn export(varve: &Installation, instant: &str, writable: bool) -> Result<String, String> {
+    let mut arguments = vec!["--json", "export", instant];
+    if writable {
+        arguments.push("--writable");
+    }
+    let text = varve
+        .varve(&arguments)
+        .map_err(|e| format!("{e}\n{}", varve.messages()))?;
+    let device = text
+        .split("\"device\": \"")
+        .nth(1)
+        .and_then(|rest| rest.split('"').next());
+    device
+        .map(str::to_owned)
+        .ok_or_else(|| format!("no device in {text}"))
+}
