@@ -10,4 +10,5 @@ pub mod history;
 pub mod replay;
 pub mod scenario;
 pub mod simulated;
+pub mod slow_disk;
 pub mod stamps;

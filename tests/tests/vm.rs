@@ -137,10 +137,3 @@ fn fallback_images_equal_the_writers_memory() {
 fn fallback_sqlite_keeps_every_acknowledged_transaction() {
     fallback(&["sqlite"]);
 }
-
-#[test]
-fn ublk_log_stalled_failing_or_full_is_bypassed_and_healed() {
-    for kind in ["stalled", "failing", "full"] {
-        everywhere(&["log-fault", kind]);
-    }
-}

@@ -5,9 +5,11 @@ mod instants;
 mod log_fault;
 mod origin;
 
+use log_fault::Fault;
 use std::path::Path;
 use std::process::ExitCode;
 use varve_tests::scenario::Installation;
+use varve_tests::slow_disk;
 
 type Outcome = Result<(), String>;
 
@@ -18,6 +20,11 @@ fn main() -> ExitCode {
         return ExitCode::from(2);
     };
     let argument = rest.first().map_or("", String::as_str);
+    if name == "slow-disk" {
+        let served = slow_disk::serve(device, Path::new(root), argument.parse().unwrap_or(40));
+        println!("slow-disk: {served:?}");
+        return ExitCode::FAILURE;
+    }
     let number = rest.get(1).and_then(|text| text.parse().ok()).unwrap_or(0);
     let outcome = Installation::new(Path::new(root)).and_then(|installation| match name.as_str() {
         "instants" => instants::instants(&installation, device, argument, number),
@@ -26,9 +33,12 @@ fn main() -> ExitCode {
         "kill" => death::kill(&installation, device, argument.parse().unwrap_or(5)),
         "load" => death::load(&installation, device, argument, number as u64),
         "after-cut" => death::after_cut(&installation, argument),
-        "log-fault" => log_fault::log_fault(&installation, device, argument),
-        "log-fault-load" => log_fault::log_fault_load(&installation, device, argument),
-        "after-bypass-cut" => log_fault::after_bypass_cut(&installation),
+        "log-fault" => Fault::parse(argument)
+            .and_then(|fault| log_fault::log_fault(&installation, device, fault)),
+        "log-fault-load" => Fault::parse(argument)
+            .and_then(|fault| log_fault::log_fault_load(&installation, device, fault)),
+        "after-bypass-cut" => Fault::parse(argument)
+            .and_then(|fault| log_fault::after_bypass_cut(&installation, fault)),
         "behind-our-back" => origin::behind_our_back(&installation, device),
         other => Err(format!("no scenario is named {other}")),
     });

@@ -1,0 +1,119 @@
+//! A disk whose writes and flushes take as long as a file says: a real block device (ublk) over a file or device. Kill it, and the disk is pulled.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use varve_front::ublk::{self, UblkOptions};
+use varve_front::{
+    Answer, Device, DeviceFactory, Errno, Geometry, Request, RequestKind, Stopper, Waker,
+    monotonic_ns,
+};
+
+struct SlowDisk {
+    backing: File,
+    control: PathBuf,
+    /// Requests, and when each is served.
+    waiting: VecDeque<(u64, Request)>,
+    answers: VecDeque<Answer>,
+}
+
+impl SlowDisk {
+    fn delay_ns(&self) -> u64 {
+        let text = std::fs::read_to_string(&self.control).unwrap_or_default();
+        text.trim().parse::<u64>().unwrap_or(0) * 1_000_000
+    }
+
+    fn serve(&self, request: &Request) -> Result<(), Errno> {
+        let outcome = match (request.kind, &request.buffer) {
+            (RequestKind::Flush, _) => self.backing.sync_data(),
+            (RequestKind::Read, Some(buffer)) => {
+                buffer.write_with(|bytes| self.backing.read_exact_at(bytes, request.offset))
+            }
+            (RequestKind::Write, Some(buffer)) => {
+                buffer.read_with(|bytes| self.backing.write_all_at(bytes, request.offset))
+            }
+            _ => self
+                .backing
+                .write_all_at(&vec![0; request.length as usize], request.offset),
+        };
+        outcome.map_err(|error| error.raw_os_error().unwrap_or(libc::EIO))
+    }
+}
+
+impl Device for SlowDisk {
+    fn submit(&mut self, request: Request) {
+        let delay = match request.kind {
+            RequestKind::Read => 0,
+            _ => self.delay_ns(),
+        };
+        self.waiting.push_back((monotonic_ns() + delay, request));
+    }
+    fn completion(&mut self, _user_data: u64, _result: i32) {}
+    fn woken(&mut self) {}
+    fn run(&mut self) {
+        let now = monotonic_ns();
+        let (due, waiting) = std::mem::take(&mut self.waiting)
+            .into_iter()
+            .partition(|(due, _)| *due <= now);
+        self.waiting = waiting;
+        for (_, request) in due {
+            let result = self.serve(&request);
+            self.answers.push_back(Answer {
+                tag: request.tag,
+                result,
+            });
+        }
+    }
+    fn take_answer(&mut self) -> Option<Answer> {
+        self.answers.pop_front()
+    }
+    fn end_turn(&mut self) -> (u64, u64) {
+        let now = monotonic_ns();
+        let next = self.waiting.iter().map(|(due, _)| *due).min();
+        let wait = next.map_or(1_000_000_000, |due| due.saturating_sub(now).max(50_000));
+        (now, wait)
+    }
+    fn is_quiet(&self) -> bool {
+        self.waiting.is_empty() && self.answers.is_empty()
+    }
+    fn closed(&mut self) {}
+}
+
+/// Serves `/dev/ublkb{id}` over `backing` until the process ends. `control` holds the milliseconds that a write or flush takes; no file: none.
+///
+/// # Errors
+/// If the backing cannot be opened or the device not be made.
+pub fn serve(backing: &str, control: &Path, id: u32) -> Result<(), String> {
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .open(backing)
+        .map_err(|e| format!("{backing}: {e}"))?;
+    let bytes = std::io::Seek::seek(&mut &file, std::io::SeekFrom::End(0))
+        .map_err(|e| format!("{backing}: {e}"))?;
+    let control = control.to_path_buf();
+    let waker = Waker::new().map_err(|e| e.to_string())?;
+    let stopper = Stopper::new(&waker);
+    let factory: DeviceFactory = Box::new(move |_port| {
+        Box::new(SlowDisk {
+            backing: file,
+            control,
+            waiting: VecDeque::new(),
+            answers: VecDeque::new(),
+        })
+    });
+    let options = UblkOptions {
+        id: Some(id),
+        recover: false,
+        lasting: false,
+        geometry: Geometry {
+            bytes,
+            sector_bytes: 512,
+            physical_bytes: 4096,
+            discard_granularity: 0,
+            read_only: false,
+        },
+    };
+    ublk::serve(&options, factory, &waker, &stopper, |_| {}).map_err(|e| e.to_string())
+}
