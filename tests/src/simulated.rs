@@ -82,6 +82,18 @@ pub struct Simulated<R: Rules = Law> {
     pub bypasses: u64,
     kernel_writes: u64,
     broken: Option<String>,
+    comparison: Option<Comparison>,
+    /// Whether the comparison with the history flushes the origin first, as it must.
+    pub flush_before_comparing: bool,
+    /// Bytes that comparisons have found equal.
+    pub found_equal: u64,
+}
+
+/// A comparison of the origin with the history, as the store's daemon does it.
+struct Comparison {
+    number: u64,
+    image: Vec<u8>,
+    cursor: usize,
 }
 
 impl<R: Rules> Simulated<R> {
@@ -96,6 +108,7 @@ impl<R: Rules> Simulated<R> {
         config.stable_bytes = 96 << 10;
         config.stable_interval_ns = 20_000_000;
         config.heal_interval_ns = 5_000_000;
+        config.verify_wait_ns = 20_000_000;
         config.segment_bytes = SEGMENT_BYTES;
         config.segment_count = SEGMENT_COUNT;
         config.slots = 6;
@@ -118,6 +131,9 @@ impl<R: Rules> Simulated<R> {
             bypasses: 0,
             kernel_writes: 0,
             broken: None,
+            comparison: None,
+            flush_before_comparing: true,
+            found_equal: 0,
         }
     }
 
@@ -169,6 +185,9 @@ impl<R: Rules> Simulated<R> {
 
     /// One turn: run, maybe one completion, answers. False: crashed.
     fn turn(&mut self) -> bool {
+        if self.volume.is_some() && self.random(3) == 0 {
+            self.compare_some();
+        }
         let Some(volume) = self.volume.as_mut() else {
             return false;
         };
@@ -204,6 +223,55 @@ impl<R: Rules> Simulated<R> {
             }
         }
         true
+    }
+
+    /// If a comparison is wanted, does some of it.
+    fn compare_some(&mut self) {
+        const BLOCK: usize = 4096;
+        let Some(status) = self.volume.as_ref().map(Volume::status) else {
+            return;
+        };
+        if status.verify_wanted == 0 {
+            self.comparison = None;
+            return;
+        }
+        let number = status.verify_wanted;
+        if self.comparison.as_ref().is_none_or(|c| c.number != number) {
+            // The store holds what is durable in the log, at most.
+            let history = self.history();
+            let end = history.end.min(status.log.durable_lsn);
+            if self.flush_before_comparing {
+                self.machine.borrow_mut().disk(Disk::Origin).flush_all();
+            }
+            self.comparison = Some(Comparison {
+                number,
+                image: history.image(end, VOLUME_BYTES),
+                cursor: 0,
+            });
+        }
+        let Some(comparison) = self.comparison.as_mut() else {
+            return;
+        };
+        let end = (comparison.cursor + 4 * BLOCK).min(VOLUME_BYTES);
+        let mut equal = Vec::new();
+        for at in (comparison.cursor..end).step_by(BLOCK) {
+            let stop = (at + BLOCK).min(VOLUME_BYTES);
+            if self.machine.borrow().content(Disk::Origin)[at..stop] == comparison.image[at..stop] {
+                equal.push((at as u64, (stop - at) as u64));
+            }
+        }
+        comparison.cursor = end;
+        let below = if end == VOLUME_BYTES {
+            u64::MAX
+        } else {
+            end as u64
+        };
+        let now = self.medium.now().monotonic_ns;
+        if let Some(volume) = self.volume.as_mut()
+            && volume.verified(now, number, below, &equal)
+        {
+            self.found_equal += equal.iter().map(|range| range.1).sum::<u64>();
+        }
     }
 
     fn issue(&mut self, kind: RequestKind, offset: usize, length: usize, force_unit_access: bool) {
@@ -469,8 +537,10 @@ impl<R: Rules> Simulated<R> {
                             && r.answered_at.is_none_or(|a| a >= request.issued_at)
                     })
                 } else {
-                    let writer = &self.issued[found as usize - 1];
-                    writer.answered_at.is_none_or(|a| a >= request.issued_at)
+                    match self.issued.get(found as usize - 1) {
+                        Some(writer) => writer.answered_at.is_none_or(|a| a >= request.issued_at),
+                        None => self.kernel_writes > 0, // A stranger's.
+                    }
                 };
                 if !explained {
                     return Err(format!(
@@ -527,6 +597,15 @@ impl<R: Rules> Simulated<R> {
             .borrow_mut()
             .disk(Disk::Origin)
             .tamper(offset, data);
+        self.kernel_writes += 1;
+    }
+
+    /// The same, into the origin's cache only.
+    pub fn scribble(&mut self, offset: usize, data: &[u8]) {
+        self.machine
+            .borrow_mut()
+            .disk(Disk::Origin)
+            .scribble(offset, data);
         self.kernel_writes += 1;
     }
 

@@ -39,6 +39,13 @@ impl Stamper {
         })
     }
 
+    /// The same, with stamps from `first` on: a stranger's.
+    pub fn from(path: &str, blocks: u64, first: u64) -> Result<Stamper, String> {
+        let mut stamper = Stamper::new(path, blocks)?;
+        stamper.next = first;
+        Ok(stamper)
+    }
+
     /// The same, with a journal that outlives the machine: what was written before it was, what was flushed after it was. Goes on where an earlier
     /// one ended.
     pub fn with_journal(path: &str, blocks: u64, journal: &Path) -> Result<Stamper, String> {

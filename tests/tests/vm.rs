@@ -71,6 +71,11 @@ fn ublk_foreign_write_is_noticed_and_healed() {
     everywhere(&["behind-our-back"]);
 }
 
+#[test]
+fn ublk_resized_device_is_followed() {
+    everywhere(&["resize"]);
+}
+
 /// The same through FUSE and loop on this machine's own kernel.
 fn fallback(arguments: &[&str]) {
     if !Path::new("/dev/fuse").exists() || !Path::new("/dev/loop-control").exists() {
@@ -136,4 +141,14 @@ fn fallback_images_equal_the_writers_memory() {
 #[test]
 fn fallback_sqlite_keeps_every_acknowledged_transaction() {
     fallback(&["sqlite"]);
+}
+
+#[test]
+fn fallback_foreign_write_is_noticed_and_healed() {
+    fallback(&["behind-our-back"]);
+}
+
+#[test]
+fn fallback_resized_device_is_followed() {
+    fallback(&["resize"]);
 }

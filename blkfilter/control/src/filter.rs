@@ -21,6 +21,11 @@ pub enum FilterOp {
         /// Name of the volume.
         name: String,
     },
+    /// The device was grown or shrunk: follow it.
+    Resize {
+        /// Name of the volume.
+        name: String,
+    },
     /// Append a recovery point.
     Mark {
         /// Name of the volume.
@@ -39,6 +44,17 @@ pub enum FilterOp {
         name: String,
         /// Sequence.
         below: u64,
+    },
+    /// A comparison of an unverified volume with its history has come this far.
+    Verified {
+        /// Name of the volume.
+        name: String,
+        /// The number that was asked for.
+        number: u64,
+        /// Everything below is compared; 2^64-1 ends it.
+        below: u64,
+        /// Ranges (offset, length) that are equal, since the last time.
+        equal: Vec<(u64, u64)>,
     },
     /// Take the mapped device away and open a rewind span (or go on with one).
     RewindBegin {
@@ -125,6 +141,10 @@ pub struct VolumeInfo {
     pub bypassed_bytes: u64,
     /// Bytes copied by spans.
     pub copied_bytes: u64,
+    /// Bytes that a comparison found equal to the history.
+    pub verified_bytes: u64,
+    /// Number of the comparison with the history that is wanted; 0: none.
+    pub verify_wanted: u64,
     /// Errors of the origin.
     pub origin_errors: u64,
     /// Bytes written to the log.
@@ -164,6 +184,11 @@ pub enum FilterReply {
     Instant {
         /// Every record before the point is below it.
         lsn: u64,
+    },
+    /// Whether a comparison should go on.
+    Wanted {
+        /// It should.
+        wanted: bool,
     },
     /// What is sealed.
     Sealed {

@@ -14,5 +14,5 @@ mod wire;
 pub use filter::{FilterOp, FilterReply, SealedInfo, VolumeInfo};
 pub use paths::Paths;
 pub use spec::{Ack, FrontKind, SpecError, VolumeSpec, load_specs, save_spec};
-pub use store::{Instant, PointInfo, StoreOp, StoreReply, VolumeHistory};
+pub use store::{CheckInfo, Instant, PointInfo, StoreOp, StoreReply, VolumeHistory};
 pub use wire::{ATTACH_BYTES_MAX, Client, ControlError, Progress, Reporter, serve};

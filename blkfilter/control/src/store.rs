@@ -119,6 +119,19 @@ pub struct VolumeHistory {
     pub gaps: Vec<(i64, i64)>,
     /// Recovery points.
     pub points: Vec<PointInfo>,
+    /// The last comparison of device and history.
+    pub last_check: Option<CheckInfo>,
+}
+
+/// What a comparison of device and history found.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct CheckInfo {
+    /// When, ns.
+    pub time_ns: i64,
+    /// At which LSN.
+    pub lsn: u64,
+    /// Bytes that differed.
+    pub differing_bytes: u64,
 }
 
 /// An answer.

@@ -32,6 +32,8 @@ pub struct VolumeConfig {
     pub log_wait_max_ns: u64,
     /// First pause before a bypassed log is tried again; doubles up to 30 times this.
     pub heal_interval_ns: u64,
+    /// A volume in doubt waits so long for somebody to compare it with its history; 0: not at all.
+    pub verify_wait_ns: u64,
     /// When writes are acknowledged.
     pub ack: AckPolicy,
     /// Size of one log segment.
@@ -60,6 +62,7 @@ impl VolumeConfig {
             stable_interval_ns: 5_000_000_000,
             log_wait_max_ns: 250_000_000,
             heal_interval_ns: 1_000_000_000,
+            verify_wait_ns: 10_000_000_000,
             ack: AckPolicy::Async,
             segment_bytes: 32 << 20,
             segment_count: 16, // × 32 MiB: half a GiB for the store to fall behind.

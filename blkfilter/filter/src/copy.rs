@@ -119,10 +119,12 @@ impl<R: Rules> Volume<R> {
             self.regions_wanted = true;
             return;
         }
-        let run = self
-            .bitmap
-            .next_run(self.copier.cursor, self.config.copy_bytes)
-            .or_else(|| self.bitmap.next_run(0, self.config.copy_bytes));
+        let limit = self.verifier.limit(medium.now().monotonic_ns);
+        let below_limit = |from: u64| {
+            let (offset, length) = self.bitmap.next_run(from, self.config.copy_bytes)?;
+            (offset < limit).then(|| (offset, length.min(limit - offset)))
+        };
+        let run = below_limit(self.copier.cursor).or_else(|| below_limit(0));
         let Some((offset, length)) = run else { return };
         if self.locks.overlaps(offset, offset + length) {
             // Come back to it; meanwhile go on behind it.

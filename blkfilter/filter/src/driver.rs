@@ -18,6 +18,8 @@ pub enum Message {
     Seal(Sender<(SegmentSequence, Lsn)>),
     /// The store has everything below.
     Release(SegmentSequence),
+    /// A comparison has come this far: its number, the end of what it has seen, ranges that are equal. Answered with whether to go on.
+    Verified(u64, u64, Vec<(u64, u64)>, Sender<bool>),
     /// End the rewind span; answered once that is durable.
     EndRewind(Sender<bool>),
 }
@@ -146,6 +148,10 @@ impl Device for VolumeDevice {
                     }
                 }
                 Message::Release(below) => self.volume.release_segments_below(below),
+                Message::Verified(number, below, equal, reply) => {
+                    let now = medium.now().monotonic_ns;
+                    let _ = reply.send(self.volume.verified(now, number, below, &equal));
+                }
                 Message::EndRewind(reply) => self.waiting.push(Waiting::EndRewind(None, reply)),
             }
         }

@@ -87,6 +87,7 @@ impl<R: Rules> Volume<R> {
                         active.error.get_or_insert(error);
                     }
                 }
+                self.doubt_again();
                 let open: Vec<(u64, u64)> = self.regions.touched_since(Lsn(0)).collect();
                 for (offset, length) in open {
                     self.bitmap

@@ -209,6 +209,7 @@ impl<R: Rules> Volume<R> {
         self.counters.bypasses += 1;
         self.writer.poison(error);
         self.state = VolumeState::Bypass;
+        self.doubt_again();
         self.healer.reason = Some(error);
         self.healer.gap_since = self.last_record_time;
         let durable = self.writer.durable_lsn();
@@ -319,6 +320,7 @@ impl<R: Rules> Volume<R> {
             Some((SpanKind::Rewind, ..)) => VolumeState::Rewinding,
             _ => VolumeState::Healing,
         };
+        self.ask_for_verification(medium.now().monotonic_ns);
         // Regions that the old epoch left open stay open: the origin may still lose writes that only the old epoch's records tell of.
         let stable = self.flusher.flushed();
         self.append_checkpoint(medium, stable);

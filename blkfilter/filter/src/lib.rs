@@ -25,6 +25,7 @@ mod start;
 mod state_file;
 mod status;
 mod surviving;
+mod verify;
 mod volume;
 mod write;
 

@@ -123,6 +123,9 @@ fn answer(manager: &Manager, op: FilterOp, attached: Vec<u8>) -> Result<FilterRe
             manager.unprotect(&name)?;
             FilterReply::Done
         }
+        FilterOp::Resize { name } => FilterReply::Volume {
+            volume: Box::new(manager.resize(&name)?),
+        },
         FilterOp::Mark { name, label } => FilterReply::Instant {
             lsn: manager.mark(&name, &label)?.0,
         },
@@ -139,6 +142,14 @@ fn answer(manager: &Manager, op: FilterOp, attached: Vec<u8>) -> Result<FilterRe
             manager.release(&name, SegmentSequence(below))?;
             FilterReply::Done
         }
+        FilterOp::Verified {
+            name,
+            number,
+            below,
+            equal,
+        } => FilterReply::Wanted {
+            wanted: manager.verified(&name, number, below, equal)?,
+        },
         FilterOp::RewindBegin { name, target } => {
             manager.rewind_begin(&name, Lsn(target))?;
             FilterReply::Done

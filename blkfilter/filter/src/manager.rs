@@ -23,6 +23,9 @@ pub(crate) enum Slot {
     Failed(VolumeSpec, String),
 }
 
+/// A device that is smaller than this is none.
+const DEVICE_BYTES_MIN: u64 = 1 << 20;
+
 /// All volumes.
 pub struct Manager {
     paths: Paths,
@@ -101,9 +104,10 @@ impl Manager {
             recover.is_some() || self.memory_path(&spec).exists(),
         )
         .map_err(|e| claim_error(&spec.device, &e))?;
-        let geometry = origin::geometry(&origin)
+        let mut geometry = origin::geometry(&origin)
             .map_err(|e| error("V013-device", format!("{}: {e}", spec.device.display())))?;
-        check_size(&spec, &geometry)?;
+        let mut spec = spec;
+        let resized = follow_size(&mut spec, &mut geometry, recover.is_some(), strict)?;
         let config = config_of(&spec)?;
         let log = or_broken(
             origin::open_log(&spec.log, spec.segment_bytes * spec.segment_count),
@@ -137,6 +141,10 @@ impl Manager {
             Mode::Offered
         };
         let running = Running::launch(&self.paths, spec, config, geometry, files, mode, recover)?;
+        if resized {
+            varve_control::save_spec(&self.paths.volumes(), &running.spec)
+                .map_err(|e| error("V011-config", e))?;
+        }
         self.slots()
             .insert(running.spec.name.clone(), Slot::Running(Box::new(running)));
         Ok(())
@@ -226,6 +234,19 @@ impl Manager {
         self.ask(name, ANSWER_WAIT, Message::Seal)
     }
 
+    /// A comparison with the history has come this far; whether it should go on.
+    pub fn verified(
+        &self,
+        name: &str,
+        number: u64,
+        below: u64,
+        equal: Vec<(u64, u64)>,
+    ) -> Result<bool, ControlError> {
+        self.ask(name, ANSWER_WAIT, |reply| {
+            Message::Verified(number, below, equal, reply)
+        })
+    }
+
     /// The store has everything below.
     pub fn release(&self, name: &str, below: SegmentSequence) -> Result<(), ControlError> {
         let slots = self.slots();
@@ -296,6 +317,17 @@ impl Manager {
         Ok(())
     }
 
+    /// Follows a device that was grown or shrunk: closes the volume and opens it with the new size.
+    pub fn resize(&self, name: &str) -> Result<VolumeInfo, ControlError> {
+        let spec = self.stop(name)?;
+        self.slots().remove(name);
+        self.open(spec.clone(), None).inspect_err(|failed| {
+            self.slots()
+                .insert(name.to_owned(), Slot::Failed(spec, failed.to_string()));
+        })?;
+        self.info(name)
+    }
+
     /// Closes what is not in use; what is in use is left to the next daemon, which takes it over.
     pub fn shutdown(&self) {
         let names: Vec<String> = self.slots().keys().cloned().collect();
@@ -335,25 +367,34 @@ fn claim_error(device: &Path, why: &std::io::Error) -> ControlError {
     }
 }
 
-fn check_size(spec: &VolumeSpec, geometry: &Geometry) -> Result<(), ControlError> {
-    if geometry.bytes != spec.bytes {
-        let how = if geometry.bytes < spec.bytes {
-            "shrunk"
-        } else {
-            "grown"
-        };
-        return Err(error(
-            "V028-size",
-            format!(
-                "{} is {} bytes, it was {} when it was protected: it has {how}, or is another device. Nothing was changed. `varve unprotect {}` and `varve protect` begin a new history",
-                spec.device.display(),
-                geometry.bytes,
-                spec.bytes,
-                spec.name
-            ),
-        ));
+/// Takes over the size that the device has now; whether it is another one than before. The history of a device that was grown or shrunk goes on.
+fn follow_size(
+    spec: &mut VolumeSpec,
+    geometry: &mut Geometry,
+    recovering: bool,
+    strict: bool,
+) -> Result<bool, ControlError> {
+    if geometry.bytes == spec.bytes {
+        return Ok(false);
     }
-    Ok(())
+    let message = format!(
+        "{} is {} bytes, it was {}",
+        spec.device.display(),
+        geometry.bytes,
+        spec.bytes
+    );
+    if strict || geometry.bytes < DEVICE_BYTES_MIN {
+        let what = "Nothing was changed. Look at the device (`lsblk -b`), then try again";
+        return Err(error("V028-size", format!("{message}. {what}")));
+    }
+    if recovering && geometry.bytes > spec.bytes {
+        // The kernel still shows the device with its old size: it is followed when that is taken away.
+        geometry.bytes = spec.bytes;
+        return Ok(false);
+    }
+    eprintln!("blkfilter: {}: {message}: following it", spec.name);
+    spec.bytes = geometry.bytes;
+    Ok(true)
 }
 
 fn config_of(spec: &VolumeSpec) -> Result<VolumeConfig, ControlError> {

@@ -121,7 +121,7 @@ pub fn boot_id() -> String {
         .to_owned()
 }
 
-/// The kernel's count of writes to the device, and this boot.
+/// The kernel's count of writes to the device, and this boot; of a file the time of its last write.
 #[must_use]
 pub fn kernel_counters(file: &File) -> Fingerprint {
     let boot = Hash128::of(boot_id().as_bytes()).0;
@@ -131,6 +131,14 @@ pub fn kernel_counters(file: &File) -> Fingerprint {
             ..Fingerprint::default()
         };
     };
+    if metadata.is_file() {
+        // A file tells when it was written last, over reboots, too.
+        let nanoseconds = metadata.mtime() * 1_000_000_000 + metadata.mtime_nsec();
+        return Fingerprint {
+            kernel_writes: nanoseconds as u64,
+            ..Fingerprint::default()
+        };
+    }
     // Fields of /sys/block/*/stat: writes are the fifth, discards the twelfth.
     let stat = sysfs(&metadata, "stat").unwrap_or_default();
     let field = |index: usize| {

@@ -7,6 +7,7 @@
 //! | log speaks | its epoch, or a child of it | gone | resync of the open regions; a gap is declared |
 //! | clean | closed cleanly, same fingerprint | – | go on |
 //! | bypass | any | survived | catch-up of the marked blocks |
+//! | any, of another size | – | – | the device was resized: everything is read again |
 //! | anything else | anything else | – | unverified: everything is read again |
 
 use crate::bitmap::Bitmap;
@@ -88,6 +89,12 @@ pub(crate) fn old_epoch(found: &Found) -> OldEpoch {
     }
 }
 
+/// The size that the history knows, if the device has another one now.
+pub(crate) fn resized(found: &Found, config: &VolumeConfig) -> Option<u64> {
+    let before = found.scan.as_ref()?.volume_bytes;
+    (before != config.volume_bytes).then_some(before)
+}
+
 pub(crate) fn mark_open(
     bitmap: &mut Bitmap,
     checkpoint: &Checkpoint,
@@ -129,12 +136,13 @@ pub(crate) fn plan(
         state: VolumeState::Protected,
         regions: Vec::new(),
     };
-    // An unfinished rewind stays one, whatever else is in doubt.
+    let resized = resized(found, config);
+    // An unfinished rewind stays one, whatever else is in doubt; but it cannot be finished on a device of another size.
     let rewinding = found
         .scan
         .as_ref()
         .and_then(|scan| scan.checkpoint.span)
-        .filter(|span| span.0 == SpanKind::Rewind);
+        .filter(|span| span.0 == SpanKind::Rewind && resized.is_none());
     let whole = |summary: &str, kind: SpanKind, gap: bool| Plan {
         summary: summary.to_owned(),
         checkpoint: Checkpoint {
@@ -148,6 +156,18 @@ pub(crate) fn plan(
         records: Vec::new(),
         epoch_detail: 0,
     };
+    if let Some(before) = resized {
+        let how = if before < config.volume_bytes {
+            "grown"
+        } else {
+            "shrunk"
+        };
+        let summary = format!(
+            "the device has {how} from {before} to {} bytes: everything is read again",
+            config.volume_bytes
+        );
+        return Ok(whole(&summary, SpanKind::Verify, true));
+    }
     let (Some(slot), Some(scan)) = (&found.slot, &found.scan) else {
         return Ok(match (&found.slot, &found.scan) {
             (None, None) => whole(

@@ -291,6 +291,8 @@ impl Running {
         info.bypasses = status.bypasses;
         info.bypassed_bytes = status.bypassed_bytes;
         info.copied_bytes = status.copied_bytes;
+        info.verified_bytes = status.verified_bytes;
+        info.verify_wanted = status.verify_wanted;
         info.origin_errors = status.origin_errors;
         info.log_bytes = status.log.bytes_written;
         info.memory_locked = status.memory_locked;

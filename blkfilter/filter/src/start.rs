@@ -13,10 +13,11 @@ use crate::copy::Copier;
 use crate::flush::OriginFlusher;
 use crate::heal::{Healer, OldEpoch};
 use crate::locks::RangeLocks;
-use crate::plan::{Found, Mark, Plan, mark_open, old_epoch, plan};
+use crate::plan::{Found, Mark, Plan, mark_open, old_epoch, plan, resized};
 use crate::regions::OpenRegions;
 use crate::state_file::{StateError, StateFile, StateWord};
 use crate::surviving::SurvivingMemory;
+use crate::verify::Verifier;
 use crate::volume::{Active, Counters, Phase, TOKEN_LOG, TOKEN_STATE, Volume};
 use std::collections::VecDeque;
 use std::fmt;
@@ -66,13 +67,6 @@ pub enum StartError {
     Io(&'static str, IoError),
     /// Log or state file hold another's bytes, or a newer version's.
     Format(&'static str, FormatError),
-    /// The origin's size is not what the history says.
-    Size {
-        /// By the history.
-        expected: u64,
-        /// Of the device.
-        found: u64,
-    },
     /// No memory.
     Memory(std::io::Error),
 }
@@ -88,12 +82,7 @@ impl fmt::Display for StartError {
                 f,
                 "B002: {what} cannot be used: {error}. Nothing was changed"
             ),
-            StartError::Size { expected, found } => write!(
-                f,
-                "B003: the device is {found} bytes, its history says {expected}. Nothing was changed. Was it resized, or is it another device? \
-                 `varve unprotect` and `varve protect` begin a new history"
-            ),
-            StartError::Memory(error) => write!(f, "B004: no memory for the volume: {error}"),
+            StartError::Memory(error) => write!(f, "B003: no memory for the volume: {error}"),
         }
     }
 }
@@ -123,14 +112,6 @@ impl<R: Rules> Volume<R> {
             ),
             Err(SegmentError::Format(error)) => return Err(StartError::Format("the log", error)),
         };
-        if let Some(scan) = &scan
-            && scan.volume_bytes != config.volume_bytes
-        {
-            return Err(StartError::Size {
-                expected: scan.volume_bytes,
-                found: config.volume_bytes,
-            });
-        }
         let found = Found {
             slot,
             scan,
@@ -197,6 +178,7 @@ impl<R: Rules> Volume<R> {
             flusher: OriginFlusher::default(),
             copier: Copier::new(config.copy_bytes)?,
             healer: Healer::new(config.heal_interval_ns),
+            verifier: Verifier::default(),
             table: (0..places).map(|_| idle()).collect(),
             free: (0..places as u16).rev().collect(),
             pending: VecDeque::with_capacity(places),
@@ -308,7 +290,8 @@ impl<R: Rules> Volume<R> {
             .records
             .iter()
             .any(|r| Some(r.lsn) == plan.checkpoint.span.map(|span| span.1));
-        self.append_beginning(medium, &plan, rewind, recorded)?;
+        let resized = resized(found, &self.config).is_some();
+        self.append_beginning(medium, &plan, rewind, recorded, resized)?;
         if let Err(error) = self.settle_log(medium) {
             self.start_in_bypass(medium, old, error, &mut report);
             return Ok(report);
@@ -320,6 +303,7 @@ impl<R: Rules> Volume<R> {
                 u64::from(redo(medium, survivor).map_err(|e| StartError::Io("the device", e))?);
         }
         report.reread_bytes = self.bitmap.bytes();
+        self.ask_for_verification(medium.now().monotonic_ns);
         if let Some((SpanKind::Rewind, _, target)) = self.span {
             report.rewind_target = Some(Lsn(target));
         }
@@ -337,8 +321,13 @@ impl<R: Rules> Volume<R> {
         plan: &Plan,
         rewind: Option<RewindRequest>,
         recorded: bool,
+        resized: bool,
     ) -> Result<(), StartError> {
         self.make_room(medium)?;
+        if resized {
+            let size = Record::new(RecordKind::SizeChange, 0, self.config.volume_bytes, 0);
+            self.append(medium, size, &[]);
+        }
         let gap_since = self.last_record_time;
         self.append(
             medium,
@@ -501,7 +490,11 @@ fn redo(medium: &mut dyn Medium, survivor: &SurvivingRecord) -> Result<bool, IoE
 
 /// The target of a rewind that the log has not seen the end of.
 pub fn peek_rewind(medium: &mut dyn Medium, config: &VolumeConfig) -> Option<Lsn> {
-    match scan(medium, &config.geometry()).ok()??.checkpoint.span {
+    let scan = scan(medium, &config.geometry()).ok()??;
+    if scan.volume_bytes != config.volume_bytes {
+        return None; // It cannot be finished.
+    }
+    match scan.checkpoint.span {
         Some((SpanKind::Rewind, _, target)) => Some(Lsn(target)),
         _ => None,
     }

@@ -40,6 +40,10 @@ pub struct VolumeStatus {
     pub bypassed_bytes: u64,
     /// Bytes copied by spans.
     pub copied_bytes: u64,
+    /// Bytes that a comparison found equal to the history.
+    pub verified_bytes: u64,
+    /// Number of the comparison with the history that is wanted; 0: none.
+    pub verify_wanted: u64,
     /// Errors of the origin.
     pub origin_errors: u64,
     /// Whether the surviving memory is locked in RAM.
@@ -74,6 +78,8 @@ impl<R: Rules> Volume<R> {
             bypasses: counters.bypasses,
             bypassed_bytes: counters.bypassed_bytes,
             copied_bytes: counters.copied_bytes,
+            verified_bytes: counters.verified_bytes,
+            verify_wanted: self.verifier.wanted(),
             origin_errors: counters.origin_errors,
             memory_locked: self.surviving.memory().is_locked(),
         }

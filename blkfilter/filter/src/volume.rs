@@ -22,6 +22,7 @@ use crate::locks::RangeLocks;
 use crate::regions::OpenRegions;
 use crate::state_file::StateFile;
 use crate::surviving::SurvivingMemory;
+use crate::verify::Verifier;
 use std::collections::VecDeque;
 use std::marker::PhantomData;
 use varve_format::{
@@ -99,6 +100,7 @@ pub struct Volume<R: Rules = Law> {
     pub(crate) flusher: OriginFlusher,
     pub(crate) copier: Copier,
     pub(crate) healer: Healer,
+    pub(crate) verifier: Verifier,
     pub(crate) table: Vec<Active>,
     pub(crate) free: Vec<u16>,
     pub(crate) pending: VecDeque<u16>,
@@ -127,6 +129,7 @@ pub(crate) struct Counters {
     pub bypasses: u64,
     pub bypassed_bytes: u64,
     pub copied_bytes: u64,
+    pub verified_bytes: u64,
     pub origin_errors: u64,
 }
 

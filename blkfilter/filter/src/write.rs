@@ -325,6 +325,7 @@ impl<R: Rules> Volume<R> {
             return;
         };
         let (logged, lsn) = (active.logged, active.lsn_first);
+        self.doubt_again();
         self.bitmap.set(offset, length);
         if logged && self.is_logging() && self.writer.has_room(2, 0, true) {
             self.append(

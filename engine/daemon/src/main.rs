@@ -1,9 +1,13 @@
 //! `varved`: the store's daemon. Takes sealed segments out of the logs, shows images of the past, rewinds. A Unix socket, never the network.
 
+mod compare;
+mod describe;
 mod export;
 mod image_device;
 mod overlay;
+mod rewind;
 mod service;
+mod verify;
 
 use service::Service;
 use std::process::ExitCode;

@@ -1,18 +1,17 @@
 //! What `varved` does: follows the logs, answers questions about the past.
 
+use crate::describe::{clock, describe, history, read_name, span_name};
 use crate::export::Exports;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use varve_control::{
-    Client, ControlError, FilterOp, FilterReply, Instant, Paths, PointInfo, Reporter, StoreOp,
-    StoreReply, VolumeHistory, VolumeInfo, VolumeSpec, load_specs,
+    Client, ControlError, FilterOp, FilterReply, Instant, Paths, Reporter, StoreOp, StoreReply,
+    VolumeInfo, VolumeSpec, load_specs,
 };
-use varve_format::{Lsn, RecordKind, SegmentSequence, VolumeId, WallTime};
-use varve_restore::{RestoreError, differences};
-use varve_store::{Image, Nearest, StoreError, VolumeStore, ingest};
+use varve_format::{Lsn, SegmentSequence, VolumeId, WallTime};
+use varve_store::{Image, StoreError, VolumeStore, ingest};
 
 /// How often the logs are looked at.
 const FOLLOW_EVERY: Duration = Duration::from_millis(500);
@@ -22,31 +21,31 @@ pub struct Service {
     paths: Paths,
     stores: Mutex<BTreeMap<String, VolumeStore>>,
     exports: Exports,
-    /// Volumes that this process is rewinding; another's interrupted rewind is finished by `follow`.
-    rewinding: Mutex<BTreeSet<String>>,
+    /// Volumes that this process is rewinding or comparing; another's interrupted rewind is finished by `follow`.
+    claimed: Mutex<BTreeSet<String>>,
 }
 
-/// Held while this process writes a rewind.
-struct RewindClaim {
+/// Held while this process rewinds or compares a volume.
+pub(crate) struct Claim {
     service: Arc<Service>,
     name: String,
 }
 
-impl Drop for RewindClaim {
+impl Drop for Claim {
     fn drop(&mut self) {
         self.service
-            .rewinding
+            .claimed
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner)
             .remove(&self.name);
     }
 }
 
-fn error(code: &str, message: impl std::fmt::Display) -> ControlError {
+pub(crate) fn error(code: &str, message: impl std::fmt::Display) -> ControlError {
     ControlError::new(code, message)
 }
 
-fn store_error(failed: &StoreError) -> ControlError {
+pub(crate) fn store_error(failed: &StoreError) -> ControlError {
     error(failed.code(), failed)
 }
 
@@ -58,7 +57,7 @@ impl Service {
             paths,
             stores: Mutex::new(BTreeMap::new()),
             exports: Exports::default(),
-            rewinding: Mutex::new(BTreeSet::new()),
+            claimed: Mutex::new(BTreeSet::new()),
         }
     }
 
@@ -68,13 +67,13 @@ impl Service {
             .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// One rewind of a volume at a time in this process.
-    fn claim_rewind(self: &Arc<Self>, name: &str) -> Option<RewindClaim> {
+    /// One rewind or comparison of a volume at a time in this process.
+    pub(crate) fn claim(self: &Arc<Self>, name: &str) -> Option<Claim> {
         let mut claimed = self
-            .rewinding
+            .claimed
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner);
-        claimed.insert(name.to_owned()).then(|| RewindClaim {
+        claimed.insert(name.to_owned()).then(|| Claim {
             service: Arc::clone(self),
             name: name.to_owned(),
         })
@@ -87,7 +86,7 @@ impl Service {
             .collect()
     }
 
-    fn filter(&self) -> Result<Client, ControlError> {
+    pub(crate) fn filter(&self) -> Result<Client, ControlError> {
         let socket = self.paths.filter_socket();
         Client::connect(&socket).map_err(|e| {
             error(
@@ -100,7 +99,7 @@ impl Service {
         })
     }
 
-    fn info(&self, name: &str) -> Result<VolumeInfo, ControlError> {
+    pub(crate) fn info(&self, name: &str) -> Result<VolumeInfo, ControlError> {
         match self.filter()?.call(&FilterOp::Status)? {
             FilterReply::Status { volumes, .. } => volumes
                 .into_iter()
@@ -128,7 +127,7 @@ impl Service {
             };
             for volume in volumes {
                 if let (Some(target), "rewinding") = (volume.rewind_target, volume.state.as_str())
-                    && let Some(claim) = self.claim_rewind(&volume.name)
+                    && let Some(claim) = self.claim(&volume.name)
                 {
                     // On a thread of its own: the log must go on being drained.
                     let (service, volume) = (Arc::clone(self), volume.clone());
@@ -136,6 +135,26 @@ impl Service {
                         if let Err(failed) = service.finish_rewind(&volume, Lsn(target)) {
                             eprintln!("varved: {}: {failed}", volume.name);
                             std::thread::sleep(Duration::from_secs(5));
+                        }
+                        drop(claim);
+                    });
+                }
+                if volume.verify_wanted != 0
+                    && let Some(claim) = self.claim(&volume.name)
+                {
+                    let (service, volume) = (Arc::clone(self), volume.clone());
+                    std::thread::spawn(move || {
+                        match service.verify(&volume) {
+                            Ok(None) => {}
+                            Ok(Some(equal)) => eprintln!(
+                                "varved: {}: compared with its history: {} MiB of {} MiB are equal and need not be copied",
+                                volume.name,
+                                equal >> 20,
+                                volume.bytes >> 20
+                            ),
+                            Err(failed) => {
+                                eprintln!("varved: {}: comparing: {failed}", volume.name)
+                            }
                         }
                         drop(claim);
                     });
@@ -163,7 +182,7 @@ impl Service {
         }
     }
 
-    fn with_store<T>(
+    pub(crate) fn with_store<T>(
         &self,
         id: &str,
         work: impl FnOnce(&mut VolumeStore) -> Result<T, ControlError>,
@@ -220,7 +239,7 @@ impl Service {
     }
 
     /// Brings the store up to this moment.
-    fn refresh(&self, name: &str) -> Result<VolumeInfo, ControlError> {
+    pub(crate) fn refresh(&self, name: &str) -> Result<VolumeInfo, ControlError> {
         let volume = self.info(name)?;
         if matches!(volume.state.as_str(), "failed" | "bypass") {
             return Ok(volume); // The log may not answer; history up to now can still be read.
@@ -233,7 +252,11 @@ impl Service {
         Ok(volume)
     }
 
-    fn resolve(&self, store: &VolumeStore, instant: &Instant) -> Result<Lsn, ControlError> {
+    pub(crate) fn resolve(
+        &self,
+        store: &VolumeStore,
+        instant: &Instant,
+    ) -> Result<Lsn, ControlError> {
         let timeline = store.timeline();
         let wanted = match instant {
             Instant::Now => timeline.last().ok_or_else(|| {
@@ -362,7 +385,11 @@ impl Service {
         }
     }
 
-    fn image(&self, volume: &str, instant: &Instant) -> Result<(Image, i64), ControlError> {
+    pub(crate) fn image(
+        &self,
+        volume: &str,
+        instant: &Instant,
+    ) -> Result<(Image, i64), ControlError> {
         let info = self.refresh(volume)?;
         self.with_store(&info.id, |store| {
             let lsn = self.resolve(store, instant)?;
@@ -370,327 +397,4 @@ impl Service {
             Ok((image, store.timeline().time_of(lsn).0))
         })
     }
-
-    /// Ranges that were written between two instants (by records: a rewrite of the same bytes counts).
-    fn diff(&self, volume: &str, from: &Instant, to: &Instant) -> Result<StoreReply, ControlError> {
-        let info = self.refresh(volume)?;
-        self.with_store(&info.id, |store| {
-            let (from, to) = (self.resolve(store, from)?, self.resolve(store, to)?);
-            let (from, to) = (from.min(to), from.max(to));
-            let mut ranges: Vec<(u64, u64)> = store
-                .segments()
-                .flat_map(|segment| segment.entries.iter())
-                .filter(|entry| {
-                    (from.0..to.0).contains(&entry.lsn.get())
-                        && entry.kind().is_ok_and(RecordKind::changes_image)
-                })
-                .map(|entry| (entry.offset.get(), entry.offset.get() + entry.length.get()))
-                .collect();
-            ranges.sort_unstable();
-            let mut merged: Vec<(u64, u64)> = Vec::new();
-            for (start, end) in ranges {
-                match merged.last_mut() {
-                    Some(last) if start <= last.1 => last.1 = last.1.max(end),
-                    _ => merged.push((start, end)),
-                }
-            }
-            let ranges: Vec<(u64, u64)> = merged
-                .into_iter()
-                .map(|(start, end)| (start, end - start))
-                .collect();
-            let bytes = ranges.iter().map(|range| range.1).sum();
-            Ok(StoreReply::Ranges { ranges, bytes })
-        })
-    }
-
-    /// Origin against image. Blocks that are written meanwhile differ for a moment, so whatever differs is looked at again, with a newer image.
-    fn compare(
-        &self,
-        volume: &str,
-        reporter: &mut Reporter<'_>,
-    ) -> Result<StoreReply, ControlError> {
-        let (image, _) = self.image(volume, &Instant::Now)?;
-        let info = self.info(volume)?;
-        let origin = open_origin(&info.device)?;
-        let mut suspects: Vec<(u64, u64)> = Vec::new();
-        let note = |offset: u64, bytes: &[u8], list: &mut Vec<(u64, u64)>| {
-            list.push((offset, bytes.len() as u64))
-        };
-        differences(
-            &image,
-            &origin,
-            |offset, bytes| {
-                note(offset, bytes, &mut suspects);
-                Ok(())
-            },
-            |done, total| reporter.report(done, total),
-        )
-        .map_err(|e| restore_error(&e))?;
-        for _ in 0..20 {
-            if suspects.is_empty() {
-                break;
-            }
-            std::thread::sleep(Duration::from_millis(100));
-            let (image, _) = self.image(volume, &Instant::Now)?;
-            let mut still = Vec::new();
-            for (offset, length) in suspects {
-                let (mut ours, theirs) = (
-                    vec![0u8; length as usize],
-                    read_aligned(&origin, offset, length)?,
-                );
-                image.read(offset, &mut ours).map_err(|e| store_error(&e))?;
-                if ours != theirs {
-                    still.push((offset, length));
-                }
-            }
-            suspects = still;
-        }
-        let bytes = suspects.iter().map(|range| range.1).sum();
-        Ok(StoreReply::Ranges {
-            ranges: suspects,
-            bytes,
-        })
-    }
-
-    fn rewind(
-        self: &Arc<Self>,
-        volume: &str,
-        instant: &Instant,
-        dry_run: bool,
-        reporter: &mut Reporter<'_>,
-    ) -> Result<StoreReply, ControlError> {
-        let info = self.info(volume)?;
-        if let (Some(target), "rewinding") = (info.rewind_target, info.state.as_str()) {
-            let message = format!(
-                "a rewind to LSN {target} is being written, or was interrupted and is being finished; wait for it (`varve status`)"
-            );
-            return Err(error("V023-rewinding", message));
-        }
-        let (image, time_ns) = self.image(volume, instant)?;
-        let target = image.lsn();
-        if dry_run {
-            let origin = open_origin(&info.device)?;
-            let bytes = differences(
-                &image,
-                &origin,
-                |_, _| Ok(()),
-                |done, total| reporter.report(done, total),
-            )
-            .map_err(|e| restore_error(&e))?;
-            return Ok(StoreReply::Rewound {
-                lsn: target.0,
-                time_ns,
-                written_bytes: bytes,
-                undo_lsn: 0,
-            });
-        }
-        if info.state != "protected" {
-            return Err(error(
-                "V030-state",
-                format!(
-                    "{volume} is {}: a rewind could not be undone from here. Wait until `varve status` says protected",
-                    info.state
-                ),
-            ));
-        }
-        drop(image);
-        let _claim = self.claim_rewind(volume).ok_or_else(|| {
-            error(
-                "V023-rewinding",
-                format!("{volume} is being rewound already; wait for it (`varve status`)"),
-            )
-        })?;
-        self.filter()?
-            .call::<_, FilterReply>(&FilterOp::RewindBegin {
-                name: volume.to_owned(),
-                target: target.0,
-            })?;
-        // The span has begun: what is below it is the present before the rewind.
-        let begun = self.refresh(volume)?;
-        let undo_lsn = self.with_store(&begun.id, |store| {
-            Ok(store.timeline().last().map_or(0, |lsn| lsn.0))
-        })?;
-        let written_bytes = self.write_back(&begun, target, reporter)?;
-        Ok(StoreReply::Rewound {
-            lsn: target.0,
-            time_ns,
-            written_bytes,
-            undo_lsn,
-        })
-    }
-
-    /// The span is open: writes what differs and ends it.
-    fn write_back(
-        &self,
-        info: &VolumeInfo,
-        target: Lsn,
-        reporter: &mut Reporter<'_>,
-    ) -> Result<u64, ControlError> {
-        let mut report = |done, total| {
-            let _ = reporter.report(done, total);
-        };
-        self.write_back_with(info, target, &mut report)
-    }
-
-    fn write_back_with(
-        &self,
-        info: &VolumeInfo,
-        target: Lsn,
-        report: &mut dyn FnMut(u64, u64),
-    ) -> Result<u64, ControlError> {
-        let image = self.with_store(&info.id, |store| {
-            Image::open(store, target).map_err(|e| store_error(&e))
-        })?;
-        let origin = open_origin(&info.device)?;
-        let mut filter = self.filter()?;
-        let name = info.name.clone();
-        let write = |offset: u64, bytes: &[u8]| {
-            let op = FilterOp::RewindWrite {
-                name: name.clone(),
-                offset,
-            };
-            filter
-                .call_with::<_, FilterReply>(&op, bytes, |_| {})
-                .map(|_| ())
-                .map_err(|e| e.to_string())
-        };
-        // A client that goes away does not leave a rewind half done.
-        let go_on = |done, total| {
-            report(done, total);
-            true
-        };
-        let written = differences(&image, &origin, write, go_on).map_err(|e| restore_error(&e))?;
-        self.filter()?
-            .call::<_, FilterReply>(&FilterOp::RewindEnd {
-                name: info.name.clone(),
-            })?;
-        Ok(written)
-    }
-
-    /// A daemon died in a rewind: it is finished before the device is offered again.
-    fn finish_rewind(&self, info: &VolumeInfo, target: Lsn) -> Result<(), ControlError> {
-        self.refresh(&info.name)?;
-        let written = self.write_back_with(info, target, &mut |_, _| {})?;
-        eprintln!(
-            "varved: {}: the interrupted rewind to LSN {target} is finished ({written} bytes were still to be written)",
-            info.name
-        );
-        Ok(())
-    }
-}
-
-fn open_origin(path: &str) -> Result<File, ControlError> {
-    let open = |flags| File::options().read(true).custom_flags(flags).open(path);
-    match open(libc::O_DIRECT) {
-        Err(failed) if failed.raw_os_error() == Some(libc::EINVAL) => open(0),
-        result => result,
-    }
-    .map_err(|e| error("V013-device", format!("{path}: {e}")))
-}
-
-fn read_aligned(file: &File, offset: u64, length: u64) -> Result<Vec<u8>, ControlError> {
-    let mut space = vec![0u8; length as usize + 4096];
-    let skip = space.as_ptr().align_offset(4096);
-    file.read_exact_at(&mut space[skip..skip + length as usize], offset)?;
-    Ok(space[skip..skip + length as usize].to_vec())
-}
-
-fn restore_error(failed: &RestoreError) -> ControlError {
-    match failed {
-        RestoreError::Store(inner) => store_error(inner),
-        other => error("R001-restore", other),
-    }
-}
-
-fn read_name(store: &VolumeStore, point: &varve_store::Event) -> Option<String> {
-    let segment = store
-        .segments()
-        .find(|segment| segment.footer.sequence.get() == point.segment)?;
-    let mut name = vec![0u8; point.entry.length.get().min(255) as usize];
-    File::open(&segment.path)
-        .ok()?
-        .read_exact_at(&mut name, point.entry.payload.get())
-        .ok()?;
-    String::from_utf8(name).ok()
-}
-
-fn history(store: &VolumeStore) -> VolumeHistory {
-    let timeline = store.timeline();
-    let mut answer = VolumeHistory {
-        records: timeline.records(),
-        stored_bytes: store.stored_bytes(),
-        payload_bytes: store
-            .segments()
-            .flat_map(|s| s.entries.iter())
-            .filter(|e| e.kind == RecordKind::Write as u8)
-            .map(|e| e.length.get())
-            .sum(),
-        ..VolumeHistory::default()
-    };
-    if let (Some(first), Some(last)) = (timeline.first(), timeline.last()) {
-        (answer.first_lsn, answer.first_ns) = (first.0, timeline.time_of(first).0);
-        (answer.last_lsn, answer.last_ns) = (last.0, timeline.time_of(last).0);
-    }
-    answer.closed = timeline
-        .closed()
-        .iter()
-        .map(|c| {
-            (
-                c.from.0,
-                c.to.0,
-                c.from_time.0,
-                c.to_time.0,
-                span_name(c.kind).to_owned(),
-            )
-        })
-        .collect();
-    answer.gaps = timeline
-        .gaps
-        .iter()
-        .map(|gap| (gap.entry.offset.get() as i64, gap.time.0))
-        .collect();
-    answer.points = timeline
-        .points
-        .iter()
-        .map(|point| PointInfo {
-            name: read_name(store, point).unwrap_or_default(),
-            lsn: point.lsn.0,
-            time_ns: point.time.0,
-        })
-        .collect();
-    answer
-}
-
-fn span_name(kind: varve_format::SpanKind) -> &'static str {
-    use varve_format::SpanKind::{BaseCopy, CatchUp, Resync, Rewind, Verify};
-    match kind {
-        BaseCopy => "first full copy",
-        Resync => "resync after a crash",
-        CatchUp => "catch-up after a bypass",
-        Verify => "full check",
-        Rewind => "rewind",
-    }
-}
-
-fn describe(wanted: &str, why: &str, nearest: &Nearest) -> String {
-    let side = |instant: Option<(Lsn, WallTime)>, word: &str| {
-        instant.map_or_else(
-            || format!("none {word}"),
-            |(lsn, time)| format!("{word} it lsn:{lsn} ({})", clock(time.0)),
-        )
-    };
-    format!(
-        "{wanted} does not resolve ({why}); the nearest instants: {}, {}",
-        side(nearest.before, "before"),
-        side(nearest.after, "after")
-    )
-}
-
-/// A time for messages: seconds since the epoch; `varve` shows clock times of its own.
-fn clock(ns: i64) -> String {
-    format!(
-        "@{}.{:03}",
-        ns.div_euclid(1_000_000_000),
-        ns.rem_euclid(1_000_000_000) / 1_000_000
-    )
 }

@@ -250,6 +250,16 @@ impl SimDisk {
         }
     }
 
+    /// Makes everything that was written durable.
+    pub fn flush_all(&mut self) {
+        self.flush(u64::MAX);
+    }
+
+    /// Writes without Varve: behind our back; into the cache only.
+    pub fn scribble(&mut self, offset: usize, data: &[u8]) {
+        let _ = self.write(offset, data.to_vec(), 0);
+    }
+
     /// Writes durably without Varve: behind our back.
     pub fn tamper(&mut self, offset: usize, data: &[u8]) {
         self.current[offset..offset + data.len()].copy_from_slice(data);

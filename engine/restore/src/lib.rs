@@ -1,4 +1,4 @@
-//! Image against device: where do they differ, and make them equal. Shared by rewind, compare and (later) restore.
+//! Image against device: where do they differ, and make them equal. Shared by rewind, compare, verification and (later) restore.
 //!
 //! Crash: writing is idempotent; after any cut the same difference is computed again and only what still differs is written.
 
@@ -73,6 +73,57 @@ pub fn differences(
         }
     }
     Ok(different)
+}
+
+/// Calls `step` with (end, ranges below it that equal the image) for every MiB of a device of `bytes`, in whole blocks; it says whether to go on. What
+/// is undefined in the image, or lies behind its end, counts as different.
+pub fn equal_blocks(
+    image: &Image,
+    device: &File,
+    bytes: u64,
+    mut step: impl FnMut(u64, Vec<(u64, u64)>) -> Result<bool, String>,
+) -> Result<(), RestoreError> {
+    let mut space = vec![0u8; (STEP_BYTES + BLOCK_BYTES) as usize];
+    let skip = space.as_ptr().align_offset(BLOCK_BYTES as usize);
+    let mut ours = vec![0u8; STEP_BYTES as usize];
+    let mut at = 0;
+    while at < bytes {
+        let end = (at + STEP_BYTES).min(bytes);
+        let known = end.min(image.bytes().max(at));
+        let theirs = &mut space[skip..skip + (known - at) as usize];
+        device
+            .read_exact_at(theirs, at)
+            .map_err(RestoreError::Device)?;
+        let ours = &mut ours[..(known - at) as usize];
+        image.read(at, ours).map_err(RestoreError::Store)?;
+        let ranges = image.ranges(at, known - at);
+        let undefined: Vec<_> = ranges
+            .iter()
+            .filter(|range| range.kind == RangeKind::Undefined)
+            .collect();
+        let mut equal: Vec<(u64, u64)> = Vec::new();
+        let blocks = ours.chunks(BLOCK_BYTES as usize);
+        for (index, (left, right)) in blocks.zip(theirs.chunks(BLOCK_BYTES as usize)).enumerate() {
+            let (start, length) = (at + index as u64 * BLOCK_BYTES, left.len() as u64);
+            let touches = |range: &&varve_store::ImageRange| {
+                range.offset < start + length && start < range.offset + range.length
+            };
+            // The last block of a smaller image is not a whole block of the device.
+            let whole = length == BLOCK_BYTES || start + length == bytes;
+            if left != right || !whole || undefined.iter().any(touches) {
+                continue;
+            }
+            match equal.last_mut() {
+                Some(last) if last.0 + last.1 == start => last.1 += length,
+                _ => equal.push((start, length)),
+            }
+        }
+        if !step(end, equal).map_err(RestoreError::Stopped)? {
+            return Ok(());
+        }
+        at = end;
+    }
+    Ok(())
 }
 
 fn each_run(

@@ -68,7 +68,7 @@ impl Image {
     /// Opens the image at `lsn`. The caller has asked the timeline whether it resolves. Files stay open: the image outlives changes of the store.
     pub fn open(store: &VolumeStore, lsn: Lsn) -> Result<Image, StoreError> {
         let mut image = Image {
-            bytes: store.volume_bytes()?,
+            bytes: store.volume_bytes(lsn)?,
             lsn,
             extents: BTreeMap::new(),
             sources: Vec::new(),

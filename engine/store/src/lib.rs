@@ -6,12 +6,14 @@
 //! Crash: a file without its final name is removed at the next open; a segment without a run gets a new one.
 //! Absent on purpose, for now: compression, retention, encryption (they come behind the same interface).
 
+mod check;
 mod error;
 mod image;
 mod ingest;
 mod timeline;
 mod volume;
 
+pub use check::Check;
 pub use error::StoreError;
 pub use image::{Image, ImageRange, RangeKind};
 pub use ingest::{Ingested, ingest};

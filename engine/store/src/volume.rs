@@ -7,7 +7,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use varve_format::{
-    RunEntry, RunHeader, SEGMENT_FOOTER_BYTES, SegmentFooter, SegmentSequence, VolumeId,
+    Lsn, RunEntry, RunHeader, SEGMENT_FOOTER_BYTES, SegmentFooter, SegmentSequence, VolumeId,
 };
 
 /// A sealed segment at rest.
@@ -127,6 +127,10 @@ impl VolumeStore {
             .join(format!("{:020}.run", sequence.0))
     }
 
+    pub(crate) fn directory(&self) -> &Path {
+        &self.directory
+    }
+
     /// The volume.
     #[must_use]
     pub fn volume(&self) -> VolumeId {
@@ -165,9 +169,11 @@ impl VolumeStore {
             .sum()
     }
 
-    /// Size of the volume by the newest segment.
-    pub fn volume_bytes(&self) -> Result<u64, StoreError> {
-        let Some(segment) = self.segments.values().next_back() else {
+    /// Size of the volume at `lsn`, in bytes: it changes only where a new epoch begins, with a segment of its own.
+    pub fn volume_bytes(&self, lsn: Lsn) -> Result<u64, StoreError> {
+        let before = |segment: &&StoredSegment| Lsn(segment.footer.lsn_start.get()) < lsn;
+        let newest = self.segments.values().rev().find(before);
+        let Some(segment) = newest.or_else(|| self.segments.values().next()) else {
             return Ok(0);
         };
         let file = File::open(&segment.path).map_err(StoreError::io(&segment.path))?;

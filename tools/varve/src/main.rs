@@ -1,6 +1,7 @@
 //! `varve`: protects devices, shows their past, brings it back. It asks the daemons; it opens neither logs nor stores itself.
 
 mod daemons;
+mod device;
 mod doctor;
 mod past;
 mod protect;
@@ -63,6 +64,11 @@ enum Command {
         /// Also delete its history.
         #[arg(long)]
         forget: bool,
+    },
+    /// Follow a device that was grown or shrunk (unmounted; its history goes on).
+    Resize {
+        /// Volume.
+        volume: String,
     },
     /// Give this instant a name.
     Mark {
@@ -202,6 +208,7 @@ fn run(context: &Context, command: Command) -> Result<ExitCode, ControlError> {
         Command::Unprotect { volume, forget } => {
             protect::unprotect(context, &volume, forget).map(done)
         }
+        Command::Resize { volume } => protect::resize(context, &volume).map(done),
         Command::Mark { label, volume } => past::mark(context, volume.name, &label).map(done),
         Command::Points { volume } => past::points(context, volume.name).map(done),
         Command::History { volume } => past::history(context, volume.name).map(done),

@@ -1,9 +1,10 @@
 //! Protecting a device and ending it.
 
+use crate::device::{refuse_in_use, same_disk, shape};
 use crate::{Context, daemons};
 use clap::{Args, ValueEnum};
 use serde::Serialize;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use varve_cli::show_bytes;
@@ -192,105 +193,10 @@ fn absolute(path: PathBuf) -> Result<PathBuf, ControlError> {
     Ok(std::path::absolute(path)?)
 }
 
-/// Size and logical sector of a block device, from sysfs.
-fn shape(metadata: &std::fs::Metadata) -> Result<(u64, u32), ControlError> {
-    let directory = sysfs(metadata.rdev());
-    let number = |name: &str| {
-        std::fs::read_to_string(directory.join(name))
-            .ok()
-            .and_then(|text| text.trim().parse::<u64>().ok())
-    };
-    let sectors = number("size").ok_or_else(|| {
-        ControlError::new(
-            "V013-device",
-            format!("{} has no size", directory.display()),
-        )
-    })?;
-    let logical = number("queue/logical_block_size")
-        .or_else(|| number("../queue/logical_block_size"))
-        .unwrap_or(512);
-    Ok((sectors * 512, logical as u32))
-}
-
-fn sysfs(rdev: u64) -> PathBuf {
-    // The C library's layout of device numbers: 12 + 20 bits of major, 8 + 12 + 12 of minor.
-    let major = ((rdev >> 8) & 0xfff) | ((rdev >> 32) & !0xfff);
-    let minor = (rdev & 0xff) | ((rdev >> 12) & !0xff);
-    PathBuf::from(format!("/sys/dev/block/{major}:{minor}"))
-}
-
 fn random_id() -> Result<String, ControlError> {
     let mut bytes = [0u8; 16];
     std::io::Read::read_exact(&mut std::fs::File::open("/dev/urandom")?, &mut bytes)?;
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
-}
-
-/// Names what holds the device, before the daemon's exclusive open would only say "busy".
-fn refuse_in_use(device: &Path) -> Result<(), ControlError> {
-    let metadata = std::fs::metadata(device)?;
-    if !metadata.file_type().is_block_device() {
-        return Ok(());
-    }
-    let busy = |what: String| {
-        Err(ControlError::new(
-            "V012-busy",
-            format!("{} {what}", device.display()),
-        ))
-    };
-    let number = {
-        let path = sysfs(metadata.rdev());
-        path.file_name()
-            .map(|n| n.to_string_lossy().into_owned())
-            .unwrap_or_default()
-    };
-    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    if let Some(place) = mounts
-        .lines()
-        .find(|line| line.split(' ').nth(2) == Some(&number))
-        .and_then(|line| line.split(' ').nth(4))
-    {
-        return busy(format!(
-            "is mounted on {place}. Unmount it (`umount {place}`), protect it, and mount the mapped device instead"
-        ));
-    }
-    let swaps = std::fs::read_to_string("/proc/swaps").unwrap_or_default();
-    if swaps.lines().any(|line| {
-        line.split_whitespace()
-            .next()
-            .is_some_and(|path| std::fs::canonicalize(path).is_ok_and(|p| p == device))
-    }) {
-        return busy(format!(
-            "is swap. `swapoff {}` first; swap itself is not worth protecting",
-            device.display()
-        ));
-    }
-    let holders: Vec<String> = std::fs::read_dir(sysfs(metadata.rdev()).join("holders"))
-        .map(|entries| {
-            entries
-                .flatten()
-                .map(|entry| entry.file_name().to_string_lossy().into_owned())
-                .collect()
-        })
-        .unwrap_or_default();
-    if !holders.is_empty() {
-        return busy(format!(
-            "belongs to {} (LVM, md or dm). Protect that device instead",
-            holders.join(", ")
-        ));
-    }
-    Ok(())
-}
-
-fn same_disk(left: &Path, right: &Path) -> bool {
-    let disk = |path: &Path| {
-        let metadata = path.ancestors().find_map(|p| std::fs::metadata(p).ok())?;
-        Some(if metadata.file_type().is_block_device() {
-            metadata.rdev()
-        } else {
-            metadata.dev()
-        })
-    };
-    disk(left).is_some() && disk(left) == disk(right)
 }
 
 /// Shows the first full copy's progress until it is done.
@@ -313,6 +219,27 @@ fn wait_for_copy(context: &Context, name: &str) -> Result<VolumeInfo, ControlErr
         }
         std::thread::sleep(Duration::from_millis(100));
     }
+}
+
+/// `varve resize`.
+pub fn resize(context: &Context, name: &str) -> Result<(), ControlError> {
+    let reply = daemons::filter(context)?.call(&FilterOp::Resize {
+        name: name.to_owned(),
+    })?;
+    let FilterReply::Volume { volume } = reply else {
+        return Err(ControlError::new(
+            "C005-answer",
+            "blkfilter gave an unexpected answer",
+        ));
+    };
+    context.output.result(&Protected { volume: &volume }, || {
+        context.output.say(format!(
+            "{name} has {} now; {}. `varve status` tells when it is whole again",
+            show_bytes(volume.bytes),
+            volume.note
+        ));
+    });
+    Ok(())
 }
 
 /// `varve unprotect`.

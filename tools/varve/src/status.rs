@@ -2,10 +2,11 @@
 
 use crate::{Context, daemons};
 use serde::Serialize;
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 use varve_cli::{show_ago, show_bytes, show_time};
-use varve_control::{ControlError, StoreOp, StoreReply, VolumeHistory, VolumeInfo};
+use varve_control::{CheckInfo, ControlError, StoreOp, StoreReply, VolumeHistory, VolumeInfo};
 
 #[derive(Serialize)]
 struct VolumeStatus {
@@ -18,6 +19,8 @@ struct VolumeStatus {
     /// Oldest and newest instant, ns.
     restorable_from_ns: i64,
     restorable_to_ns: i64,
+    /// The last comparison of device and history.
+    last_check: Option<CheckInfo>,
     next_risk: String,
     next_command: String,
 }
@@ -90,6 +93,7 @@ fn judge(context: &Context, volume: VolumeInfo) -> VolumeStatus {
         exposure_bytes,
         restorable_from_ns: history.first_ns,
         restorable_to_ns: history.last_ns,
+        last_check: history.last_check,
         next_risk,
         next_command,
         volume,
@@ -123,6 +127,14 @@ fn advise(volume: &VolumeInfo, store_is_silent: bool) -> (String, String) {
             "instants resolve again once the copy is done",
             "varve status --wait 600".to_owned(),
         ),
+        _ if crate::device::size(Path::new(&volume.device))
+            .is_some_and(|now| now != volume.bytes) =>
+        {
+            to(
+                "the device was resized; what is behind the end of its old size is not protected",
+                format!("umount {}; varve resize {}", volume.mapped, volume.name),
+            )
+        }
         _ if volume.segments_held * 4 > volume.segment_count * 3 => to(
             "the log is more than three quarters full: the store is behind",
             "varve doctor".to_owned(),
@@ -182,10 +194,22 @@ fn print(status: &VolumeStatus) {
             volume.bypass_reason
         );
     }
-    println!(
-        "  last check  none recorded; `varve compare --volume {}` makes one",
-        volume.name
-    );
+    match status.last_check {
+        Some(check) if check.differing_bytes == 0 => println!(
+            "  last check  {} ({} ago): device and history are equal",
+            show_time(check.time_ns),
+            show_ago(check.time_ns, now_ns())
+        ),
+        Some(check) => println!(
+            "  last check  {}: {} DIFFER",
+            show_time(check.time_ns),
+            show_bytes(check.differing_bytes)
+        ),
+        None => println!(
+            "  last check  none; `varve compare --volume {}` makes one",
+            volume.name
+        ),
+    }
     println!("  next risk   {}", status.next_risk);
     println!("  next        {}", status.next_command);
 }

@@ -40,6 +40,7 @@ fn main() -> ExitCode {
         "after-bypass-cut" => Fault::parse(argument)
             .and_then(|fault| log_fault::after_bypass_cut(&installation, fault)),
         "behind-our-back" => origin::behind_our_back(&installation, device),
+        "resize" => origin::resize(&installation, Path::new(root)),
         other => Err(format!("no scenario is named {other}")),
     });
     match outcome {

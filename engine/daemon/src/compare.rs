@@ -1,0 +1,134 @@
+//! The device against its history, and one instant against another.
+
+use crate::service::{Service, error, store_error};
+use std::fs::File;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::time::Duration;
+use varve_control::{ControlError, Instant, Reporter, StoreReply};
+use varve_format::RecordKind;
+use varve_restore::{RestoreError, differences};
+use varve_store::Check;
+
+impl Service {
+    /// Ranges that were written between two instants (by records: a rewrite of the same bytes counts).
+    pub(crate) fn diff(
+        &self,
+        volume: &str,
+        from: &Instant,
+        to: &Instant,
+    ) -> Result<StoreReply, ControlError> {
+        let info = self.refresh(volume)?;
+        self.with_store(&info.id, |store| {
+            let (from, to) = (self.resolve(store, from)?, self.resolve(store, to)?);
+            let (from, to) = (from.min(to), from.max(to));
+            let mut ranges: Vec<(u64, u64)> = store
+                .segments()
+                .flat_map(|segment| segment.entries.iter())
+                .filter(|entry| {
+                    (from.0..to.0).contains(&entry.lsn.get())
+                        && entry.kind().is_ok_and(RecordKind::changes_image)
+                })
+                .map(|entry| (entry.offset.get(), entry.offset.get() + entry.length.get()))
+                .collect();
+            ranges.sort_unstable();
+            let mut merged: Vec<(u64, u64)> = Vec::new();
+            for (start, end) in ranges {
+                match merged.last_mut() {
+                    Some(last) if start <= last.1 => last.1 = last.1.max(end),
+                    _ => merged.push((start, end)),
+                }
+            }
+            let ranges: Vec<(u64, u64)> = merged
+                .into_iter()
+                .map(|(start, end)| (start, end - start))
+                .collect();
+            let bytes = ranges.iter().map(|range| range.1).sum();
+            Ok(StoreReply::Ranges { ranges, bytes })
+        })
+    }
+
+    /// Origin against image. Blocks that are written meanwhile differ for a moment, so whatever differs is looked at again, with a newer image.
+    pub(crate) fn compare(
+        &self,
+        volume: &str,
+        reporter: &mut Reporter<'_>,
+    ) -> Result<StoreReply, ControlError> {
+        let (image, _) = self.image(volume, &Instant::Now)?;
+        let info = self.info(volume)?;
+        let origin = open_origin(&info.device)?;
+        let mut suspects: Vec<(u64, u64)> = Vec::new();
+        let note = |offset: u64, bytes: &[u8], list: &mut Vec<(u64, u64)>| {
+            list.push((offset, bytes.len() as u64))
+        };
+        differences(
+            &image,
+            &origin,
+            |offset, bytes| {
+                note(offset, bytes, &mut suspects);
+                Ok(())
+            },
+            |done, total| reporter.report(done, total),
+        )
+        .map_err(|e| restore_error(&e))?;
+        for _ in 0..20 {
+            if suspects.is_empty() {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(100));
+            let (image, _) = self.image(volume, &Instant::Now)?;
+            let mut still = Vec::new();
+            for (offset, length) in suspects {
+                let (mut ours, theirs) = (
+                    vec![0u8; length as usize],
+                    read_aligned(&origin, offset, length)?,
+                );
+                image.read(offset, &mut ours).map_err(|e| store_error(&e))?;
+                if ours != theirs {
+                    still.push((offset, length));
+                }
+            }
+            suspects = still;
+        }
+        let bytes = suspects.iter().map(|range| range.1).sum();
+        let check = Check {
+            time_ns: now_ns(),
+            lsn: image.lsn().0,
+            differing_bytes: bytes,
+        };
+        self.with_store(&info.id, |store| {
+            store.note_check(&check).map_err(|e| store_error(&e))
+        })?;
+        Ok(StoreReply::Ranges {
+            ranges: suspects,
+            bytes,
+        })
+    }
+}
+
+pub(crate) fn open_origin(path: &str) -> Result<File, ControlError> {
+    let open = |flags| File::options().read(true).custom_flags(flags).open(path);
+    match open(libc::O_DIRECT) {
+        Err(failed) if failed.raw_os_error() == Some(libc::EINVAL) => open(0),
+        result => result,
+    }
+    .map_err(|e| error("V013-device", format!("{path}: {e}")))
+}
+
+pub(crate) fn read_aligned(file: &File, offset: u64, length: u64) -> Result<Vec<u8>, ControlError> {
+    let mut space = vec![0u8; length as usize + 4096];
+    let skip = space.as_ptr().align_offset(4096);
+    file.read_exact_at(&mut space[skip..skip + length as usize], offset)?;
+    Ok(space[skip..skip + length as usize].to_vec())
+}
+
+pub(crate) fn restore_error(failed: &RestoreError) -> ControlError {
+    match failed {
+        RestoreError::Store(inner) => store_error(inner),
+        other => error("R001-restore", other),
+    }
+}
+
+fn now_ns() -> i64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0, |time| time.as_nanos() as i64)
+}

@@ -1,0 +1,105 @@
+//! A store's timeline in words and numbers.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use varve_control::{CheckInfo, PointInfo, VolumeHistory};
+use varve_format::{Lsn, RecordKind, WallTime};
+use varve_store::{Nearest, VolumeStore};
+
+pub(crate) fn read_name(store: &VolumeStore, point: &varve_store::Event) -> Option<String> {
+    let segment = store
+        .segments()
+        .find(|segment| segment.footer.sequence.get() == point.segment)?;
+    let mut name = vec![0u8; point.entry.length.get().min(255) as usize];
+    File::open(&segment.path)
+        .ok()?
+        .read_exact_at(&mut name, point.entry.payload.get())
+        .ok()?;
+    String::from_utf8(name).ok()
+}
+
+pub(crate) fn history(store: &VolumeStore) -> VolumeHistory {
+    let timeline = store.timeline();
+    let mut answer = VolumeHistory {
+        records: timeline.records(),
+        stored_bytes: store.stored_bytes(),
+        payload_bytes: store
+            .segments()
+            .flat_map(|s| s.entries.iter())
+            .filter(|e| e.kind == RecordKind::Write as u8)
+            .map(|e| e.length.get())
+            .sum(),
+        ..VolumeHistory::default()
+    };
+    if let (Some(first), Some(last)) = (timeline.first(), timeline.last()) {
+        (answer.first_lsn, answer.first_ns) = (first.0, timeline.time_of(first).0);
+        (answer.last_lsn, answer.last_ns) = (last.0, timeline.time_of(last).0);
+    }
+    answer.closed = timeline
+        .closed()
+        .iter()
+        .map(|c| {
+            (
+                c.from.0,
+                c.to.0,
+                c.from_time.0,
+                c.to_time.0,
+                span_name(c.kind).to_owned(),
+            )
+        })
+        .collect();
+    answer.gaps = timeline
+        .gaps
+        .iter()
+        .map(|gap| (gap.entry.offset.get() as i64, gap.time.0))
+        .collect();
+    answer.points = timeline
+        .points
+        .iter()
+        .map(|point| PointInfo {
+            name: read_name(store, point).unwrap_or_default(),
+            lsn: point.lsn.0,
+            time_ns: point.time.0,
+        })
+        .collect();
+    answer.last_check = store.last_check().map(|check| CheckInfo {
+        time_ns: check.time_ns,
+        lsn: check.lsn,
+        differing_bytes: check.differing_bytes,
+    });
+    answer
+}
+
+pub(crate) fn span_name(kind: varve_format::SpanKind) -> &'static str {
+    use varve_format::SpanKind::{BaseCopy, CatchUp, Resync, Rewind, Verify};
+    match kind {
+        BaseCopy => "first full copy",
+        Resync => "resync after a crash",
+        CatchUp => "catch-up after a bypass",
+        Verify => "full check",
+        Rewind => "rewind",
+    }
+}
+
+pub(crate) fn describe(wanted: &str, why: &str, nearest: &Nearest) -> String {
+    let side = |instant: Option<(Lsn, WallTime)>, word: &str| {
+        instant.map_or_else(
+            || format!("none {word}"),
+            |(lsn, time)| format!("{word} it lsn:{lsn} ({})", clock(time.0)),
+        )
+    };
+    format!(
+        "{wanted} does not resolve ({why}); the nearest instants: {}, {}",
+        side(nearest.before, "before"),
+        side(nearest.after, "after")
+    )
+}
+
+/// A time for messages: seconds since the epoch; `varve` shows clock times of its own.
+pub(crate) fn clock(ns: i64) -> String {
+    format!(
+        "@{}.{:03}",
+        ns.div_euclid(1_000_000_000),
+        ns.rem_euclid(1_000_000_000) / 1_000_000
+    )
+}

@@ -1,0 +1,111 @@
+//! What a device is, and who holds it, from sysfs and procfs.
+
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use varve_control::ControlError;
+
+/// Size and logical sector of a block device, from sysfs.
+pub fn shape(metadata: &std::fs::Metadata) -> Result<(u64, u32), ControlError> {
+    let directory = sysfs(metadata.rdev());
+    let number = |name: &str| {
+        std::fs::read_to_string(directory.join(name))
+            .ok()
+            .and_then(|text| text.trim().parse::<u64>().ok())
+    };
+    let sectors = number("size").ok_or_else(|| {
+        ControlError::new(
+            "V013-device",
+            format!("{} has no size", directory.display()),
+        )
+    })?;
+    let logical = number("queue/logical_block_size")
+        .or_else(|| number("../queue/logical_block_size"))
+        .unwrap_or(512);
+    Ok((sectors * 512, logical as u32))
+}
+
+fn sysfs(rdev: u64) -> PathBuf {
+    // The C library's layout of device numbers: 12 + 20 bits of major, 8 + 12 + 12 of minor.
+    let major = ((rdev >> 8) & 0xfff) | ((rdev >> 32) & !0xfff);
+    let minor = (rdev & 0xff) | ((rdev >> 12) & !0xff);
+    PathBuf::from(format!("/sys/dev/block/{major}:{minor}"))
+}
+
+/// Names what holds the device, before the daemon's exclusive open would only say "busy".
+pub fn refuse_in_use(device: &Path) -> Result<(), ControlError> {
+    let metadata = std::fs::metadata(device)?;
+    if !metadata.file_type().is_block_device() {
+        return Ok(());
+    }
+    let busy = |what: String| {
+        Err(ControlError::new(
+            "V012-busy",
+            format!("{} {what}", device.display()),
+        ))
+    };
+    let number = {
+        let path = sysfs(metadata.rdev());
+        path.file_name()
+            .map(|n| n.to_string_lossy().into_owned())
+            .unwrap_or_default()
+    };
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    if let Some(place) = mounts
+        .lines()
+        .find(|line| line.split(' ').nth(2) == Some(&number))
+        .and_then(|line| line.split(' ').nth(4))
+    {
+        return busy(format!(
+            "is mounted on {place}. Unmount it (`umount {place}`), protect it, and mount the mapped device instead"
+        ));
+    }
+    let swaps = std::fs::read_to_string("/proc/swaps").unwrap_or_default();
+    if swaps.lines().any(|line| {
+        line.split_whitespace()
+            .next()
+            .is_some_and(|path| std::fs::canonicalize(path).is_ok_and(|p| p == device))
+    }) {
+        return busy(format!(
+            "is swap. `swapoff {}` first; swap itself is not worth protecting",
+            device.display()
+        ));
+    }
+    let holders: Vec<String> = std::fs::read_dir(sysfs(metadata.rdev()).join("holders"))
+        .map(|entries| {
+            entries
+                .flatten()
+                .map(|entry| entry.file_name().to_string_lossy().into_owned())
+                .collect()
+        })
+        .unwrap_or_default();
+    if !holders.is_empty() {
+        return busy(format!(
+            "belongs to {} (LVM, md or dm). Protect that device instead",
+            holders.join(", ")
+        ));
+    }
+    Ok(())
+}
+
+/// Whether both lie on one disk.
+pub fn same_disk(left: &Path, right: &Path) -> bool {
+    let disk = |path: &Path| {
+        let metadata = path.ancestors().find_map(|p| std::fs::metadata(p).ok())?;
+        Some(if metadata.file_type().is_block_device() {
+            metadata.rdev()
+        } else {
+            metadata.dev()
+        })
+    };
+    disk(left).is_some() && disk(left) == disk(right)
+}
+
+/// Size of a device or file in bytes, if it is there.
+pub fn size(path: &Path) -> Option<u64> {
+    let metadata = std::fs::metadata(path).ok()?;
+    if metadata.file_type().is_block_device() {
+        shape(&metadata).ok().map(|shape| shape.0)
+    } else {
+        Some(metadata.len())
+    }
+}
