@@ -58,9 +58,37 @@ pub enum Kernel {
     Qemu(PathBuf),
 }
 
-/// The kernels that can run here. One that is named and cannot boot is a failure, but for one known reason.
+/// Makes each test twice: `uml::NAME` and `stock::NAME`, over the kernels of that kind. They run beside each other, one of each kind at a time.
+#[macro_export]
+macro_rules! in_guests {
+    ($($(#[$attribute:meta])* $name:ident: $story:expr;)+) => {
+        mod uml {
+            #[allow(unused_imports, reason = "what the stories need differs")]
+            use super::*;
+            $($(#[$attribute])* #[test] fn $name() { $crate::guest::uml_kernels().iter().for_each($story); })+
+        }
+        mod stock {
+            #[allow(unused_imports, reason = "what the stories need differs")]
+            use super::*;
+            $($(#[$attribute])* #[test] fn $name() { $crate::guest::stock_kernels().iter().for_each($story); })+
+        }
+    };
+}
+
+/// User Mode Linux kernels that can run here.
 #[must_use]
-pub fn kernels() -> Vec<Kernel> {
+pub fn uml_kernels() -> Vec<Kernel> {
+    kernels(|kernel| !kernel.is_emulated())
+}
+
+/// The distribution's kernels, emulated.
+#[must_use]
+pub fn stock_kernels() -> Vec<Kernel> {
+    kernels(Kernel::is_emulated)
+}
+
+/// The kernels that can run here. One that is named and cannot boot is a failure, but for one known reason.
+fn kernels(wanted: impl Fn(&Kernel) -> bool) -> Vec<Kernel> {
     let Ok(named) = std::env::var(KERNELS) else {
         assert!(
             std::env::var("CI").is_err(),
@@ -71,37 +99,29 @@ pub fn kernels() -> Vec<Kernel> {
         );
         return Vec::new();
     };
-    named
+    let found: Vec<Kernel> = named
         .split(':')
         .filter(|path| !path.is_empty())
         .map(PathBuf::from)
-        .filter_map(|path| {
-            if path.is_dir() {
-                return Some(Kernel::Qemu(path));
-            }
+        .map(|path| {
             assert!(path.exists(), "{} does not exist", path.display());
-            boots(&path).then_some(Kernel::Uml(path))
+            if path.is_dir() {
+                Kernel::Qemu(path)
+            } else {
+                Kernel::Uml(path)
+            }
         })
-        .collect()
-}
-
-fn boots(path: &Path) -> bool {
-    let kernel = Kernel::Uml(path.to_path_buf());
-    if (0..2).any(|_| kernel.run(&[], &[], 60, "true").status.success()) {
-        return true;
+        .filter(wanted)
+        .filter(Kernel::boots)
+        .collect();
+    if found.is_empty() {
+        assert!(
+            std::env::var("CI").is_err(),
+            "{KERNELS} names no kernel of this kind that runs here: in CI that is a failure"
+        );
+        println!("SKIPPED: {KERNELS} names no kernel of this kind that runs here");
     }
-    // User Mode Linux without seccomp mode reserves too little space for the registers of CPUs with AMX: init dies at once.
-    let amx = std::fs::read_to_string("/proc/cpuinfo")
-        .unwrap_or_default()
-        .contains("amx_tile");
-    let help = Command::new(path).arg("--help").output().unwrap();
-    let seccomp = String::from_utf8_lossy(&help.stdout).contains("seccomp=");
-    assert!(amx && !seccomp, "{} does not boot", path.display());
-    println!(
-        "SKIPPED: {} cannot run on this CPU (AMX registers, and no seccomp mode in this kernel)",
-        path.display()
-    );
-    false
+    found
 }
 
 impl Kernel {
@@ -117,6 +137,27 @@ impl Kernel {
     #[must_use]
     pub fn is_emulated(&self) -> bool {
         matches!(self, Kernel::Qemu(_))
+    }
+
+    fn boots(&self) -> bool {
+        let Kernel::Uml(path) = self else {
+            return true; // Whether it does, the test itself shows; it takes seconds.
+        };
+        if (0..2).any(|_| self.run(&[], &[], 60, "true").status.success()) {
+            return true;
+        }
+        // User Mode Linux without seccomp mode reserves too little space for the registers of CPUs with AMX: init dies at once.
+        let amx = std::fs::read_to_string("/proc/cpuinfo")
+            .unwrap_or_default()
+            .contains("amx_tile");
+        let help = Command::new(path).arg("--help").output().unwrap();
+        let seccomp = String::from_utf8_lossy(&help.stdout).contains("seccomp=");
+        assert!(amx && !seccomp, "{} does not boot", path.display());
+        println!(
+            "SKIPPED: {} cannot run on this CPU (AMX registers, and no seccomp mode in this kernel)",
+            path.display()
+        );
+        false
     }
 
     fn runner(&self, disks: &[&Path], writable: &[&Path], seconds: u32, script: &str) -> Command {

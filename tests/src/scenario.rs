@@ -95,12 +95,24 @@ impl Installation {
 
     /// Starts blkfilter as a child, so that it can be killed.
     pub fn filter(&self) -> Result<Child, String> {
+        self.filter_from(&self.bin.join("blkfilter"))
+    }
+
+    /// Another file of the same program, as an upgrade brings it.
+    pub fn copy_of_filter(&self, number: u32) -> Result<PathBuf, String> {
+        let copy = std::env::temp_dir().join(format!("blkfilter-{number}"));
+        std::fs::copy(self.bin.join("blkfilter"), &copy).map_err(|e| e.to_string())?;
+        Ok(copy)
+    }
+
+    /// Starts a given blkfilter.
+    pub fn filter_from(&self, program: &Path) -> Result<Child, String> {
         let log = File::options()
             .create(true)
             .append(true)
             .open(self.root.join("run/varve/blkfilter.log"))
             .map_err(|e| e.to_string())?;
-        Command::new(self.bin.join("blkfilter"))
+        Command::new(program)
             .arg("--root")
             .arg(&self.root)
             .stdout(Stdio::null())

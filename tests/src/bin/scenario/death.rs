@@ -8,7 +8,8 @@ use varve_tests::scenario::{
 };
 use varve_tests::stamps::{Stamper, possible_stamps, read_sector_stamps};
 
-/// SIGKILL under verified load with all tags in flight: no I/O error, no mismatch, nothing lost.
+/// SIGKILL, or an upgrade in place (SIGTERM; another file of the program takes over), under verified load with all tags in flight: no I/O error, no
+/// mismatch, nothing lost.
 pub fn kill(varve: &Installation, device: &str, kills: u32) -> Outcome {
     let start = Instant::now();
     std::fs::create_dir_all("/mnt/live").map_err(|e| e.to_string())?;
@@ -27,12 +28,19 @@ pub fn kill(varve: &Installation, device: &str, kills: u32) -> Outcome {
         if fio.try_wait().map_err(|e| e.to_string())?.is_some() {
             return Err("fio ended before the kill: nothing was interrupted".to_owned());
         }
-        filter
-            .kill()
-            .and_then(|()| filter.wait())
-            .map_err(|e| e.to_string())?;
         let killed = Instant::now();
-        filter = varve.filter()?;
+        let upgrade = round % 3 == 2;
+        if upgrade {
+            run("kill", &["-TERM", &filter.id().to_string()])?;
+        } else {
+            filter.kill().map_err(|e| e.to_string())?;
+        }
+        filter.wait().map_err(|e| e.to_string())?;
+        filter = if upgrade {
+            varve.filter_from(&varve.copy_of_filter(round)?)?
+        } else {
+            varve.filter()?
+        };
         // Back when a direct read of the device is answered again.
         run(
             "dd",
@@ -48,7 +56,11 @@ pub fn kill(varve: &Installation, device: &str, kills: u32) -> Outcome {
         let stall = killed.elapsed().as_secs_f64();
         say(
             start,
-            &format!("kill {}: stalled for {stall:.3} s", round + 1),
+            &format!(
+                "{} {}: stalled for {stall:.3} s",
+                if upgrade { "upgrade" } else { "kill" },
+                round + 1
+            ),
         );
         if stall > 5.0 {
             return Err(format!("stalled for {stall:.1} s: more than 5 s"));

@@ -27,7 +27,7 @@ pub fn instants(varve: &Installation, device: &str, kind: &str, count: usize) ->
             format!("{index}").repeat(1000 + index),
         )
         .map_err(|e| e.to_string())?;
-        if index % 3 == 0 {
+        if index % (count / 3).max(1) == 0 {
             let name = format!("loose-{index}");
             varve.varve(&["mark", &name])?;
             loose.push(name);
