@@ -6,6 +6,8 @@ DESTDIR ?=
 PREFIX ?= /usr
 BIN := $(DESTDIR)$(PREFIX)/bin
 UNITS := $(DESTDIR)/usr/lib/systemd/system
+MANUAL := $(DESTDIR)$(PREFIX)/share/man
+COMPLETIONS := $(DESTDIR)$(PREFIX)/share
 RULES := $(DESTDIR)/usr/lib/udev/rules.d
 
 .PHONY: help setup build demo check test vm bench install clean
@@ -39,11 +41,15 @@ vm: setup ## the tests on real kernels with the large numbers
 bench: build ## figures as ratios: raw disk, plain loop, Varve (as root)
 	@tests/bench
 
-install: ## install into DESTDIR: programs, units, udev rules
-	install -d $(BIN) $(UNITS) $(RULES)
+install: ## install into DESTDIR: programs, units, udev rules, manual pages, completions
+	install -d $(BIN) $(UNITS) $(RULES) $(MANUAL)/man1 $(MANUAL)/man8 $(COMPLETIONS)/bash-completion/completions $(COMPLETIONS)/zsh/site-functions
 	install -m 0755 target/release/blkfilter target/release/varved target/release/varve $(BIN)
 	install -m 0644 blkfilter/filter/systemd/blkfilter.service engine/daemon/systemd/varved.service $(UNITS)
 	install -m 0644 blkfilter/filter/systemd/60-varve.rules $(RULES)
+	install -m 0644 blkfilter/filter/man/blkfilter.8 engine/daemon/man/varved.8 $(MANUAL)/man8
+	target/release/varve manual $(MANUAL)/man1
+	target/release/varve completions bash >$(COMPLETIONS)/bash-completion/completions/varve
+	target/release/varve completions zsh >$(COMPLETIONS)/zsh/site-functions/_varve
 
 clean: ## remove what was built
 	cargo clean

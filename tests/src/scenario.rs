@@ -69,6 +69,18 @@ impl Installation {
         })
     }
 
+    /// Everything of it lies here.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// One of the programs.
+    #[must_use]
+    pub fn program(&self, name: &str) -> PathBuf {
+        self.bin.join(name)
+    }
+
     /// Runs `varve`.
     pub fn varve(&self, arguments: &[&str]) -> Result<String, String> {
         let root = self.root.display().to_string();
@@ -173,6 +185,7 @@ pub fn start_fio(
         .args([
             "--minimal",
             "--fallocate=none",
+            "--verify_state_save=0",
             "--time_based=0",
             "--loops=50",
         ])

@@ -49,6 +49,7 @@ in_guests! {
     sqlite_keeps_every_acknowledged_transaction: |kernel| scenario(kernel, &["sqlite"]);
     killed_and_upgraded_under_load_loses_nothing: |kernel| scenario(kernel, &["kill", &sized(5, 50).to_string()]);
     foreign_write_is_noticed_and_healed: |kernel| scenario(kernel, &["behind-our-back"]);
+    bad_input_is_refused_by_name: |kernel| scenario(kernel, &["bad-input"]);
     resized_device_is_followed: |kernel| scenario(kernel, &["resize"]);
 }
 
@@ -122,6 +123,11 @@ fn fallback_sqlite_keeps_every_acknowledged_transaction() {
 #[test]
 fn fallback_foreign_write_is_noticed_and_healed() {
     fallback(&["behind-our-back"]);
+}
+
+#[test]
+fn fallback_bad_input_is_refused_by_name() {
+    fallback(&["bad-input"]);
 }
 
 #[test]

@@ -16,6 +16,11 @@ pub enum FilterOp {
         /// The volume.
         spec: VolumeSpec,
     },
+    /// Make everything ready for a device that is in use: protection begins at the next boot.
+    Prepare {
+        /// The volume.
+        spec: VolumeSpec,
+    },
     /// Stop protecting: the device is closed cleanly and is a plain disk again.
     Unprotect {
         /// Name of the volume.
@@ -95,7 +100,7 @@ pub struct VolumeInfo {
     pub front: String,
     /// Size.
     pub bytes: u64,
-    /// synchronising, protected, bypass, healing, unverified, rewinding, failed.
+    /// synchronising, protected, bypass, healing, unverified, rewinding, failed; waiting (for the next boot).
     pub state: String,
     /// In words, what happened at the last start, or why it failed.
     pub note: String,

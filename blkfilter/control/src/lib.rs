@@ -5,12 +5,14 @@
 //!
 //! Only root can reach the sockets (mode 0600); all lengths are bounded before anything is allocated. Never the network.
 
+mod block;
 mod filter;
 mod paths;
 mod spec;
 mod store;
 mod wire;
 
+pub use block::{mapped_volume_under, sysfs};
 pub use filter::{FilterOp, FilterReply, SealedInfo, VolumeInfo};
 pub use paths::Paths;
 pub use spec::{Ack, FrontKind, SpecError, VolumeSpec, load_specs, save_spec};

@@ -63,6 +63,9 @@ pub struct VolumeSpec {
     /// No request waits for the log longer than this.
     #[serde(default = "default_log_wait_max_ms")]
     pub log_wait_max_ms: u64,
+    /// Prepared while the device was mounted: protection begins with the first boot that is not this one (its boot ID).
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub begins_after_boot: String,
 }
 
 fn default_resync_bytes_max() -> u64 {

@@ -25,7 +25,8 @@ pub enum Message {
 }
 
 enum Waiting {
-    Mark(Lsn, Sender<Option<Lsn>>),
+    /// The point's name until there is room for it, its LSN then.
+    Mark(Result<Lsn, String>, Sender<Option<Lsn>>),
     Seal(SegmentSequence, Lsn, Sender<(SegmentSequence, Lsn)>),
     EndRewind(Option<Lsn>, Sender<bool>),
 }
@@ -72,10 +73,16 @@ impl VolumeDevice {
         let durable = volume.durable_lsn();
         let bypassed = volume.state() == varve_format::VolumeState::Bypass;
         self.waiting.retain_mut(|waiting| match waiting {
-            Waiting::Mark(lsn, reply) => {
-                let ended = durable > *lsn || bypassed;
+            Waiting::Mark(point, reply) => {
+                if let Err(name) = point
+                    && let Some(lsn) = volume.mark_point(medium, name)
+                {
+                    *point = Ok(lsn);
+                }
+                let lsn = point.as_ref().ok().copied();
+                let ended = lsn.is_some_and(|lsn| durable > lsn) || bypassed;
                 if ended {
-                    let _ = reply.send((!bypassed).then_some(*lsn));
+                    let _ = reply.send(lsn.filter(|_| !bypassed));
                 }
                 !ended
             }
@@ -130,12 +137,7 @@ impl Device for VolumeDevice {
                 Message::Status(reply) => {
                     let _ = reply.send(self.volume.status());
                 }
-                Message::Mark(name, reply) => match self.volume.mark_point(medium, &name) {
-                    Some(lsn) => self.waiting.push(Waiting::Mark(lsn, reply)),
-                    None => {
-                        let _ = reply.send(None);
-                    }
-                },
+                Message::Mark(name, reply) => self.waiting.push(Waiting::Mark(Err(name), reply)),
                 Message::Seal(reply) => {
                     let empty = self.volume.segment_is_empty();
                     let status = self.volume.status().log;

@@ -10,7 +10,8 @@ use varve_format::{Lsn, SegmentSequence};
 const HELP: &str = "blkfilter: the data path of Varve: records every write to protected devices.
 
 Usage: blkfilter [--root DIR]
-       blkfilter --is-origin DEVICE   (for udev: exit code 0 if DEVICE is a protected volume's)
+       blkfilter --is-origin DEVICE    (for udev: exit code 0 if DEVICE is a protected volume's)
+       blkfilter --mapped-name DEVICE  (for udev: the name of the volume that DEVICE shows)
 
 It opens all volumes in DIR/etc/varve/volumes (DIR is / by default, or VARVE_ROOT) and answers `varve` on
 DIR/run/varve/blkfilter.sock. SIGTERM closes every volume that is not in use; one that is in use is left
@@ -25,6 +26,7 @@ fn main() -> ExitCode {
         match (argument.as_str(), arguments.next()) {
             ("--root", Some(value)) => root = value,
             ("--is-origin", Some(device)) => return is_origin(&Paths::new(root), &device),
+            ("--mapped-name", Some(device)) => return mapped_name(&Paths::new(root), &device),
             ("--help" | "-h", _) => {
                 println!("{HELP}");
                 return ExitCode::SUCCESS;
@@ -40,6 +42,26 @@ fn main() -> ExitCode {
         }
     }
     run(Paths::new(root))
+}
+
+/// For udev: the name of the volume that a mapped device shows.
+fn mapped_name(paths: &Paths, device: &str) -> ExitCode {
+    let specs = varve_control::load_specs(&paths.volumes());
+    let name = specs
+        .into_iter()
+        .flatten()
+        .map(|spec| spec.name)
+        .find(|name| {
+            std::fs::canonicalize(paths.devices().join(name))
+                .is_ok_and(|mapped| mapped == std::path::Path::new(device))
+        });
+    match name {
+        Some(name) => {
+            println!("{name}");
+            ExitCode::SUCCESS
+        }
+        None => ExitCode::FAILURE,
+    }
 }
 
 /// For udev: whether the device is the origin of a protected volume.
@@ -118,6 +140,9 @@ fn answer(manager: &Manager, op: FilterOp, attached: Vec<u8>) -> Result<FilterRe
         },
         FilterOp::Protect { spec } => FilterReply::Volume {
             volume: Box::new(manager.protect(spec)?),
+        },
+        FilterOp::Prepare { spec } => FilterReply::Volume {
+            volume: Box::new(manager.prepare(spec)?),
         },
         FilterOp::Unprotect { name } => {
             manager.unprotect(&name)?;

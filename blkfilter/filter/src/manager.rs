@@ -21,6 +21,8 @@ pub(crate) const ANSWER_WAIT: Duration = Duration::from_secs(5);
 pub(crate) enum Slot {
     Running(Box<Running>),
     Failed(VolumeSpec, String),
+    /// Begins at the next boot.
+    Waiting(VolumeSpec),
 }
 
 /// A device that is smaller than this is none.
@@ -34,6 +36,15 @@ pub struct Manager {
 
 pub(crate) fn error(code: &str, message: impl std::fmt::Display) -> ControlError {
     ControlError::new(code, message)
+}
+
+impl Slot {
+    fn spec(&self) -> &VolumeSpec {
+        match self {
+            Slot::Running(running) => &running.spec,
+            Slot::Failed(spec, _) | Slot::Waiting(spec) => spec,
+        }
+    }
 }
 
 impl Manager {
@@ -56,6 +67,9 @@ impl Manager {
     pub fn open_all(&self) {
         for spec in varve_control::load_specs(&self.paths.volumes()) {
             match spec {
+                Ok(spec) if spec.begins_after_boot == origin::boot_id() => {
+                    self.slots().insert(spec.name.clone(), Slot::Waiting(spec));
+                }
                 Ok(spec) => {
                     let name = spec.name.clone();
                     if let Err(error) = self.open(spec.clone(), None) {
@@ -71,20 +85,66 @@ impl Manager {
 
     /// Protects a new volume: claims the device, makes its files, starts it, and only then writes the file that lasts.
     pub fn protect(&self, spec: VolumeSpec) -> Result<VolumeInfo, ControlError> {
-        if self.slots().contains_key(&spec.name) {
-            return Err(error(
-                "V010-exists",
-                format!(
-                    "a volume named {} is protected already; choose another with --name",
-                    spec.name
-                ),
-            ));
-        }
+        self.refuse_taken(&spec)?;
         let name = spec.name.clone();
-        self.open_with(spec.clone(), None, true)?;
+        let there: Vec<PathBuf> = self
+            .places(&spec)
+            .map(|place| place.0)
+            .into_iter()
+            .filter(|path| path.exists())
+            .collect();
+        self.open_with(spec.clone(), None, true).inspect_err(|_| {
+            // What was made for it goes again; what was there before stays.
+            self.wipe_places(&spec, |path| !there.contains(path));
+        })?;
         varve_control::save_spec(&self.paths.volumes(), &spec)
             .map_err(|e| error("V011-config", e))?;
         self.info(&name)
+    }
+
+    /// Makes log, state file and the file that lasts for a device that is in use now.
+    pub fn prepare(&self, mut spec: VolumeSpec) -> Result<VolumeInfo, ControlError> {
+        self.refuse_taken(&spec)?;
+        spec.begins_after_boot = origin::boot_id();
+        config_of(&spec)?;
+        open_log(&spec, true)?;
+        open_state(&spec, true)?;
+        varve_control::save_spec(&self.paths.volumes(), &spec)
+            .map_err(|e| error("V011-config", e))?;
+        let name = spec.name.clone();
+        self.slots().insert(name.clone(), Slot::Waiting(spec));
+        self.info(&name)
+    }
+
+    /// A name or a device that a volume has already; a log that would record its own writes.
+    fn refuse_taken(&self, spec: &VolumeSpec) -> Result<(), ControlError> {
+        for path in [&spec.log, &spec.state, &self.paths.store()] {
+            if let Some(volume) = varve_control::mapped_volume_under(&self.paths, path) {
+                let message = format!(
+                    "{} lies on {volume}, which is protected itself: it would record its own writes. Choose another place",
+                    path.display()
+                );
+                return Err(error("V034-loop", message));
+            }
+        }
+        let slots = self.slots();
+        if slots.contains_key(&spec.name) {
+            let message = format!(
+                "a volume named {} is protected already; choose another with --name",
+                spec.name
+            );
+            return Err(error("V010-exists", message));
+        }
+        let specs = slots.values().map(Slot::spec);
+        if let Some(other) = specs.into_iter().find(|other| other.device == spec.device) {
+            let message = format!(
+                "{} is protected already, as `{}`",
+                spec.device.display(),
+                other.name
+            );
+            return Err(error("V010-exists", message));
+        }
+        Ok(())
     }
 
     pub(crate) fn open(&self, spec: VolumeSpec, rewind: Option<Lsn>) -> Result<(), ControlError> {
@@ -109,17 +169,8 @@ impl Manager {
         let mut spec = spec;
         let resized = follow_size(&mut spec, &mut geometry, recover.is_some(), strict)?;
         let config = config_of(&spec)?;
-        let log = or_broken(
-            origin::open_log(&spec.log, spec.segment_bytes * spec.segment_count),
-            strict,
-        )
-        .map_err(|e| error("V014-log", format!("the log {}: {e}", spec.log.display())))?;
-        let state = or_broken(origin::open_state(&spec.state), strict).map_err(|e| {
-            error(
-                "V015-state",
-                format!("the state file {}: {e}", spec.state.display()),
-            )
-        })?;
+        let log = open_log(&spec, strict)?;
+        let state = open_state(&spec, strict)?;
         let memory_bytes = SurvivingMemory::bytes_needed(&config);
         let memory = origin::open_memory(&self.memory_path(&spec), memory_bytes).map_err(|e| {
             error(
@@ -169,15 +220,12 @@ impl Manager {
         let slots = self.slots();
         match slots.get(name) {
             Some(Slot::Running(running)) => Ok(running.info()),
-            Some(Slot::Failed(spec, why)) => Ok(VolumeInfo {
-                name: spec.name.clone(),
-                id: spec.id.clone(),
-                device: spec.device.display().to_string(),
-                bytes: spec.bytes,
-                state: "failed".to_owned(),
-                note: why.clone(),
-                ..VolumeInfo::default()
-            }),
+            Some(Slot::Failed(spec, why)) => Ok(idle_info(spec, "failed", why)),
+            Some(Slot::Waiting(spec)) => Ok(idle_info(
+                spec,
+                "waiting",
+                "protection begins at the next boot",
+            )),
             None => Err(error(
                 "V019-unknown",
                 format!("no volume is named {name}; `varve status` lists them"),
@@ -273,7 +321,7 @@ impl Manager {
                         ));
                     }
                 }
-                Some(Slot::Failed(spec, _)) => return Ok(spec.clone()),
+                Some(Slot::Failed(spec, _) | Slot::Waiting(spec)) => return Ok(spec.clone()),
                 None => {
                     return Err(error(
                         "V019-unknown",
@@ -304,16 +352,33 @@ impl Manager {
         Ok(running.spec)
     }
 
+    /// Where a volume keeps what is its own, and how many bytes.
+    fn places(&self, spec: &VolumeSpec) -> [(PathBuf, u64); 3] {
+        let slots = varve_format::STATE_SLOTS * varve_format::STATE_SLOT_BYTES;
+        [
+            (spec.log.clone(), spec.segment_bytes * spec.segment_count),
+            (spec.state.clone(), slots as u64),
+            (self.memory_path(spec), 0),
+        ]
+    }
+
+    fn wipe_places(&self, spec: &VolumeSpec, wanted: impl Fn(&PathBuf) -> bool) {
+        for (path, bytes) in self.places(spec) {
+            if wanted(&path)
+                && path.exists()
+                && let Err(failed) = origin::wipe(&path, bytes)
+            {
+                eprintln!("blkfilter: {}: {}: {failed}", spec.name, path.display());
+            }
+        }
+    }
+
     /// Ends protection: the origin is a plain disk again. Log and state file are removed; the store keeps its history.
     pub fn unprotect(&self, name: &str) -> Result<(), ControlError> {
         let spec = self.stop(name)?;
         std::fs::remove_file(self.paths.volumes().join(format!("{name}.toml")))?;
         self.slots().remove(name);
-        for path in [&spec.log, &spec.state, &self.memory_path(&spec)] {
-            if path.is_file() {
-                let _ = std::fs::remove_file(path);
-            }
-        }
+        self.wipe_places(&spec, |_| true);
         Ok(())
     }
 
@@ -337,6 +402,32 @@ impl Manager {
             }
         }
     }
+}
+
+/// A new volume takes over nobody's data.
+fn unless_data(path: &Path, new: bool) -> std::io::Result<()> {
+    if new {
+        origin::refuse_data(path)
+    } else {
+        Ok(())
+    }
+}
+
+fn open_log(spec: &VolumeSpec, strict: bool) -> Result<File, ControlError> {
+    let bytes = spec.segment_bytes * spec.segment_count;
+    let opened = unless_data(&spec.log, strict).and_then(|()| origin::open_log(&spec.log, bytes));
+    or_broken(opened, strict)
+        .map_err(|e| error("V014-log", format!("the log {}: {e}", spec.log.display())))
+}
+
+fn open_state(spec: &VolumeSpec, strict: bool) -> Result<File, ControlError> {
+    let opened = unless_data(&spec.state, strict).and_then(|()| origin::open_state(&spec.state));
+    or_broken(opened, strict).map_err(|e| {
+        error(
+            "V015-state",
+            format!("the state file {}: {e}", spec.state.display()),
+        )
+    })
 }
 
 /// Stands in for a file that cannot be opened: every read and write of it fails, which leads to bypass, not to a missing device.
@@ -395,6 +486,18 @@ fn follow_size(
     eprintln!("blkfilter: {}: {message}: following it", spec.name);
     spec.bytes = geometry.bytes;
     Ok(true)
+}
+
+fn idle_info(spec: &VolumeSpec, state: &str, note: &str) -> VolumeInfo {
+    VolumeInfo {
+        name: spec.name.clone(),
+        id: spec.id.clone(),
+        device: spec.device.display().to_string(),
+        bytes: spec.bytes,
+        state: state.to_owned(),
+        note: note.to_owned(),
+        ..VolumeInfo::default()
+    }
 }
 
 fn config_of(spec: &VolumeSpec) -> Result<VolumeConfig, ControlError> {

@@ -105,11 +105,7 @@ pub fn geometry(file: &File) -> io::Result<Geometry> {
 }
 
 fn sysfs(metadata: &std::fs::Metadata, name: &str) -> Option<String> {
-    let (major, minor) = (
-        nix::sys::stat::major(metadata.rdev()),
-        nix::sys::stat::minor(metadata.rdev()),
-    );
-    std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/{name}")).ok()
+    std::fs::read_to_string(varve_control::sysfs(metadata.rdev()).join(name)).ok()
 }
 
 /// This boot.
@@ -171,31 +167,85 @@ pub fn open_log(path: &Path, bytes: u64) -> io::Result<File> {
     }
     let file = open_direct(path, 0)?;
     let metadata = file.metadata()?;
+    let found = io::Seek::seek(&mut &file, io::SeekFrom::End(0))?;
+    if found < bytes {
+        return Err(io::Error::other(format!(
+            "it has {found} bytes, {bytes} are needed: too small (--log-size chooses another size), or truncated"
+        )));
+    }
     if metadata.file_type().is_block_device() {
         return Ok(file);
-    }
-    if metadata.len() < bytes {
-        return Err(io::Error::other(format!(
-            "the log {} is {} bytes, {bytes} are needed: it was truncated",
-            path.display(),
-            metadata.len()
-        )));
     }
     lock(file)
 }
 
+/// Takes away what a volume kept at a place: a file goes, the used part of a device becomes zero.
+pub fn wipe(path: &Path, bytes: u64) -> io::Result<()> {
+    use nix::fcntl::{FallocateFlags, fallocate};
+    if path.is_file() {
+        return std::fs::remove_file(path);
+    }
+    let device = OpenOptions::new().write(true).open(path)?;
+    let flags = FallocateFlags::FALLOC_FL_ZERO_RANGE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    fallocate(&device, flags, 0, bytes as i64)?;
+    device.sync_all()
+}
+
+/// Refuses a place that holds somebody's data: a file that is not all zero, a device whose first or last MiB is not.
+pub fn refuse_data(path: &Path) -> io::Result<()> {
+    use std::io::{Read, Seek, SeekFrom};
+    const AREA: u64 = 1 << 20;
+    let Ok(mut file) = File::open(path) else {
+        return Ok(()); // Not there yet, or not for us: opening it says so.
+    };
+    let bytes = file.seek(SeekFrom::End(0))?;
+    let is_device = file.metadata()?.file_type().is_block_device();
+    let mut area = vec![0u8; AREA as usize];
+    let mut at = 0;
+    while at < bytes {
+        let part = (bytes - at).min(AREA) as usize;
+        file.seek(SeekFrom::Start(at))?;
+        file.read_exact(&mut area[..part])?;
+        if area[..part].iter().any(|byte| *byte != 0) {
+            return Err(io::Error::other(
+                "it holds data already, which was not touched. Choose another place; if the data is not needed, remove it first (a file: rm; a device: wipefs -a, blkdiscard)",
+            ));
+        }
+        let last = bytes.saturating_sub(AREA);
+        at = if is_device && at < last {
+            last
+        } else {
+            at + AREA
+        };
+    }
+    Ok(())
+}
+
+/// Makes a file of zeroes: complete under its name, or not at all.
 fn make_filled(path: &Path, bytes: u64) -> io::Result<()> {
-    use std::io::Write;
     if let Some(parent) = path.parent() {
         std::fs::create_dir_all(parent)?;
     }
-    let new = path.with_extension("new");
+    let mut name = path.file_name().unwrap_or_default().to_os_string();
+    name.push(".varve-new");
+    let new = path.with_file_name(name);
+    fill(&new, bytes)
+        .and_then(|()| std::fs::rename(&new, path))
+        .inspect_err(|_| {
+            let _ = std::fs::remove_file(&new);
+        })?;
+    path.parent()
+        .map_or(Ok(()), |parent| File::open(parent)?.sync_all())
+}
+
+fn fill(new: &Path, bytes: u64) -> io::Result<()> {
+    use std::io::Write;
     let mut file = OpenOptions::new()
         .write(true)
         .create(true)
         .truncate(true)
         .mode(0o600)
-        .open(&new)?;
+        .open(new)?;
     let zeroes = vec![0u8; 1 << 20];
     let mut left = bytes;
     while left > 0 {
@@ -203,10 +253,7 @@ fn make_filled(path: &Path, bytes: u64) -> io::Result<()> {
         file.write_all(&zeroes[..part])?;
         left -= part as u64;
     }
-    file.sync_all()?;
-    std::fs::rename(&new, path)?;
-    path.parent()
-        .map_or(Ok(()), |parent| File::open(parent)?.sync_all())
+    file.sync_all()
 }
 
 /// Opens a state file, making it if it is not there.

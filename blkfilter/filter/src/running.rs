@@ -313,4 +313,8 @@ fn link(paths: &Paths, name: &str, mapped: &str) {
     if let Err(error) = std::os::unix::fs::symlink(mapped, &link) {
         eprintln!("blkfilter: {}: {error}", link.display());
     }
+    // Now that its name can be asked for, udev is to look at it once more: it makes the links that systemd waits for.
+    if let Some(kernel_name) = mapped.strip_prefix("/dev/") {
+        let _ = std::fs::write(format!("/sys/class/block/{kernel_name}/uevent"), "change");
+    }
 }

@@ -1,6 +1,6 @@
 //! The device against its history, and one instant against another.
 
-use crate::service::{Service, error, store_error};
+use crate::service::{Service, error, now_ns, store_error};
 use std::fs::File;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::time::Duration;
@@ -126,9 +126,4 @@ pub(crate) fn restore_error(failed: &RestoreError) -> ControlError {
         RestoreError::Store(inner) => store_error(inner),
         other => error("R001-restore", other),
     }
-}
-
-fn now_ns() -> i64 {
-    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    since.map_or(0, |time| time.as_nanos() as i64)
 }

@@ -21,7 +21,7 @@ Usage: varved [--root DIR]
 
 It takes history out of the logs of blkfilter and answers `varve` on DIR/run/varve/varved.sock.
 
-Exit codes: 0 ended as asked, 1 failed, 2 wrong usage.";
+Exit codes: 0 ended as asked, 1 failed, 2 wrong usage, 5 another varved runs.";
 
 fn main() -> ExitCode {
     let mut root = std::env::var("VARVE_ROOT").unwrap_or_else(|_| "/".to_owned());
@@ -52,7 +52,10 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("varved: {}: {error}", socket.display());
-            ExitCode::FAILURE
+            match error.kind() {
+                std::io::ErrorKind::AddrInUse => ExitCode::from(5),
+                _ => ExitCode::FAILURE,
+            }
         }
     }
 }

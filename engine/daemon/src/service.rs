@@ -13,6 +13,8 @@ use varve_control::{
 use varve_format::{Lsn, SegmentSequence, VolumeId, WallTime};
 use varve_store::{Image, StoreError, VolumeStore, ingest};
 
+/// Clocks of a moment ago may be a little ahead of ours.
+const FUTURE_SLACK_NS: i64 = 2_000_000_000;
 /// How often the logs are looked at.
 const FOLLOW_EVERY: Duration = Duration::from_millis(500);
 
@@ -47,6 +49,11 @@ pub(crate) fn error(code: &str, message: impl std::fmt::Display) -> ControlError
 
 pub(crate) fn store_error(failed: &StoreError) -> ControlError {
     error(failed.code(), failed)
+}
+
+pub(crate) fn now_ns() -> i64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0, |time| time.as_nanos() as i64)
 }
 
 impl Service {
@@ -216,6 +223,15 @@ impl Service {
                 ),
             )
         })?;
+        let place = self.paths.store();
+        if let Some(under) = varve_control::mapped_volume_under(&self.paths, &place) {
+            let message = format!(
+                "the store {} lies on {under}, which is protected itself: it would record its own writes. Nothing is taken out of the logs until it lies \
+                 somewhere else",
+                place.display()
+            );
+            return Err(error("V034-loop", message));
+        }
         let done = self.with_store(&volume.id, |store| {
             let mut log = File::open(&spec.log)
                 .map_err(|e| error("V014-log", format!("the log {}: {e}", spec.log.display())))?;
@@ -275,6 +291,12 @@ impl Service {
                             "that is before the history begins, which is at {}",
                             clock(first.map_or(0, |t| t.0))
                         ),
+                    ));
+                }
+                if *ns > now_ns() + FUTURE_SLACK_NS {
+                    return Err(error(
+                        "I005-future",
+                        "that is in the future; `now` is the newest instant",
                     ));
                 }
                 if let Some(nearest) = timeline.gap_at(WallTime(*ns)) {

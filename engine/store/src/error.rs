@@ -10,6 +10,10 @@ use varve_log::SegmentError;
 pub enum StoreError {
     /// The disk or file system failed.
     Io(PathBuf, std::io::Error),
+    /// No room on the store's disk.
+    Full(PathBuf),
+    /// The store may not be written.
+    ReadOnly(PathBuf),
     /// A file is damaged.
     Damaged(PathBuf, FormatError),
     /// Another process has this volume's store open.
@@ -37,6 +41,8 @@ impl StoreError {
     pub fn code(&self) -> &'static str {
         match self {
             StoreError::Io(..) => "S001-io",
+            StoreError::Full(_) => "S007-full",
+            StoreError::ReadOnly(_) => "S008-read-only",
             StoreError::Damaged(..) => "S002-damaged",
             StoreError::Locked(_) => "S003-locked",
             StoreError::Missing(_) => "S004-missing",
@@ -46,7 +52,11 @@ impl StoreError {
     }
 
     pub(crate) fn io(path: &std::path::Path) -> impl Fn(std::io::Error) -> StoreError + '_ {
-        move |error| StoreError::Io(path.to_path_buf(), error)
+        move |error| match error.raw_os_error() {
+            Some(libc::ENOSPC | libc::EDQUOT) => StoreError::Full(path.to_path_buf()),
+            Some(libc::EROFS) => StoreError::ReadOnly(path.to_path_buf()),
+            _ => StoreError::Io(path.to_path_buf(), error),
+        }
     }
 
     pub(crate) fn segment(path: &std::path::Path) -> impl Fn(SegmentError) -> StoreError + '_ {
@@ -61,6 +71,17 @@ impl fmt::Display for StoreError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             StoreError::Io(path, error) => write!(f, "{}: {error}", path.display()),
+            StoreError::Full(path) => write!(
+                f,
+                "{}: the store's disk is full. The history waits in the log; when that is full, too, writes are not recorded any more (bypass). Make \
+                 room on that file system (`varve unprotect VOLUME --forget` deletes a history); it goes on by itself then",
+                path.display()
+            ),
+            StoreError::ReadOnly(path) => write!(
+                f,
+                "{}: the store is on a read-only file system. The history waits in the log. Look at `dmesg`, then remount it; it goes on by itself then",
+                path.display()
+            ),
             StoreError::Damaged(path, error) => write!(
                 f,
                 "{}: {error}. Other segments stay readable",

@@ -40,7 +40,11 @@ impl VolumeStore {
             std::fs::create_dir_all(&path).map_err(StoreError::io(&path))?;
         }
         let lock_path = directory.join("lock");
-        let file = File::create(&lock_path).map_err(StoreError::io(&lock_path))?;
+        if !lock_path.exists() {
+            File::create(&lock_path).map_err(StoreError::io(&lock_path))?;
+        }
+        // Not for writing: that would keep the file system from being remounted read-only.
+        let file = File::open(&lock_path).map_err(StoreError::io(&lock_path))?;
         let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock)
             .map_err(|_| StoreError::Locked(directory.clone()))?;
         let mut store = VolumeStore {

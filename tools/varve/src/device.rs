@@ -2,7 +2,7 @@
 
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use varve_control::ControlError;
+use varve_control::{ControlError, sysfs};
 
 /// Size and logical sector of a block device, from sysfs.
 pub fn shape(metadata: &std::fs::Metadata) -> Result<(u64, u32), ControlError> {
@@ -24,13 +24,6 @@ pub fn shape(metadata: &std::fs::Metadata) -> Result<(u64, u32), ControlError> {
     Ok((sectors * 512, logical as u32))
 }
 
-fn sysfs(rdev: u64) -> PathBuf {
-    // The C library's layout of device numbers: 12 + 20 bits of major, 8 + 12 + 12 of minor.
-    let major = ((rdev >> 8) & 0xfff) | ((rdev >> 32) & !0xfff);
-    let minor = (rdev & 0xff) | ((rdev >> 12) & !0xff);
-    PathBuf::from(format!("/sys/dev/block/{major}:{minor}"))
-}
-
 /// Names what holds the device, before the daemon's exclusive open would only say "busy".
 pub fn refuse_in_use(device: &Path) -> Result<(), ControlError> {
     let metadata = std::fs::metadata(device)?;
@@ -43,20 +36,10 @@ pub fn refuse_in_use(device: &Path) -> Result<(), ControlError> {
             format!("{} {what}", device.display()),
         ))
     };
-    let number = {
-        let path = sysfs(metadata.rdev());
-        path.file_name()
-            .map(|n| n.to_string_lossy().into_owned())
-            .unwrap_or_default()
-    };
-    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    if let Some(place) = mounts
-        .lines()
-        .find(|line| line.split(' ').nth(2) == Some(&number))
-        .and_then(|line| line.split(' ').nth(4))
-    {
+    if let Some(place) = mounted_on(device).first() {
         return busy(format!(
-            "is mounted on {place}. Unmount it (`umount {place}`), protect it, and mount the mapped device instead"
+            "is mounted on {place}. Unmount it (`umount {place}`), protect it, and mount the mapped device instead; or let it begin with the next boot: `varve protect --at-next-boot {}`",
+            device.display()
         ));
     }
     let swaps = std::fs::read_to_string("/proc/swaps").unwrap_or_default();
@@ -108,4 +91,45 @@ pub fn size(path: &Path) -> Option<u64> {
     } else {
         Some(metadata.len())
     }
+}
+
+/// The path by which a device is found again after a reboot: kernel names change, these do not.
+pub fn lasting(device: &Path) -> PathBuf {
+    let name = device.file_name().unwrap_or_default();
+    let mapper = Path::new("/sys/class/block").join(name).join("dm/name");
+    if let Ok(text) = std::fs::read_to_string(mapper) {
+        return Path::new("/dev/mapper").join(text.trim());
+    }
+    for kind in ["by-id", "by-partuuid", "by-path"] {
+        let links = std::fs::read_dir(Path::new("/dev/disk").join(kind));
+        let mut found: Vec<PathBuf> = links
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|entry| entry.path())
+            .filter(|link| std::fs::canonicalize(link).is_ok_and(|path| path == device))
+            .collect();
+        found.sort();
+        if let Some(link) = found.into_iter().next_back() {
+            return link; // Among by-id: `wwn-…` sorts last.
+        }
+    }
+    device.to_path_buf()
+}
+
+/// Where the device is mounted.
+pub fn mounted_on(device: &Path) -> Vec<String> {
+    let Ok(metadata) = std::fs::metadata(device) else {
+        return Vec::new();
+    };
+    let directory = sysfs(metadata.rdev());
+    let number = directory
+        .file_name()
+        .map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    mounts
+        .lines()
+        .filter(|line| line.split(' ').nth(2) == Some(&number))
+        .filter_map(|line| line.split(' ').nth(4).map(str::to_owned))
+        .collect()
 }

@@ -3,6 +3,9 @@
 mod daemons;
 mod device;
 mod doctor;
+mod fstab;
+mod manual;
+mod next_boot;
 mod past;
 mod protect;
 mod status;
@@ -64,6 +67,9 @@ enum Command {
         /// Also delete its history.
         #[arg(long)]
         forget: bool,
+        /// Without the daemons (rescue): the next boot does not know the volume, and mounts are as they were before.
+        #[arg(long, conflicts_with = "forget")]
+        offline: bool,
     },
     /// Follow a device that was grown or shrunk (unmounted; its history goes on).
     Resize {
@@ -155,6 +161,16 @@ enum Command {
         #[command(flatten)]
         volume: Volume,
     },
+    /// Print completions for a shell (`make install` puts them where shells look).
+    Completions {
+        /// bash, zsh, fish, …
+        shell: clap_complete::Shell,
+    },
+    /// Write the manual pages into a directory (`make install` does).
+    Manual {
+        /// Where.
+        directory: PathBuf,
+    },
     /// Show the formats' byte tables.
     Dump {
         /// The tables in FORMAT.md.
@@ -205,9 +221,11 @@ fn run(context: &Context, command: Command) -> Result<ExitCode, ControlError> {
         Command::Down => daemons::down(context).map(done),
         Command::Status { wait } => status::run(context, wait),
         Command::Protect(args) => protect::protect(context, &args).map(done),
-        Command::Unprotect { volume, forget } => {
-            protect::unprotect(context, &volume, forget).map(done)
-        }
+        Command::Unprotect {
+            volume,
+            forget,
+            offline,
+        } => protect::unprotect(context, &volume, forget, offline).map(done),
         Command::Resize { volume } => protect::resize(context, &volume).map(done),
         Command::Mark { label, volume } => past::mark(context, volume.name, &label).map(done),
         Command::Points { volume } => past::points(context, volume.name).map(done),
@@ -246,6 +264,11 @@ fn run(context: &Context, command: Command) -> Result<ExitCode, ControlError> {
             past::diff(context, volume.name, &from, &to).map(done)
         }
         Command::Compare { volume } => past::compare(context, volume.name),
+        Command::Completions { shell } => {
+            manual::completions(shell);
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Manual { directory } => manual::pages(&directory).map(done),
         Command::Dump { .. } => {
             print!("{}", varve_format::layout::markdown());
             Ok(ExitCode::SUCCESS)

@@ -1,6 +1,7 @@
 //! Protecting a device and ending it.
 
-use crate::device::{refuse_in_use, same_disk, shape};
+use crate::device::{lasting, refuse_in_use, same_disk, shape};
+use crate::next_boot;
 use crate::{Context, daemons};
 use clap::{Args, ValueEnum};
 use serde::Serialize;
@@ -54,6 +55,12 @@ pub struct ProtectArgs {
     /// Do not wait for the first full copy.
     #[arg(long)]
     no_wait: bool,
+    /// For a device that is mounted now: rewrites /etc/fstab, and protection begins with the next boot. `varve unprotect` takes it back.
+    #[arg(long)]
+    at_next_boot: bool,
+    /// Only say what would be done.
+    #[arg(long)]
+    dry_run: bool,
 }
 
 #[derive(Serialize)]
@@ -70,7 +77,22 @@ pub fn protect(context: &Context, args: &ProtectArgs) -> Result<(), ControlError
         )
     })?;
     let spec = spec(context, args, &device)?;
+    if args.at_next_boot {
+        return next_boot::protect(context, spec, &device, args.dry_run);
+    }
     refuse_in_use(&device)?;
+    if args.dry_run {
+        context.output.result(&spec, || {
+            println!(
+                "{} ({}) would be protected as `{}`, with its log in {}. Nothing was changed",
+                device.display(),
+                show_bytes(spec.bytes),
+                spec.name,
+                spec.log.display()
+            );
+        });
+        return Ok(());
+    }
     let mut filter = daemons::filter(context)?;
     let FilterReply::Volume { volume } = filter.call(&FilterOp::Protect { spec: spec.clone() })?
     else {
@@ -159,7 +181,7 @@ fn spec(context: &Context, args: &ProtectArgs, device: &Path) -> Result<VolumeSp
     let segment_bytes = (args.log_size << 20 >> 4).clamp(1 << 20, 32 << 20);
     Ok(VolumeSpec {
         id: random_id()?,
-        device: device.to_path_buf(),
+        device: lasting(device),
         log: absolute(
             args.log
                 .clone()
@@ -185,6 +207,7 @@ fn spec(context: &Context, args: &ProtectArgs, device: &Path) -> Result<VolumeSp
         },
         resync_bytes_max: 512 << 20,
         log_wait_max_ms: 250,
+        begins_after_boot: String::new(),
         name,
     })
 }
@@ -242,8 +265,47 @@ pub fn resize(context: &Context, name: &str) -> Result<(), ControlError> {
     Ok(())
 }
 
-/// `varve unprotect`.
-pub fn unprotect(context: &Context, name: &str, forget: bool) -> Result<(), ControlError> {
+/// `varve unprotect`. Offline: without the daemons, for a machine that does not come up with them.
+pub fn unprotect(
+    context: &Context,
+    name: &str,
+    forget: bool,
+    offline: bool,
+) -> Result<(), ControlError> {
+    let device = if offline {
+        next_boot::take_away(context, name)?
+    } else {
+        end_protection(context, name, forget)?
+    };
+    let fstab_restored = next_boot::restore_mounts(context, name)?;
+    #[derive(Serialize)]
+    struct Unprotected {
+        device: String,
+        history: &'static str,
+        fstab_restored: bool,
+    }
+    let history = if forget { "deleted" } else { "kept" };
+    let ended = Unprotected {
+        device,
+        history,
+        fstab_restored,
+    };
+    context.output.result(&ended, || {
+        context.output.say(format!(
+            "{} is a plain disk again; its history is {history}{}",
+            ended.device,
+            if fstab_restored {
+                "; /etc/fstab is as it was before"
+            } else {
+                ""
+            }
+        ));
+    });
+    Ok(())
+}
+
+/// Closes the volume; gives its device.
+fn end_protection(context: &Context, name: &str, forget: bool) -> Result<String, ControlError> {
     let volumes = daemons::volumes(context)?;
     let volume = volumes.into_iter().find(|volume| volume.name == name);
     let volume = volume.ok_or_else(|| {
@@ -252,7 +314,8 @@ pub fn unprotect(context: &Context, name: &str, forget: bool) -> Result<(), Cont
             format!("no volume is named {name}; `varve status` lists them"),
         )
     })?;
-    if !forget && volume.state != "failed" {
+    let has_history = !matches!(volume.state.as_str(), "failed" | "waiting");
+    if !forget && has_history {
         // What the log still holds goes into the store first.
         daemons::store(context)?.call::<_, StoreReply>(&StoreOp::History {
             volume: name.to_owned(),
@@ -261,28 +324,10 @@ pub fn unprotect(context: &Context, name: &str, forget: bool) -> Result<(), Cont
     daemons::filter(context)?.call::<_, FilterReply>(&FilterOp::Unprotect {
         name: name.to_owned(),
     })?;
-    if forget {
+    if forget && volume.state != "waiting" {
         daemons::store(context)?.call::<_, StoreReply>(&StoreOp::Forget {
             id: volume.id.clone(),
         })?;
     }
-    #[derive(Serialize)]
-    struct Unprotected {
-        device: String,
-        history: &'static str,
-    }
-    let history = if forget { "deleted" } else { "kept" };
-    context.output.result(
-        &Unprotected {
-            device: volume.device.clone(),
-            history,
-        },
-        || {
-            context.output.say(format!(
-                "{} is a plain disk again; its history is {history}",
-                volume.device
-            ));
-        },
-    );
-    Ok(())
+    Ok(volume.device)
 }

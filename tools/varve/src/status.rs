@@ -115,6 +115,10 @@ fn advise(volume: &VolumeInfo, store_is_silent: bool) -> (String, String) {
             "writes are not recorded; it heals by itself once the log answers",
             "varve doctor".to_owned(),
         ),
+        "waiting" => to(
+            "nothing is recorded before the next boot",
+            "reboot".to_owned(),
+        ),
         "rewinding" => to(
             "a rewind is running; the device is not offered until it is done",
             "varve status --wait 600".to_owned(),

@@ -1,5 +1,6 @@
 //! `scenario NAME ROOT DEVICE [ARGUMENT]`: one story on a real device; exit code 0 if every promise held.
 
+mod bad_input;
 mod death;
 mod instants;
 mod log_fault;
@@ -40,6 +41,7 @@ fn main() -> ExitCode {
         "after-bypass-cut" => Fault::parse(argument)
             .and_then(|fault| log_fault::after_bypass_cut(&installation, fault)),
         "behind-our-back" => origin::behind_our_back(&installation, device),
+        "bad-input" => bad_input::bad_input(&installation, Path::new(root)),
         "resize" => origin::resize(&installation, Path::new(root)),
         other => Err(format!("no scenario is named {other}")),
     });

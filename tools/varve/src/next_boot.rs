@@ -1,0 +1,165 @@
+//! Protection of a mounted device, from the next boot on: everything is made ready now, and /etc/fstab leads to the mapped device then.
+//!
+//! Order: the daemon's files first, then /etc/fstab. A crash in between leaves a volume that waits and mounts that know nothing of it: the device is
+//! mounted as before, the volume says that it is in use, `varve unprotect` takes it away.
+
+use crate::device::mounted_on;
+use crate::{Context, daemons, fstab};
+use serde::Serialize;
+use std::path::{Path, PathBuf};
+use varve_cli::show_bytes;
+use varve_control::{ControlError, FilterOp, FilterReply, VolumeSpec};
+
+fn table(context: &Context) -> PathBuf {
+    context.paths.root().join("etc/fstab")
+}
+
+#[derive(Serialize)]
+struct Prepared {
+    volume: String,
+    device: String,
+    mapped: String,
+    /// Where fstab mounts it.
+    mounts: Vec<String>,
+    /// Mounted now, but not by fstab.
+    others: Vec<String>,
+    back_out: String,
+    dry_run: bool,
+}
+
+/// `varve protect --at-next-boot`.
+pub fn protect(
+    context: &Context,
+    spec: VolumeSpec,
+    device: &Path,
+    dry_run: bool,
+) -> Result<(), ControlError> {
+    let mounted = mounted_on(device);
+    let system = [
+        "/",
+        "/usr",
+        "/boot",
+        "/boot/efi",
+        "/etc",
+        "/var",
+        "/var/lib",
+    ];
+    if let Some(place) = mounted
+        .iter()
+        .find(|place| system.contains(&place.as_str()))
+    {
+        return Err(ControlError::new(
+            "V035-system",
+            format!(
+                "{} holds {place}, which Varve itself needs to start: that cannot be protected yet. Nothing was changed",
+                device.display()
+            ),
+        ));
+    }
+    let store = context.paths.store();
+    let refuse_own = [&spec.log, &spec.state, &store]
+        .into_iter()
+        .find(|path| mounted.iter().any(|place| path.starts_with(place)));
+    if let Some(path) = refuse_own {
+        return Err(ControlError::new(
+            "V034-loop",
+            format!(
+                "{} lies on {}: it would record its own writes. Choose another place, or another device. Nothing was changed",
+                path.display(),
+                device.display()
+            ),
+        ));
+    }
+    let text = std::fs::read_to_string(table(context)).unwrap_or_default();
+    let entries = fstab::entries(&text, |source| fstab::means(source, device));
+    let mapped = context.paths.devices().join(&spec.name);
+    let answer = Prepared {
+        volume: spec.name.clone(),
+        device: device.display().to_string(),
+        mapped: mapped.display().to_string(),
+        mounts: entries.iter().map(|entry| entry.place.clone()).collect(),
+        others: mounted
+            .into_iter()
+            .filter(|place| !entries.iter().any(|entry| entry.place == *place))
+            .collect(),
+        back_out: format!("varve unprotect {}", spec.name),
+        dry_run,
+    };
+    let bytes = spec.bytes;
+    if !dry_run {
+        let name = spec.name.clone();
+        daemons::filter(context)?.call::<_, FilterReply>(&FilterOp::Prepare { spec })?;
+        if !entries.is_empty() {
+            let new = fstab::rewritten(&text, &entries, &name, &mapped);
+            fstab::replace(&table(context), &new)?;
+        }
+    }
+    context.output.result(&answer, || say(&answer, bytes));
+    Ok(())
+}
+
+fn say(answer: &Prepared, bytes: u64) {
+    let tense = if answer.dry_run { "would be" } else { "is" };
+    println!(
+        "{} ({}) {tense} protected as `{}` from the next boot on.",
+        answer.device,
+        show_bytes(bytes),
+        answer.volume
+    );
+    for place in &answer.mounts {
+        println!(
+            "  /etc/fstab: {place} {tense} mounted from {}",
+            answer.mapped
+        );
+    }
+    for place in &answer.others {
+        println!(
+            "  NOTE: {place} is not mounted by /etc/fstab: whatever mounts it must use {} from then on",
+            answer.mapped
+        );
+    }
+    println!(
+        "  downtime:  the reboot itself and a second or two. The device is offered at once; its first full copy of {} runs meanwhile",
+        show_bytes(bytes)
+    );
+    println!("  units:     systemctl enable blkfilter varved");
+    println!(
+        "  back out:  {} (if the machine does not come up: {} --offline)",
+        answer.back_out, answer.back_out
+    );
+    if answer.dry_run {
+        println!("Nothing was changed.");
+    }
+}
+
+/// Makes /etc/fstab what it was before; whether there was anything to undo.
+pub fn restore_mounts(context: &Context, name: &str) -> Result<bool, ControlError> {
+    let text = std::fs::read_to_string(table(context)).unwrap_or_default();
+    match fstab::restored(&text, name) {
+        Some(old) => {
+            fstab::replace(&table(context), &old)?;
+            Ok(true)
+        }
+        None => Ok(false),
+    }
+}
+
+/// Without the daemons: puts the volume's file aside, so that the next boot does not know the volume. Gives its device.
+pub fn take_away(context: &Context, name: &str) -> Result<String, ControlError> {
+    if daemons::filter(context).is_ok() {
+        return Err(ControlError::new(
+            "V036-online",
+            "blkfilter runs: use `varve unprotect` without --offline",
+        ));
+    }
+    let path = context.paths.volumes().join(format!("{name}.toml"));
+    let spec = varve_control::load_specs(&context.paths.volumes())
+        .into_iter()
+        .flatten()
+        .find(|spec| spec.name == name)
+        .ok_or_else(|| {
+            ControlError::new("V019-unknown", format!("{} does not exist", path.display()))
+        })?;
+    std::fs::rename(&path, path.with_extension("toml.offline"))?;
+    Ok(spec.device.display().to_string())
+}
