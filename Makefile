@@ -3,6 +3,7 @@ SHELL := /bin/bash
 export CARGO_TERM_COLOR ?= auto
 NEXTEST := cargo nextest run --workspace --no-fail-fast
 DESTDIR ?=
+PROGRAMS ?= target/release
 PREFIX ?= /usr
 BIN := $(DESTDIR)$(PREFIX)/bin
 UNITS := $(DESTDIR)/usr/lib/systemd/system
@@ -43,13 +44,13 @@ bench: build ## figures as ratios: raw disk, plain loop, Varve (as root)
 
 install: ## install into DESTDIR: programs, units, udev rules, manual pages, completions
 	install -d $(BIN) $(UNITS) $(RULES) $(MANUAL)/man1 $(MANUAL)/man8 $(COMPLETIONS)/bash-completion/completions $(COMPLETIONS)/zsh/site-functions
-	install -m 0755 target/release/blkfilter target/release/varved target/release/varve $(BIN)
+	install -m 0755 $(PROGRAMS)/blkfilter $(PROGRAMS)/varved $(PROGRAMS)/varve $(BIN)
 	install -m 0644 blkfilter/filter/systemd/blkfilter.service engine/daemon/systemd/varved.service $(UNITS)
 	install -m 0644 blkfilter/filter/systemd/60-varve.rules $(RULES)
 	install -m 0644 blkfilter/filter/man/blkfilter.8 engine/daemon/man/varved.8 $(MANUAL)/man8
-	target/release/varve manual $(MANUAL)/man1
-	target/release/varve completions bash >$(COMPLETIONS)/bash-completion/completions/varve
-	target/release/varve completions zsh >$(COMPLETIONS)/zsh/site-functions/_varve
+	$(PROGRAMS)/varve manual $(MANUAL)/man1
+	$(PROGRAMS)/varve completions bash >$(COMPLETIONS)/bash-completion/completions/varve
+	$(PROGRAMS)/varve completions zsh >$(COMPLETIONS)/zsh/site-functions/_varve
 
 clean: ## remove what was built
 	cargo clean

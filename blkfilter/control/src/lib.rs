@@ -7,6 +7,7 @@
 
 mod block;
 mod filter;
+mod notify;
 mod paths;
 mod spec;
 mod store;

@@ -173,7 +173,8 @@ impl Reporter<'_> {
     }
 }
 
-/// Answers questions on `socket` until the process ends; a thread per connection. A stale socket of a dead daemon is replaced.
+/// Answers questions on `socket` until the process ends; a thread per connection. A stale socket of a dead daemon is replaced. Once it listens, systemd
+/// is told so.
 pub fn serve<Op, Reply, Handler>(socket: &Path, handler: Handler) -> io::Result<()>
 where
     Op: DeserializeOwned,
@@ -193,6 +194,7 @@ where
     let _ = std::fs::remove_file(socket);
     let listener = UnixListener::bind(socket)?;
     std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))?;
+    crate::notify::ready();
     let handler = Arc::new(handler);
     let open = Arc::new(AtomicUsize::new(0));
     for stream in listener.incoming() {

@@ -4,6 +4,7 @@ use blkfilter::manager::Manager;
 use nix::sys::signal::{SigSet, Signal};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 use varve_control::{ControlError, FilterOp, FilterReply, Paths, SealedInfo};
 use varve_format::{Lsn, SegmentSequence};
 
@@ -102,6 +103,13 @@ fn run(paths: Paths) -> ExitCode {
     };
     let manager = Arc::new(Manager::new(paths.clone()));
     manager.open_all();
+    let late = Arc::clone(&manager);
+    std::thread::spawn(move || {
+        loop {
+            std::thread::sleep(Duration::from_millis(250));
+            late.open_late_ones();
+        }
+    });
     let ending = Arc::clone(&manager);
     std::thread::spawn(move || {
         let _ = signals.wait();

@@ -20,11 +20,13 @@ pub(crate) const ANSWER_WAIT: Duration = Duration::from_secs(5);
 
 pub(crate) enum Slot {
     Running(Box<Running>),
-    Failed(VolumeSpec, String),
+    Failed(VolumeSpec, ControlError),
     /// Begins at the next boot.
     Waiting(VolumeSpec),
 }
 
+/// Code of the error for a device that is not there (yet).
+const MISSING: &str = "V027-missing";
 /// A device that is smaller than this is none.
 const DEVICE_BYTES_MIN: u64 = 1 << 20;
 
@@ -32,6 +34,8 @@ const DEVICE_BYTES_MIN: u64 = 1 << 20;
 pub struct Manager {
     paths: Paths,
     slots: Mutex<BTreeMap<String, Slot>>,
+    /// Held by whatever adds, removes or restarts a volume: one at a time.
+    changing: Mutex<()>,
 }
 
 pub(crate) fn error(code: &str, message: impl std::fmt::Display) -> ControlError {
@@ -54,6 +58,7 @@ impl Manager {
         Manager {
             paths,
             slots: Mutex::new(BTreeMap::new()),
+            changing: Mutex::new(()),
         }
     }
 
@@ -63,8 +68,34 @@ impl Manager {
             .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
+    pub(crate) fn changing(&self) -> std::sync::MutexGuard<'_, ()> {
+        self.changing
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Opens volumes whose device was not there before: at a boot disks come when they come.
+    pub fn open_late_ones(&self) {
+        let _changing = self.changing();
+        let missing = |slot: &Slot| match slot {
+            Slot::Failed(spec, why) if why.code == MISSING && spec.device.exists() => {
+                Some(spec.clone())
+            }
+            _ => None,
+        };
+        let specs: Vec<VolumeSpec> = self.slots().values().filter_map(missing).collect();
+        for spec in specs {
+            let name = spec.name.clone();
+            if let Err(error) = self.open(spec.clone(), None) {
+                eprintln!("blkfilter: {name}: {error}");
+                self.slots().insert(name, Slot::Failed(spec, error));
+            }
+        }
+    }
+
     /// Opens every volume that has a file. One that fails does not keep the others from starting.
     pub fn open_all(&self) {
+        let _changing = self.changing();
         for spec in varve_control::load_specs(&self.paths.volumes()) {
             match spec {
                 Ok(spec) if spec.begins_after_boot == origin::boot_id() => {
@@ -74,8 +105,7 @@ impl Manager {
                     let name = spec.name.clone();
                     if let Err(error) = self.open(spec.clone(), None) {
                         eprintln!("blkfilter: {name}: {error}");
-                        self.slots()
-                            .insert(name, Slot::Failed(spec, error.to_string()));
+                        self.slots().insert(name, Slot::Failed(spec, error));
                     }
                 }
                 Err(error) => eprintln!("blkfilter: {error}"),
@@ -85,6 +115,7 @@ impl Manager {
 
     /// Protects a new volume: claims the device, makes its files, starts it, and only then writes the file that lasts.
     pub fn protect(&self, spec: VolumeSpec) -> Result<VolumeInfo, ControlError> {
+        let _changing = self.changing();
         self.refuse_taken(&spec)?;
         let name = spec.name.clone();
         let there: Vec<PathBuf> = self
@@ -104,6 +135,7 @@ impl Manager {
 
     /// Makes log, state file and the file that lasts for a device that is in use now.
     pub fn prepare(&self, mut spec: VolumeSpec) -> Result<VolumeInfo, ControlError> {
+        let _changing = self.changing();
         self.refuse_taken(&spec)?;
         spec.begins_after_boot = origin::boot_id();
         config_of(&spec)?;
@@ -220,7 +252,7 @@ impl Manager {
         let slots = self.slots();
         match slots.get(name) {
             Some(Slot::Running(running)) => Ok(running.info()),
-            Some(Slot::Failed(spec, why)) => Ok(idle_info(spec, "failed", why)),
+            Some(Slot::Failed(spec, why)) => Ok(idle_info(spec, "failed", &why.to_string())),
             Some(Slot::Waiting(spec)) => Ok(idle_info(
                 spec,
                 "waiting",
@@ -375,6 +407,7 @@ impl Manager {
 
     /// Ends protection: the origin is a plain disk again. Log and state file are removed; the store keeps its history.
     pub fn unprotect(&self, name: &str) -> Result<(), ControlError> {
+        let _changing = self.changing();
         let spec = self.stop(name)?;
         std::fs::remove_file(self.paths.volumes().join(format!("{name}.toml")))?;
         self.slots().remove(name);
@@ -384,17 +417,20 @@ impl Manager {
 
     /// Follows a device that was grown or shrunk: closes the volume and opens it with the new size.
     pub fn resize(&self, name: &str) -> Result<VolumeInfo, ControlError> {
+        let _changing = self.changing();
         let spec = self.stop(name)?;
         self.slots().remove(name);
-        self.open(spec.clone(), None).inspect_err(|failed| {
-            self.slots()
-                .insert(name.to_owned(), Slot::Failed(spec, failed.to_string()));
-        })?;
+        if let Err(failed) = self.open(spec.clone(), None) {
+            let slot = Slot::Failed(spec, failed.clone());
+            self.slots().insert(name.to_owned(), slot);
+            return Err(failed);
+        }
         self.info(name)
     }
 
     /// Closes what is not in use; what is in use is left to the next daemon, which takes it over.
     pub fn shutdown(&self) {
+        let _changing = self.changing();
         let names: Vec<String> = self.slots().keys().cloned().collect();
         for name in names {
             if let Err(error) = self.stop(&name) {
@@ -451,8 +487,11 @@ fn claim_error(device: &Path, why: &std::io::Error) -> ControlError {
             ),
         ),
         Some(libc::ENOENT) => error(
-            "V027-missing",
-            format!("{} does not exist; `lsblk` lists devices", device.display()),
+            MISSING,
+            format!(
+                "{} does not exist; `lsblk` lists devices. It is opened as soon as it is there",
+                device.display()
+            ),
         ),
         _ => error("V013-device", format!("{}: {why}", device.display())),
     }

@@ -11,6 +11,7 @@ use varve_front::channel;
 impl Manager {
     /// Takes the device away and opens a rewind span, or goes on with one that was interrupted.
     pub fn rewind_begin(&self, name: &str, target: Lsn) -> Result<(), ControlError> {
+        let _changing = self.changing();
         {
             let slots = self.slots();
             if let Some(Slot::Running(running)) = slots.get(name)
@@ -68,6 +69,7 @@ impl Manager {
 
     /// Ends the rewind and shows the device again.
     pub fn rewind_end(&self, name: &str) -> Result<(), ControlError> {
+        let _changing = self.changing();
         let jobs = match self.slots().get(name) {
             Some(Slot::Running(running)) => running.jobs.clone(),
             _ => None,

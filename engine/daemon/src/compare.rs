@@ -2,10 +2,12 @@
 
 use crate::service::{Service, error, now_ns, store_error};
 use std::fs::File;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::time::Duration;
 use varve_control::{ControlError, Instant, Reporter, StoreReply};
 use varve_format::RecordKind;
+use varve_log::open_for_reading;
 use varve_restore::{RestoreError, differences};
 use varve_store::Check;
 
@@ -106,12 +108,7 @@ impl Service {
 }
 
 pub(crate) fn open_origin(path: &str) -> Result<File, ControlError> {
-    let open = |flags| File::options().read(true).custom_flags(flags).open(path);
-    match open(libc::O_DIRECT) {
-        Err(failed) if failed.raw_os_error() == Some(libc::EINVAL) => open(0),
-        result => result,
-    }
-    .map_err(|e| error("V013-device", format!("{path}: {e}")))
+    open_for_reading(Path::new(path)).map_err(|e| error("V013-device", format!("{path}: {e}")))
 }
 
 pub(crate) fn read_aligned(file: &File, offset: u64, length: u64) -> Result<Vec<u8>, ControlError> {

@@ -3,7 +3,6 @@
 use crate::describe::{clock, describe, history, read_name, span_name};
 use crate::export::Exports;
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use varve_control::{
@@ -11,6 +10,7 @@ use varve_control::{
     VolumeInfo, VolumeSpec, load_specs,
 };
 use varve_format::{Lsn, SegmentSequence, VolumeId, WallTime};
+use varve_log::DirectFile;
 use varve_store::{Image, StoreError, VolumeStore, ingest};
 
 /// Clocks of a moment ago may be a little ahead of ours.
@@ -233,7 +233,7 @@ impl Service {
             return Err(error("V034-loop", message));
         }
         let done = self.with_store(&volume.id, |store| {
-            let mut log = File::open(&spec.log)
+            let mut log = DirectFile::open(&spec.log)
                 .map_err(|e| error("V014-log", format!("the log {}: {e}", spec.log.display())))?;
             ingest(
                 store,

@@ -9,6 +9,7 @@
 //! Absent on purpose: retention, lookup by block (the store), when to flush and what to wait for (the filter).
 
 mod buffer;
+mod direct;
 mod medium;
 mod memory;
 mod scan;
@@ -18,6 +19,7 @@ mod uring;
 mod writer;
 
 pub use buffer::{BatchBuffer, Chunk, SLOT_BYTES, SurvivingRecord};
+pub use direct::{DirectFile, open_for_reading};
 pub use medium::{
     BLOCKING_TOKENS, Completion, Disk, IoError, Medium, Now, Operation, run_blocking,
 };

@@ -24,13 +24,13 @@ pub struct Ingested {
 /// Takes every segment below `below` that the store lacks.
 pub fn ingest(
     store: &mut VolumeStore,
-    log: &mut File,
+    log: &mut dyn ReadAt,
     segment_bytes: u64,
     segment_count: u64,
     below: SegmentSequence,
 ) -> Result<Ingested, StoreError> {
     let log_path = Path::new("the log");
-    let headers = read_headers(log as &mut dyn ReadAt, segment_bytes, segment_count)
+    let headers = read_headers(&mut *log, segment_bytes, segment_count)
         .map_err(StoreError::segment(log_path))?;
     let mut done = Ingested {
         below: store
@@ -79,7 +79,7 @@ pub fn ingest(
 /// Copies one segment. `Ok(None)`: it never counted.
 fn take(
     store: &VolumeStore,
-    log: &mut File,
+    log: &mut dyn ReadAt,
     segment: &RingSegment,
     next: &RingSegment,
     segment_bytes: u64,
@@ -127,6 +127,11 @@ fn take(
         }
     }
     let (data_bytes, _, lsn_end) = reader.tail();
+    if follows && lsn_end < lsn_limit {
+        return Err(damaged(format!(
+            "it ends at LSN {lsn_end}, the next one says {lsn_limit}"
+        )));
+    }
     let mut footer = SegmentFooter::empty();
     footer.volume = segment.header.volume;
     footer.epoch = segment.header.epoch;
@@ -194,7 +199,7 @@ pub(crate) fn index_file(path: &Path, footer: &SegmentFooter) -> Result<Vec<RunE
 
 /// Copies the segment's bytes and its footer into a new file, durably. Returns the root.
 fn copy(
-    log: &mut File,
+    log: &mut dyn ReadAt,
     base: u64,
     data_bytes: u64,
     path: &Path,

@@ -4,4 +4,4 @@ mod instant;
 mod output;
 
 pub use instant::{parse_instant, show_ago, show_time};
-pub use output::{Output, confirm, exit_code, show_bytes};
+pub use output::{Output, confirm, end_quietly_without_reader, exit_code, show_bytes};

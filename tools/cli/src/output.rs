@@ -25,6 +25,18 @@ struct Envelope<'a, T> {
     error: Option<&'a ControlError>,
 }
 
+/// Lets a reader that goes away (`varve history | head`) end the command quietly, as it does with other tools.
+pub fn end_quietly_without_reader() {
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        let said = info.payload().downcast_ref::<String>();
+        if said.is_some_and(|text| text.contains("Broken pipe")) {
+            std::process::exit(141); // 128 + SIGPIPE
+        }
+        usual(info);
+    }));
+}
+
 impl Output {
     /// Prints a result: as JSON, or with `words`.
     pub fn result<T: Serialize>(&self, value: &T, words: impl FnOnce()) {

@@ -3,7 +3,7 @@
 //! A changed line stands behind a comment that holds what it was:
 //!
 //!   # varve NAME was: UUID=1234 /srv ext4 defaults 0 2
-//!   /dev/varve/NAME /srv ext4 defaults,x-systemd.requires=blkfilter.service 0 2
+//!   /dev/varve/NAME /srv ext4 defaults,x-systemd.after=blkfilter.service 0 2
 //!
 //! Crash: the new file is written beside the old one, flushed, and renamed over it: at any moment one of the two is whole.
 
@@ -11,8 +11,8 @@ use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-/// Makes systemd start the data path before the mount, and stop it after the unmount.
-const REQUIRES: &str = "x-systemd.requires=blkfilter.service";
+/// Makes systemd start the data path before the mount, and stop it after the unmount. Not `requires`: a restart of the daemon would unmount.
+const ORDER: &str = "x-systemd.after=blkfilter.service";
 
 /// A line that mounts a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,7 +51,7 @@ pub fn rewritten(text: &str, entries: &[Entry], name: &str, mapped: &Path) -> St
             fields[0] = mapped.display().to_string();
             let options = fields.get(3).cloned().unwrap_or("defaults".to_owned());
             fields.truncate(3);
-            fields.push(format!("{options},{REQUIRES}"));
+            fields.push(format!("{options},{ORDER}"));
             fields.extend(entry.fields.iter().skip(4).cloned());
             lines += &format!("{}{line}\n{}\n", marker(name), fields.join(" "));
         } else {
@@ -137,7 +137,7 @@ mod tests {
         assert_eq!(found[0].place, "/srv");
         let new = rewritten(TABLE, &found, "srv", Path::new("/dev/varve/srv"));
         assert!(new.contains(
-            "\n# varve srv was: UUID=2\t/srv  ext4\tnoatime 0 2\n/dev/varve/srv /srv ext4 noatime,x-systemd.requires=blkfilter.service 0 2\n"
+            "\n# varve srv was: UUID=2\t/srv  ext4\tnoatime 0 2\n/dev/varve/srv /srv ext4 noatime,x-systemd.after=blkfilter.service 0 2\n"
         ), "{new}");
         assert!(new.contains("UUID=1 / ext4"), "other lines stay: {new}");
         assert_eq!(restored(&new, "srv").unwrap(), TABLE);
@@ -149,7 +149,7 @@ mod tests {
         let found = entries(TABLE, |source| source == "/dev/sdc1");
         let new = rewritten(TABLE, &found, "d", Path::new("/dev/varve/d"));
         assert!(
-            new.contains("/dev/varve/d /data xfs defaults,x-systemd.requires=blkfilter.service\n"),
+            new.contains("/dev/varve/d /data xfs defaults,x-systemd.after=blkfilter.service\n"),
             "{new}"
         );
         assert_eq!(restored(&new, "d").unwrap(), TABLE);

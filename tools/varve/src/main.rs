@@ -193,6 +193,7 @@ struct Context {
 }
 
 fn main() -> ExitCode {
+    varve_cli::end_quietly_without_reader();
     let cli = Cli::parse();
     let root = cli
         .common

@@ -33,11 +33,18 @@ fn now_ns() -> i64 {
 pub fn run(context: &Context, wait: Option<u64>) -> Result<ExitCode, ControlError> {
     let start = Instant::now();
     let limit = Duration::from_secs(wait.unwrap_or(0));
-    let mut volumes = daemons::volumes(context)?;
-    while volumes.iter().any(|volume| volume.state != "protected") && start.elapsed() < limit {
+    // A daemon that is being restarted is waited for, too.
+    let settled = |volumes: &Result<Vec<VolumeInfo>, ControlError>| {
+        volumes
+            .as_ref()
+            .is_ok_and(|all| all.iter().all(|volume| volume.state == "protected"))
+    };
+    let mut volumes = daemons::volumes(context);
+    while !settled(&volumes) && start.elapsed() < limit {
         std::thread::sleep(Duration::from_millis(100));
-        volumes = daemons::volumes(context)?;
+        volumes = daemons::volumes(context);
     }
+    let volumes = volumes?;
     let all_safe = !volumes.is_empty() && volumes.iter().all(|volume| volume.state == "protected");
     let shown: Vec<VolumeStatus> = volumes
         .into_iter()
