@@ -50,7 +50,13 @@ const MAY_USE: [(&str, &[&str]); 11] = [
     ),
     (
         "tests",
-        &["varve-format", "varve-log", "varve-front", "blkfilter"],
+        &[
+            "varve-format",
+            "varve-log",
+            "varve-store",
+            "varve-front",
+            "blkfilter",
+        ],
     ),
 ];
 
