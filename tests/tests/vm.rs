@@ -50,6 +50,7 @@ in_guests! {
     killed_and_upgraded_under_load_loses_nothing: |kernel| scenario(kernel, &["kill", &sized(5, 50).to_string()]);
     foreign_write_is_noticed_and_healed: |kernel| scenario(kernel, &["behind-our-back"]);
     bad_input_is_refused_by_name: |kernel| scenario(kernel, &["bad-input"]);
+    sectors_sizes_and_partitions: |kernel| scenario(kernel, &["shapes"]);
     resized_device_is_followed: |kernel| scenario(kernel, &["resize"]);
 }
 
@@ -128,6 +129,11 @@ fn fallback_foreign_write_is_noticed_and_healed() {
 #[test]
 fn fallback_bad_input_is_refused_by_name() {
     fallback(&["bad-input"]);
+}
+
+#[test]
+fn fallback_sectors_sizes_and_partitions() {
+    fallback(&["shapes"]);
 }
 
 #[test]

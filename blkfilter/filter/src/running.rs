@@ -14,7 +14,9 @@ use std::path::PathBuf;
 use varve_control::{ControlError, FrontKind, Paths, VolumeInfo, VolumeSpec};
 use varve_format::Lsn;
 use varve_front::channel::{self, JobSender};
-use varve_front::{Device, DeviceFactory, Geometry, RingPort, Stopper, Waker, fuse, ublk};
+use varve_front::{
+    Device, DeviceFactory, Geometry, RingPort, Stopper, Waker, fuse, show_partitions, ublk,
+};
 use varve_log::{Memory, OwnRing, UringMedium};
 
 /// What to do with the device once it runs.
@@ -224,6 +226,7 @@ impl Running {
         };
         if !mapped.is_empty() {
             link(paths, &spec.name, &mapped);
+            show_partitions(&mapped);
         }
         let jobs = matches!(mode, Mode::Rewinding(_)).then_some(jobs);
         let (note, reread_bytes, rewind_target) =

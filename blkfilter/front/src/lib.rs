@@ -15,6 +15,7 @@ mod device;
 pub mod fuse;
 mod loopback;
 pub mod nbd;
+mod partitions;
 mod request;
 pub mod ublk;
 
@@ -23,4 +24,5 @@ pub const RANGE_BYTES_MAX: u64 = 16 << 20;
 
 pub use device::{Answer, Device, DeviceFactory, Errno, RingPort, Stopper, Waker};
 pub use loopback::now_ns as monotonic_ns;
+pub use partitions::show_partitions;
 pub use request::{Geometry, Request, RequestKind};

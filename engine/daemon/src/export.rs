@@ -9,7 +9,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use varve_control::{ControlError, Paths};
 use varve_front::channel;
-use varve_front::{Device, DeviceFactory, Geometry, RingPort, Stopper, Waker, fuse, nbd, ublk};
+use varve_front::{
+    Device, DeviceFactory, Geometry, RingPort, Stopper, Waker, fuse, nbd, show_partitions, ublk,
+};
 use varve_store::Image;
 
 const SHOW_WAIT: Duration = Duration::from_secs(30);
@@ -42,10 +44,9 @@ impl Exports {
         writable: bool,
         socket: Option<String>,
     ) -> Result<String, ControlError> {
-        let sector_bytes = 512;
         let geometry = Geometry {
             bytes: image.bytes(),
-            sector_bytes,
+            sector_bytes: image.sector_bytes(),
             physical_bytes: 4096,
             discard_granularity: 0,
             read_only: !writable,
@@ -114,6 +115,9 @@ impl Exports {
             })?;
         match shown.recv_timeout(SHOW_WAIT) {
             Ok(name) => {
+                if name.starts_with("/dev/") {
+                    show_partitions(&name);
+                }
                 self.shown().insert(
                     name.clone(),
                     Export {

@@ -58,6 +58,7 @@ struct Cache {
 /// A volume as of an LSN.
 pub struct Image {
     bytes: u64,
+    sector_bytes: u32,
     lsn: Lsn,
     extents: BTreeMap<u64, Extent>,
     sources: Vec<Source>,
@@ -67,8 +68,10 @@ pub struct Image {
 impl Image {
     /// Opens the image at `lsn`. The caller has asked the timeline whether it resolves. Files stay open: the image outlives changes of the store.
     pub fn open(store: &VolumeStore, lsn: Lsn) -> Result<Image, StoreError> {
+        let (bytes, sector_bytes) = store.shape(lsn)?;
         let mut image = Image {
-            bytes: store.volume_bytes(lsn)?,
+            bytes,
+            sector_bytes,
             lsn,
             extents: BTreeMap::new(),
             sources: Vec::new(),
@@ -104,6 +107,12 @@ impl Image {
     #[must_use]
     pub fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// Logical sector in bytes: 512 or 4096.
+    #[must_use]
+    pub fn sector_bytes(&self) -> u32 {
+        self.sector_bytes
     }
 
     /// The instant.

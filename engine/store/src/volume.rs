@@ -173,17 +173,22 @@ impl VolumeStore {
             .sum()
     }
 
-    /// Size of the volume at `lsn`, in bytes: it changes only where a new epoch begins, with a segment of its own.
-    pub fn volume_bytes(&self, lsn: Lsn) -> Result<u64, StoreError> {
+    /// Size of the volume at `lsn` and its logical sector, in bytes: they change only where a new epoch begins, with a segment of its own.
+    pub fn shape(&self, lsn: Lsn) -> Result<(u64, u32), StoreError> {
         let before = |segment: &&StoredSegment| Lsn(segment.footer.lsn_start.get()) < lsn;
         let newest = self.segments.values().rev().find(before);
         let Some(segment) = newest.or_else(|| self.segments.values().next()) else {
-            return Ok(0);
+            return Ok((0, 512));
         };
         let file = File::open(&segment.path).map_err(StoreError::io(&segment.path))?;
         let reader = varve_log::SegmentReader::open(file, 0, segment.footer.data_bytes.get())
             .map_err(StoreError::segment(&segment.path))?;
-        Ok(reader.header().volume_bytes.get())
+        let header = reader.header();
+        let sector_bytes = match header.sector_bytes.get() {
+            4096 => 4096,
+            _ => 512,
+        };
+        Ok((header.volume_bytes.get(), sector_bytes))
     }
 }
 

@@ -240,6 +240,11 @@ pub fn mount(
     }
     let (device, lsn, time_ns) = show(context, volume, text, None, true)?;
     let node = partition.map_or_else(|| device.clone(), |number| format!("{device}p{number}"));
+    // The kernel makes a partition's node a moment after the device's.
+    let since = std::time::Instant::now();
+    while partition.is_some() && !Path::new(&node).exists() && since.elapsed().as_secs() < 3 {
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
     let kind = output_of("blkid", &["-p", "-o", "value", "-s", "TYPE", &node]);
     let mut options = vec![if writable { "rw" } else { "ro" }];
     if kind == "xfs" {

@@ -5,6 +5,7 @@ mod death;
 mod instants;
 mod log_fault;
 mod origin;
+mod shapes;
 
 use log_fault::Fault;
 use std::path::Path;
@@ -42,6 +43,7 @@ fn main() -> ExitCode {
             .and_then(|fault| log_fault::after_bypass_cut(&installation, fault)),
         "behind-our-back" => origin::behind_our_back(&installation, device),
         "bad-input" => bad_input::bad_input(&installation, Path::new(root)),
+        "shapes" => shapes::shapes(&installation, Path::new(root)),
         "resize" => origin::resize(&installation, Path::new(root)),
         other => Err(format!("no scenario is named {other}")),
     });
