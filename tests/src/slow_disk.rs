@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use varve_front::ublk::{self, UblkOptions};
 use varve_front::{
-    Answer, Device, DeviceFactory, Errno, Geometry, Request, RequestKind, Stopper, Waker,
+    Answer, Device, DeviceFactory, Errno, Geometry, Request, RequestKind, Stopper, Waker, fuse,
     monotonic_ns,
 };
 
@@ -80,11 +80,14 @@ impl Device for SlowDisk {
     fn closed(&mut self) {}
 }
 
-/// Serves `/dev/ublkb{id}` over `backing` until the process ends. `control` holds the milliseconds that a write or flush takes; no file: none.
-///
-/// # Errors
-/// If the backing cannot be opened or the device not be made.
-pub fn serve(backing: &str, control: &Path, id: u32) -> Result<(), String> {
+struct Parts {
+    factory: DeviceFactory,
+    geometry: Geometry,
+    waker: Waker,
+    stopper: Stopper,
+}
+
+fn parts(backing: &str, control: &Path) -> Result<Parts, String> {
     let file = File::options()
         .read(true)
         .write(true)
@@ -103,17 +106,56 @@ pub fn serve(backing: &str, control: &Path, id: u32) -> Result<(), String> {
             answers: VecDeque::new(),
         })
     });
+    let geometry = Geometry {
+        bytes,
+        sector_bytes: 512,
+        physical_bytes: 4096,
+        discard_granularity: 0,
+        read_only: false,
+    };
+    Ok(Parts {
+        factory,
+        geometry,
+        waker,
+        stopper,
+    })
+}
+
+/// Serves `/dev/ublkb{id}` over `backing` until the process ends. `control` holds the milliseconds that a write or flush takes; no file: none.
+///
+/// # Errors
+/// If the backing cannot be opened or the device not be made.
+pub fn serve(backing: &str, control: &Path, id: u32) -> Result<(), String> {
+    let parts = parts(backing, control)?;
     let options = UblkOptions {
         id: Some(id),
         recover: false,
         lasting: false,
-        geometry: Geometry {
-            bytes,
-            sector_bytes: 512,
-            physical_bytes: 4096,
-            discard_granularity: 0,
-            read_only: false,
-        },
+        geometry: parts.geometry,
     };
-    ublk::serve(&options, factory, &waker, &stopper, |_| {}).map_err(|e| e.to_string())
+    ublk::serve(
+        &options,
+        parts.factory,
+        &parts.waker,
+        &parts.stopper,
+        |_| {},
+    )
+    .map_err(|e| e.to_string())
+}
+
+/// The same through FUSE and a loop device, whose path it prints: what the fallback's way costs by itself.
+///
+/// # Errors
+/// As above.
+pub fn serve_fuse(backing: &str, directory: &Path) -> Result<(), String> {
+    let parts = parts(backing, Path::new("/nonexistent"))?;
+    fuse::serve(
+        directory,
+        parts.geometry,
+        parts.factory,
+        &parts.waker,
+        &parts.stopper,
+        |device| println!("{device}"),
+    )
+    .map_err(|e| e.to_string())
 }

@@ -27,6 +27,11 @@ fn main() -> ExitCode {
         println!("slow-disk: {served:?}");
         return ExitCode::FAILURE;
     }
+    if name == "fuse-disk" {
+        let served = slow_disk::serve_fuse(device, Path::new(root));
+        println!("fuse-disk: {served:?}");
+        return ExitCode::FAILURE;
+    }
     let number = rest.get(1).and_then(|text| text.parse().ok()).unwrap_or(0);
     let outcome = Installation::new(Path::new(root)).and_then(|installation| match name.as_str() {
         "instants" => instants::instants(&installation, device, argument, number),
