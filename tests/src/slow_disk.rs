@@ -2,16 +2,20 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use varve_front::ublk::{self, UblkOptions};
 use varve_front::{
     Answer, Device, DeviceFactory, Errno, Geometry, Request, RequestKind, Stopper, Waker, fuse,
     monotonic_ns,
 };
+use varve_log::Buffer;
 
 struct SlowDisk {
+    /// Opened for direct I/O: nothing is gained by this machine's page cache.
     backing: File,
+    /// Aligned memory for it.
+    bounce: Buffer,
     control: PathBuf,
     /// Requests, and when each is served.
     waiting: VecDeque<(u64, Request)>,
@@ -28,14 +32,28 @@ impl SlowDisk {
         let outcome = match (request.kind, &request.buffer) {
             (RequestKind::Flush, _) => self.backing.sync_data(),
             (RequestKind::Read, Some(buffer)) => {
-                buffer.write_with(|bytes| self.backing.read_exact_at(bytes, request.offset))
+                let bounce = self.bounce.slice(0, request.length as usize);
+                let read =
+                    bounce.write_with(|bytes| self.backing.read_exact_at(bytes, request.offset));
+                buffer.write_with(|bytes| bounce.read_with(|found| bytes.copy_from_slice(found)));
+                read
             }
             (RequestKind::Write, Some(buffer)) => {
-                buffer.read_with(|bytes| self.backing.write_all_at(bytes, request.offset))
+                let bounce = self.bounce.slice(0, request.length as usize);
+                buffer.read_with(|bytes| bounce.write_with(|space| space.copy_from_slice(bytes)));
+                bounce.read_with(|bytes| self.backing.write_all_at(bytes, request.offset))
             }
-            _ => self
-                .backing
-                .write_all_at(&vec![0; request.length as usize], request.offset),
+            _ => {
+                let zeroes = self.bounce.slice(0, 4096.min(request.length as usize));
+                zeroes.write_with(|bytes| bytes.fill(0));
+                (0..request.length)
+                    .step_by(zeroes.read_with(<[u8]>::len))
+                    .try_for_each(|at| {
+                        zeroes.read_with(|bytes| {
+                            self.backing.write_all_at(bytes, request.offset + at)
+                        })
+                    })
+            }
         };
         outcome.map_err(|error| error.raw_os_error().unwrap_or(libc::EIO))
     }
@@ -91,6 +109,7 @@ fn parts(backing: &str, control: &Path) -> Result<Parts, String> {
     let file = File::options()
         .read(true)
         .write(true)
+        .custom_flags(libc::O_DIRECT)
         .open(backing)
         .map_err(|e| format!("{backing}: {e}"))?;
     let bytes = std::io::Seek::seek(&mut &file, std::io::SeekFrom::End(0))
@@ -101,6 +120,8 @@ fn parts(backing: &str, control: &Path) -> Result<Parts, String> {
     let factory: DeviceFactory = Box::new(move |_port| {
         Box::new(SlowDisk {
             backing: file,
+            // On this thread: such memory is not sent to another.
+            bounce: Buffer::anonymous(2 << 20).unwrap(),
             control,
             waiting: VecDeque::new(),
             answers: VecDeque::new(),
