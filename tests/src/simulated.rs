@@ -501,6 +501,7 @@ impl<R: Rules> Simulated<R> {
         }
         self.check_flushed(origin)?;
         self.check_order(&history)?;
+        self.check_copies(&history)?;
         for (lsn, content) in &self.snapshots {
             if !history.resolves(*lsn) {
                 continue; // Given up in a bypass: a gap says so.
@@ -548,6 +549,22 @@ impl<R: Rules> Simulated<R> {
                         number + 1
                     ));
                 }
+            }
+        }
+        Ok(())
+    }
+
+    /// What was copied lies in a span: only there it may change an image.
+    fn check_copies(&self, history: &History) -> Result<(), String> {
+        let mut open = false;
+        for entry in history.entries.values() {
+            match entry.kind {
+                RecordKind::SpanBegin => open = true,
+                RecordKind::SpanEnd => open = false,
+                _ if entry.flags & varve_format::RecordFlags::COPIED != 0 && !open => {
+                    return Err(format!("LSN {}: a copy outside of any span", entry.lsn));
+                }
+                _ => {}
             }
         }
         Ok(())

@@ -8,7 +8,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
-use varve_tests::guest::{Kernel, ORIGIN_MIB, disk, scenario_program, sized};
+use varve_tests::guest::{Kernel, ORIGIN_MIB, disk, large, scenario_program, sized};
 use varve_tests::in_guests;
 use varve_tests::replay::lose_unflushed;
 
@@ -204,7 +204,35 @@ fn lie(kernel: &Kernel) {
     assert!(broken.contains("BROKEN"), "{broken}");
 }
 
+/// A power cut in the middle of a rewind: it is finished before the device is offered, and can be undone.
+fn rewind(kernel: &Kernel) {
+    if kernel.is_emulated() && !large() {
+        println!("left to `make vm` under emulation");
+        return;
+    }
+    let machine = Machine::new();
+    let made = kernel.run(
+        &[&machine.origin, &machine.lasting],
+        &[],
+        60,
+        "mkfs.ext4 -q -F /dev/ubdb",
+    );
+    assert!(made.status.success(), "mkfs: {made:?}");
+    let story = "rewind-load /mnt/varve /dev/mapper/origin";
+    let disks: [&Path; 2] = [&machine.origin, &machine.lasting];
+    let mut guest = kernel.start(&disks, &[], &Machine::script(false, story));
+    guest.wait_for("LOADED");
+    std::thread::sleep(Duration::from_millis(300));
+    guest.cut();
+    let story = "after-rewind-cut /mnt/varve /dev/mapper/origin";
+    let output = kernel.run(&disks, &[], 300, &Machine::script(false, story));
+    let text = String::from_utf8_lossy(&output.stdout);
+    println!("{}: {text}", kernel.name());
+    assert!(output.status.success(), "{}: {text}", kernel.name());
+}
+
 in_guests! {
+    power_cut_in_a_rewind_is_finished_and_can_be_undone: rewind;
     power_cut_leaves_device_and_history_identical: cuts;
     power_cut_of_a_lying_disk_is_noticed_by_the_test: lie;
 }

@@ -23,6 +23,24 @@ pub fn kill(varve: &Installation, device: &str, kills: u32) -> Outcome {
     make_file_system("ext4", &mapped)?;
     run("mount", &[&mapped, "/mnt/live"])?;
     let mut fio = start_fio("/mnt/live", 64, 16, 4 + kills * 2)?;
+    // Somebody looks: a tracer interrupts every system call.
+    let _ = run(
+        "timeout",
+        &[
+            "-s",
+            "INT",
+            "0.5",
+            "strace",
+            "-f",
+            "-o",
+            "/dev/null",
+            "-p",
+            &filter.id().to_string(),
+        ],
+    );
+    if filter.try_wait().map_err(|e| e.to_string())?.is_some() {
+        return Err("being traced ended blkfilter".to_owned());
+    }
     for round in 0..kills {
         pause(700 + u64::from(round) * 130);
         if fio.try_wait().map_err(|e| e.to_string())?.is_some() {

@@ -5,6 +5,7 @@ mod death;
 mod instants;
 mod log_fault;
 mod origin;
+mod rewinds;
 mod shapes;
 
 use log_fault::Fault;
@@ -49,6 +50,9 @@ fn main() -> ExitCode {
         "behind-our-back" => origin::behind_our_back(&installation, device),
         "bad-input" => bad_input::bad_input(&installation, Path::new(root)),
         "shapes" => shapes::shapes(&installation, Path::new(root)),
+        "rewind-killed" => rewinds::killed(&installation, device),
+        "rewind-load" => rewinds::load(&installation, device),
+        "after-rewind-cut" => rewinds::after_cut(&installation),
         "resize" => origin::resize(&installation, Path::new(root)),
         other => Err(format!("no scenario is named {other}")),
     });

@@ -1,0 +1,157 @@
+//! A rewind is interrupted: by the death of either daemon, or of the machine. It is finished before the device is offered again, and can be undone.
+
+use crate::{Outcome, export, protect};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+use varve_tests::scenario::{Installation, digest, pause, run, say};
+
+const MIB: u64 = 192;
+
+fn fill(mapped: &str) -> Result<String, String> {
+    run(
+        "dd",
+        &[
+            "if=/dev/urandom",
+            &format!("of={mapped}"),
+            "bs=1M",
+            &format!("count={MIB}"),
+            "oflag=direct",
+            "conv=fsync",
+            "status=none",
+        ],
+    )?;
+    digest(mapped)
+}
+
+/// Two contents with a name each; their digests.
+fn two_instants(varve: &Installation, device: &str) -> Result<(String, String), String> {
+    let mapped = protect(varve, device)?;
+    varve.wait_protected()?;
+    let first = fill(&mapped)?;
+    varve.wait_protected()?;
+    varve.varve(&["mark", "first"])?;
+    let second = fill(&mapped)?;
+    varve.wait_protected()?;
+    varve.varve(&["mark", "second"])?;
+    Ok((first, second))
+}
+
+/// Starts a rewind that may be interrupted.
+fn begin(varve: &Installation, instant: &str) -> Result<std::process::Child, String> {
+    let child = Command::new(varve.program("varve"))
+        .arg("--root")
+        .arg(varve.root())
+        .args(["rewind", instant, "--yes"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .map_err(|e| e.to_string())?;
+    let start = Instant::now();
+    while !status(varve).contains("\"rewinding\"") {
+        if start.elapsed() > Duration::from_secs(30) {
+            return Err("the rewind does not begin".to_owned());
+        }
+        pause(20);
+    }
+    Ok(child)
+}
+
+fn status(varve: &Installation) -> String {
+    varve
+        .varve(&["--json", "status"])
+        .unwrap_or_else(|text| text)
+}
+
+/// The device is back, and holds what it should.
+fn holds(varve: &Installation, expected: &str, what: &str) -> Outcome {
+    let start = Instant::now();
+    let found = loop {
+        if varve.varve(&["status"]).is_ok()
+            && let Ok(mapped) = varve.device("disk")
+        {
+            break digest(&mapped)?;
+        }
+        if start.elapsed() > Duration::from_secs(120) {
+            return Err(format!("{what}: never finished\n{}", varve.messages()));
+        }
+        pause(100);
+    };
+    if found != expected {
+        return Err(format!(
+            "{what}: the device is not what it was\n{}",
+            varve.messages()
+        ));
+    }
+    varve.compare()
+}
+
+/// Either daemon is killed in the middle.
+pub fn killed(varve: &Installation, device: &str) -> Outcome {
+    let start = Instant::now();
+    let (first, second) = two_instants(varve, device)?;
+    for (program, instant, expected) in [
+        ("varved", "first", &first),
+        ("blkfilter", "second", &second),
+        ("varved", "first", &first),
+    ] {
+        let mut client = begin(varve, instant)?;
+        pause(250);
+        run("pkill", &["-KILL", program])?;
+        let _ = client.wait();
+        let offered = varve.device("disk").is_ok() && !status(varve).contains("rewinding");
+        varve.varve(&["up"])?;
+        holds(varve, expected, &format!("{program} was killed"))?;
+        let finished = varve.messages().contains("the interrupted rewind");
+        say(
+            start,
+            &format!(
+                "{program} killed in a rewind: finished by itself (said so: {finished}, offered in between: {offered})"
+            ),
+        );
+    }
+    if !varve.messages().contains("the interrupted rewind") {
+        return Err(format!("no rewind was interrupted:\n{}", varve.messages()));
+    }
+    varve.varve(&["down"]).map(|_| ())
+}
+
+/// A rewind until the power goes.
+pub fn load(varve: &Installation, device: &str) -> Outcome {
+    let (first, second) = two_instants(varve, device)?;
+    let write = |name: &str, text: &str| {
+        std::fs::write(varve.root().join(name), text).map_err(|e| e.to_string())
+    };
+    write("digest-first", &first)?;
+    write("digest-second", &second)?;
+    run("sync", &[])?;
+    begin(varve, "first")?;
+    println!("LOADED");
+    loop {
+        pause(1000);
+    }
+}
+
+/// The power is back.
+pub fn after_cut(varve: &Installation) -> Outcome {
+    let read =
+        |name: &str| std::fs::read_to_string(varve.root().join(name)).map_err(|e| e.to_string());
+    let (first, second) = (read("digest-first")?, read("digest-second")?);
+    varve.varve(&["up"])?;
+    holds(varve, &first, "after a power cut in a rewind")?;
+    if !varve.messages().contains("the interrupted rewind") {
+        return Err(format!(
+            "the cut interrupted no rewind:\n{}",
+            varve.messages()
+        ));
+    }
+    // It was recorded: it can be undone, and the past is still there.
+    let image = export(varve, "second", false)?;
+    let found = digest(&image)?;
+    varve.varve(&["unexport", &image])?;
+    if found != second {
+        return Err("the instant before the rewind is not what it was".to_owned());
+    }
+    varve.varve(&["rewind", "second", "--yes"])?;
+    holds(varve, &second, "the rewind is undone")?;
+    varve.varve(&["down"]).map(|_| ())
+}
