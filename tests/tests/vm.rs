@@ -61,6 +61,7 @@ in_guests! {
     bad_input_is_refused_by_name: |kernel| everywhere(kernel, &["bad-input"]);
     sectors_sizes_and_partitions: |kernel| everywhere(kernel, &["shapes"]);
     killed_in_a_rewind_finishes_it: |kernel| everywhere(kernel, &["rewind-killed"]);
+    lost_history_is_said_and_made_whole: |kernel| everywhere(kernel, &["holes"]);
     resized_device_is_followed: |kernel| everywhere(kernel, &["resize"]);
 }
 
@@ -144,6 +145,11 @@ fn fallback_bad_input_is_refused_by_name() {
 #[test]
 fn fallback_sectors_sizes_and_partitions() {
     fallback(&["shapes"]);
+}
+
+#[test]
+fn fallback_lost_history_is_said_and_made_whole() {
+    fallback(&["holes"]);
 }
 
 #[test]

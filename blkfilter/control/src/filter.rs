@@ -50,6 +50,11 @@ pub enum FilterOp {
         /// Sequence.
         below: u64,
     },
+    /// The history has a hole, or is not there: compare the device with it, and copy what differs.
+    Doubt {
+        /// Name of the volume.
+        name: String,
+    },
     /// A comparison of an unverified volume with its history has come this far.
     Verified {
         /// Name of the volume.

@@ -18,6 +18,8 @@ pub enum Message {
     Seal(Sender<(SegmentSequence, Lsn)>),
     /// The store has everything below.
     Release(SegmentSequence),
+    /// The history lacks something: begin a span of doubt. Answered with whether there is one now.
+    Doubt(Sender<bool>),
     /// A comparison has come this far: its number, the end of what it has seen, ranges that are equal. Answered with whether to go on.
     Verified(u64, u64, Vec<(u64, u64)>, Sender<bool>),
     /// End the rewind span; answered once that is durable.
@@ -150,6 +152,9 @@ impl Device for VolumeDevice {
                     }
                 }
                 Message::Release(below) => self.volume.release_segments_below(below),
+                Message::Doubt(reply) => {
+                    let _ = reply.send(self.volume.doubt(medium));
+                }
                 Message::Verified(number, below, equal, reply) => {
                     let now = medium.now().monotonic_ns;
                     let _ = reply.send(self.volume.verified(now, number, below, &equal));

@@ -175,6 +175,9 @@ fn answer(manager: &Manager, op: FilterOp, attached: Vec<u8>) -> Result<FilterRe
             manager.release(&name, SegmentSequence(below))?;
             FilterReply::Done
         }
+        FilterOp::Doubt { name } => FilterReply::Wanted {
+            wanted: manager.doubt(&name)?,
+        },
         FilterOp::Verified {
             name,
             number,

@@ -314,6 +314,11 @@ impl Manager {
         self.ask(name, ANSWER_WAIT, Message::Seal)
     }
 
+    /// The history lacks something: everything is compared, and what differs copied. Whether that has begun.
+    pub fn doubt(&self, name: &str) -> Result<bool, ControlError> {
+        self.ask(name, ANSWER_WAIT, Message::Doubt)
+    }
+
     /// A comparison with the history has come this far; whether it should go on.
     pub fn verified(
         &self,

@@ -17,6 +17,7 @@ use crate::bitmap::BITMAP_BLOCK_BYTES;
 use crate::config::Rules;
 use crate::volume::Volume;
 use varve_format::{SpanKind, VolumeState};
+use varve_log::Medium;
 
 /// Who compares may be silent this many times as long as it may take to come forward.
 const PATIENCE: u64 = 6;
@@ -64,6 +65,22 @@ impl<R: Rules> Volume<R> {
                 until_ns: now_ns + self.config.verify_wait_ns,
             };
         }
+    }
+
+    /// The store lacks a part of the history: everything is in doubt. Whether a span of doubt is open now; not in bypass, in a rewind, or while another
+    /// copy runs: whoever asks asks again.
+    pub fn doubt(&mut self, medium: &mut dyn Medium) -> bool {
+        if self.state != VolumeState::Protected
+            || self.span.is_some()
+            || !self.is_logging()
+            || !self.writer.has_room(1, 0, true)
+        {
+            return false;
+        }
+        self.bitmap.set(0, self.config.volume_bytes);
+        self.begin_span(medium, SpanKind::Verify, VolumeState::Unverified);
+        self.ask_for_verification(medium.now().monotonic_ns);
+        true
     }
 
     /// Blocks were marked for another reason: a comparison that is running knows nothing of it.

@@ -247,6 +247,19 @@ impl Service {
         for problem in &done.problems {
             eprintln!("varved: {}: {problem}", volume.name);
         }
+        let incomplete =
+            self.with_store(&volume.id, |store| Ok(store.timeline().is_incomplete()))?;
+        if incomplete && volume.state == "protected" {
+            let op = FilterOp::Doubt {
+                name: volume.name.clone(),
+            };
+            if let FilterReply::Wanted { wanted: true } = self.filter()?.call(&op)? {
+                eprintln!(
+                    "varved: {}: the history lacks a part: nothing can be restored from after it. The device is compared with what there is",
+                    volume.name
+                );
+            }
+        }
         self.filter()?.call::<_, FilterReply>(&FilterOp::Release {
             name: volume.name.clone(),
             below: done.below.0,

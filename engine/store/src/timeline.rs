@@ -57,6 +57,8 @@ pub struct Timeline {
     /// Gaps, oldest first.
     pub gaps: Vec<Event>,
     end: Lsn,
+    /// A segment is missing, and no full copy has made up for it since.
+    hole: bool,
 }
 
 impl Timeline {
@@ -117,6 +119,7 @@ impl Timeline {
                 }
             }
         }
+        timeline.hole = hole;
         if let Some((from, from_time, kind)) = open {
             let to_time = timeline.records.last().map_or(from_time, |record| record.1);
             timeline.closed.push(Closed {
@@ -135,6 +138,12 @@ impl Timeline {
     #[must_use]
     pub fn closed(&self) -> &[Closed] {
         &self.closed
+    }
+
+    /// Whether only a full copy can make it whole again: a segment is missing, or its beginning is not there.
+    #[must_use]
+    pub fn is_incomplete(&self) -> bool {
+        self.hole || (self.end > Lsn(0) && self.closed.is_empty())
     }
 
     /// LSN after the last record.

@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod death;
+mod holes;
 mod instants;
 mod log_fault;
 mod origin;
@@ -53,6 +54,7 @@ fn main() -> ExitCode {
         "rewind-killed" => rewinds::killed(&installation, device),
         "rewind-load" => rewinds::load(&installation, device),
         "after-rewind-cut" => rewinds::after_cut(&installation),
+        "holes" => holes::holes(&installation, device),
         "resize" => origin::resize(&installation, Path::new(root)),
         other => Err(format!("no scenario is named {other}")),
     });

@@ -1,0 +1,118 @@
+//! History is lost: the store is gone, or a part of the log is damaged before it was taken. It is said, and made whole again by a comparison.
+
+use crate::{Outcome, export, protect};
+use std::os::unix::fs::FileExt;
+use varve_tests::scenario::{Installation, digest, pause, run};
+use varve_tests::stamps::{Stamper, read_stamps};
+
+const BLOCKS: u64 = 4096;
+
+fn until_said(varve: &Installation, what: &str) -> Outcome {
+    for _ in 0..300 {
+        if varve.messages().contains(what) {
+            return Ok(());
+        }
+        pause(100);
+    }
+    Err(format!("never said: {what}\n{}", varve.messages()))
+}
+
+/// Both losses, one after the other.
+pub fn holes(varve: &Installation, device: &str) -> Outcome {
+    let mapped = protect(varve, device)?;
+    run(
+        "blkdiscard",
+        &[
+            "-z",
+            "-f",
+            "-o",
+            "0",
+            "-l",
+            &(BLOCKS * 4096).to_string(),
+            &mapped,
+        ],
+    )?;
+    let mut writer = Stamper::new(&mapped, BLOCKS)?;
+    for step in 0..500 {
+        writer.write(step % 50 == 49)?;
+    }
+    varve.compare()?;
+
+    // A segment of the log is damaged while nobody takes it.
+    run("pkill", &["-KILL", "varved"])?;
+    let before: String = varve
+        .varve(&["--json", "status"])
+        .unwrap_or_else(|text| text);
+    let sequence: u64 = before
+        .split("\"sequence\": ")
+        .nth(1)
+        .and_then(|rest| rest.split(',').next())
+        .and_then(|number| number.parse().ok())
+        .ok_or(format!("no sequence in {before}"))?;
+    // 128 MiB in 16 places: enough that several are sealed.
+    for round in 0..24 {
+        run(
+            "dd",
+            &[
+                "if=/dev/urandom",
+                &format!("of={mapped}"),
+                "bs=1M",
+                "count=1",
+                &format!("seek={}", 32 + round),
+                "oflag=direct",
+                "status=none",
+            ],
+        )?;
+    }
+    for step in 0..300 {
+        writer.write(step % 50 == 49)?;
+    }
+    let log = varve.root().join("var/lib/varve/log/disk.log");
+    let file = std::fs::File::options()
+        .write(true)
+        .open(&log)
+        .map_err(|e| format!("{}: {e}", log.display()))?;
+    let place = (sequence + 1) % 16 * (8 << 20);
+    file.write_all_at(&[0x5a; 8192], place + (2 << 20))
+        .and_then(|()| file.sync_all())
+        .map_err(|e| e.to_string())?;
+    varve.varve(&["up"])?;
+    until_said(varve, "is damaged")?;
+    until_said(varve, "compared with its history")?;
+    varve.wait_protected()?;
+    varve.compare()?;
+    let image = export(varve, "now", false)?;
+    let (now, then) = (digest(&mapped)?, digest(&image)?);
+    varve.varve(&["unexport", &image])?;
+    if now != then {
+        return Err("the newest image is not the device".to_owned());
+    }
+
+    // The whole store is gone.
+    drop(writer);
+    varve.varve(&["down"])?;
+    run(
+        "rm",
+        &[
+            "-r",
+            &varve
+                .root()
+                .join("var/lib/varve/store/volumes")
+                .display()
+                .to_string(),
+        ],
+    )?;
+    varve.varve(&["up"])?;
+    until_said(varve, "nothing can be restored")?;
+    varve.wait_protected()?;
+    let mapped = varve.device("disk")?;
+    let stamps = read_stamps(&mapped, BLOCKS)?;
+    let image = export(varve, "now", false)?;
+    let found = read_stamps(&image, BLOCKS)?;
+    varve.varve(&["unexport", &image])?;
+    if found != stamps || stamps.iter().all(|stamp| *stamp == 0) {
+        return Err("with a new store the newest image is not the device".to_owned());
+    }
+    varve.compare()?;
+    varve.varve(&["down"]).map(|_| ())
+}
