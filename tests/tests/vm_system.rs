@@ -149,6 +149,9 @@ fn system_protects_a_mounted_device_at_the_next_boot_and_takes_it_back() {
             cmp /etc/fstab /root/fstab
             varve protect --at-next-boot /dev/ubdb --name data --log-size 64
             grep -q '^/dev/varve/data /srv ext4 defaults,x-systemd.after=blkfilter.service 0 2' /etc/fstab
+            # The disk that is mounted now stays what it is for systemd.
+            udevadm trigger -c change /dev/ubdb; udevadm settle; sleep 1
+            test "$(findmnt -no SOURCE /srv)" = /dev/ubdb
             # Not before: also if the daemon starts anew.
             systemctl restart blkfilter
             varve status && exit 1 || test $? = 3
@@ -171,6 +174,8 @@ fn system_protects_a_mounted_device_at_the_next_boot_and_takes_it_back() {
             varve mount before-disaster /mnt
             test "$(cat /mnt/file)" = treasure
             varve umount /mnt
+            # A mount that systemd does not know to order: served until it is gone, all the same.
+            mkdir -p /other; mount /dev/varve/data /other; echo last > /other/file4
         "#);
         machine.boot(
             "after an ordinary shutdown",
@@ -182,6 +187,7 @@ fn system_protects_a_mounted_device_at_the_next_boot_and_takes_it_back() {
             test ! -e /srv/file -a "$(cat /srv/file2)" = more
             varve compare
             varve points | grep before-disaster
+            test "$(cat /srv/file4)" = last
             echo unfinished > /srv/file3; sync
         "#,
         );

@@ -32,3 +32,50 @@ pub fn mapped_volume_under(paths: &Paths, path: &Path) -> Option<String> {
         is_under.then(|| link.file_name().to_string_lossy().into_owned())
     })
 }
+
+/// Whether two paths are (parts of) the same storage: one file, one device, or a partition and its disk.
+#[must_use]
+pub fn is_same_storage(left: &Path, right: &Path) -> bool {
+    let (Ok(a), Ok(b)) = (std::fs::metadata(left), std::fs::metadata(right)) else {
+        return std::path::absolute(left).ok() == std::path::absolute(right).ok();
+    };
+    if !a.file_type().is_block_device() || !b.file_type().is_block_device() {
+        return a.dev() == b.dev() && a.ino() == b.ino();
+    }
+    let place = |metadata: &std::fs::Metadata| std::fs::canonicalize(sysfs(metadata.rdev()));
+    match (place(&a), place(&b)) {
+        (Ok(a), Ok(b)) => a.starts_with(&b) || b.starts_with(&a),
+        _ => a.rdev() == b.rdev(),
+    }
+}
+
+/// The path by which a device is found again after a reboot: kernel names change, these do not. A file keeps its path.
+#[must_use]
+pub fn lasting_path(path: &Path) -> PathBuf {
+    let Ok(device) = std::fs::canonicalize(path) else {
+        return path.to_path_buf();
+    };
+    if !std::fs::metadata(&device).is_ok_and(|m| m.file_type().is_block_device()) {
+        return path.to_path_buf();
+    }
+    let name = device.file_name().unwrap_or_default();
+    let mapper = Path::new("/sys/class/block").join(name).join("dm/name");
+    if let Ok(text) = std::fs::read_to_string(mapper) {
+        return Path::new("/dev/mapper").join(text.trim());
+    }
+    for kind in ["by-id", "by-partuuid", "by-path"] {
+        let links = std::fs::read_dir(Path::new("/dev/disk").join(kind));
+        let mut found: Vec<PathBuf> = links
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|entry| entry.path())
+            .filter(|link| std::fs::canonicalize(link).is_ok_and(|path| path == device))
+            .collect();
+        found.sort();
+        if let Some(link) = found.into_iter().next_back() {
+            return link; // Among by-id: `wwn-…` sorts last.
+        }
+    }
+    device
+}

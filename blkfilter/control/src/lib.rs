@@ -13,7 +13,7 @@ mod spec;
 mod store;
 mod wire;
 
-pub use block::{mapped_volume_under, sysfs};
+pub use block::{is_same_storage, lasting_path, mapped_volume_under, sysfs};
 pub use filter::{FilterOp, FilterReply, SealedInfo, VolumeInfo};
 pub use paths::Paths;
 pub use spec::{Ack, FrontKind, SpecError, VolumeSpec, load_specs, save_spec};

@@ -66,6 +66,9 @@ pub struct VolumeSpec {
     /// Prepared while the device was mounted: protection begins with the first boot that is not this one (its boot ID).
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub begins_after_boot: String,
+    /// Log or state file lie on another file system than this file: at a boot it may not be mounted yet, and what is missing is not made anew.
+    #[serde(default)]
+    pub apart: bool,
 }
 
 fn default_resync_bytes_max() -> u64 {

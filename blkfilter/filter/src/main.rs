@@ -11,7 +11,7 @@ use varve_format::{Lsn, SegmentSequence};
 const HELP: &str = "blkfilter: the data path of Varve: records every write to protected devices.
 
 Usage: blkfilter [--root DIR]
-       blkfilter --is-origin DEVICE    (for udev: exit code 0 if DEVICE is a protected volume's)
+       blkfilter --is-origin DEVICE [LINK...]  (for udev: exit code 0 if DEVICE is a protected volume's)
        blkfilter --mapped-name DEVICE  (for udev: the name of the volume that DEVICE shows)
 
 It opens all volumes in DIR/etc/varve/volumes (DIR is / by default, or VARVE_ROOT) and answers `varve` on
@@ -26,7 +26,9 @@ fn main() -> ExitCode {
     while let Some(argument) = arguments.next() {
         match (argument.as_str(), arguments.next()) {
             ("--root", Some(value)) => root = value,
-            ("--is-origin", Some(device)) => return is_origin(&Paths::new(root), &device),
+            ("--is-origin", Some(device)) => {
+                return is_origin(&Paths::new(root), &device, arguments);
+            }
             ("--mapped-name", Some(device)) => return mapped_name(&Paths::new(root), &device),
             ("--help" | "-h", _) => {
                 println!("{HELP}");
@@ -66,7 +68,12 @@ fn mapped_name(paths: &Paths, device: &str) -> ExitCode {
 }
 
 /// For udev: whether the device is the origin of a protected volume.
-fn is_origin(paths: &Paths, device: &str) -> ExitCode {
+fn is_origin(paths: &Paths, device: &str, links: impl Iterator<Item = String>) -> ExitCode {
+    // udev makes the links only after its rules ran: what they will be is told.
+    let links: Vec<std::path::PathBuf> = links
+        .map(|link| std::path::Path::new("/dev").join(link))
+        .collect();
+    let boot = blkfilter::origin::boot_id();
     let number = |path: &std::path::Path| {
         std::fs::metadata(path)
             .map(|m| std::os::unix::fs::MetadataExt::rdev(&m))
@@ -79,7 +86,9 @@ fn is_origin(paths: &Paths, device: &str) -> ExitCode {
         && specs
             .iter()
             .flatten()
-            .any(|spec| number(&spec.device) == asked);
+            // One that waits for the next boot is used as it is until then.
+            .filter(|spec| spec.begins_after_boot != boot)
+            .any(|spec| number(&spec.device) == asked || links.contains(&spec.device));
     if found {
         ExitCode::SUCCESS
     } else {
@@ -114,6 +123,13 @@ fn run(paths: Paths) -> ExitCode {
     std::thread::spawn(move || {
         let _ = signals.wait();
         ending.shutdown();
+        // An upgrade leaves what is in use to the next daemon. At the end of the system there is none: what is still mounted is served until it is
+        // unmounted.
+        let since = std::time::Instant::now();
+        while ending.has_running() && system_is_stopping() && since.elapsed() < LAST_WAIT {
+            std::thread::sleep(Duration::from_millis(200));
+            ending.shutdown();
+        }
         std::process::exit(0);
     });
     let socket = paths.filter_socket();
@@ -128,6 +144,16 @@ fn run(paths: Paths) -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Shorter than `TimeoutStopSec` of the unit.
+const LAST_WAIT: Duration = Duration::from_secs(80);
+
+fn system_is_stopping() -> bool {
+    let asked = std::process::Command::new("systemctl")
+        .arg("is-system-running")
+        .output();
+    asked.is_ok_and(|output| output.stdout.starts_with(b"stopping"))
 }
 
 /// One daemon per root: a second one would fight over volumes. A dead one's lock ends with it.

@@ -7,12 +7,14 @@ use crate::{AckPolicy, SurvivingMemory, VolumeConfig};
 use crossbeam_channel::{Sender, bounded};
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::Duration;
 use varve_control::{Ack, ControlError, Paths, VolumeInfo, VolumeSpec};
 use varve_format::{Lsn, SegmentSequence, VolumeId};
 use varve_front::Geometry;
+use varve_log::{DirectFile, read_headers};
 
 /// How long a volume's start may take: its newest log segment is read, and a surviving buffer written.
 pub(crate) const START_WAIT: Duration = Duration::from_secs(60);
@@ -27,6 +29,10 @@ pub(crate) enum Slot {
 
 /// Code of the error for a device that is not there (yet).
 const MISSING: &str = "V027-missing";
+/// What may pass by itself: not there, busy for a moment, of no size yet.
+const RETRIED: [&str; 4] = [MISSING, "V012-busy", "V013-device", "V028-size"];
+/// How long a log or state file on a file system of its own is waited for.
+const LATE_WAIT: Duration = Duration::from_secs(15);
 /// A device that is smaller than this is none.
 const DEVICE_BYTES_MIN: u64 = 1 << 20;
 
@@ -78,7 +84,9 @@ impl Manager {
     pub fn open_late_ones(&self) {
         let _changing = self.changing();
         let missing = |slot: &Slot| match slot {
-            Slot::Failed(spec, why) if why.code == MISSING && spec.device.exists() => {
+            Slot::Failed(spec, why)
+                if RETRIED.contains(&why.code.as_str()) && spec.device.exists() =>
+            {
                 Some(spec.clone())
             }
             _ => None,
@@ -86,9 +94,14 @@ impl Manager {
         let specs: Vec<VolumeSpec> = self.slots().values().filter_map(missing).collect();
         for spec in specs {
             let name = spec.name.clone();
-            if let Err(error) = self.open(spec.clone(), None) {
+            let Err(error) = self.open(spec.clone(), None) else {
+                continue;
+            };
+            let slot = Slot::Failed(spec, error.clone());
+            let before = self.slots().insert(name.clone(), slot);
+            // Said once, not four times a second.
+            if !matches!(before, Some(Slot::Failed(_, old)) if old.code == error.code) {
                 eprintln!("blkfilter: {name}: {error}");
-                self.slots().insert(name, Slot::Failed(spec, error));
             }
         }
     }
@@ -114,7 +127,7 @@ impl Manager {
     }
 
     /// Protects a new volume: claims the device, makes its files, starts it, and only then writes the file that lasts.
-    pub fn protect(&self, spec: VolumeSpec) -> Result<VolumeInfo, ControlError> {
+    pub fn protect(&self, mut spec: VolumeSpec) -> Result<VolumeInfo, ControlError> {
         let _changing = self.changing();
         self.refuse_taken(&spec)?;
         let name = spec.name.clone();
@@ -128,6 +141,7 @@ impl Manager {
             // What was made for it goes again; what was there before stays.
             self.wipe_places(&spec, |path| !there.contains(path));
         })?;
+        spec.apart = is_apart(&spec, &self.paths.volumes());
         varve_control::save_spec(&self.paths.volumes(), &spec)
             .map_err(|e| error("V011-config", e))?;
         self.info(&name)
@@ -141,6 +155,7 @@ impl Manager {
         config_of(&spec)?;
         open_log(&spec, true)?;
         open_state(&spec, true)?;
+        spec.apart = is_apart(&spec, &self.paths.volumes());
         varve_control::save_spec(&self.paths.volumes(), &spec)
             .map_err(|e| error("V011-config", e))?;
         let name = spec.name.clone();
@@ -150,6 +165,13 @@ impl Manager {
 
     /// A name or a device that a volume has already; a log that would record its own writes.
     fn refuse_taken(&self, spec: &VolumeSpec) -> Result<(), ControlError> {
+        if self.slots().contains_key(&spec.name) {
+            let message = format!(
+                "a volume named {} is protected already; choose another with --name",
+                spec.name
+            );
+            return Err(error("V010-exists", message));
+        }
         for path in [&spec.log, &spec.state, &self.paths.store()] {
             if let Some(volume) = varve_control::mapped_volume_under(&self.paths, path) {
                 let message = format!(
@@ -159,16 +181,44 @@ impl Manager {
                 return Err(error("V034-loop", message));
             }
         }
+        let own = [
+            ("the device", &spec.device),
+            ("the log", &spec.log),
+            ("the state file", &spec.state),
+        ];
+        for (index, (what, path)) in own.iter().enumerate() {
+            for (other, second) in &own[index + 1..] {
+                if varve_control::is_same_storage(path, second) {
+                    let message = format!(
+                        "{what} {} and {other} {} are the same storage: one would overwrite the other. Choose another place. Nothing was changed",
+                        path.display(),
+                        second.display()
+                    );
+                    return Err(error("V037-same", message));
+                }
+            }
+        }
         let slots = self.slots();
-        if slots.contains_key(&spec.name) {
-            let message = format!(
-                "a volume named {} is protected already; choose another with --name",
-                spec.name
-            );
-            return Err(error("V010-exists", message));
+        for volume in slots.values().map(Slot::spec) {
+            let taken = [&volume.device, &volume.log, &volume.state];
+            if let Some((what, path)) = own.iter().skip(1).find(|(_, path)| {
+                taken
+                    .iter()
+                    .any(|place| varve_control::is_same_storage(place, path))
+            }) {
+                let message = format!(
+                    "{what} {} belongs to the volume `{}`. Choose another place. Nothing was changed",
+                    path.display(),
+                    volume.name
+                );
+                return Err(error("V037-same", message));
+            }
         }
         let specs = slots.values().map(Slot::spec);
-        if let Some(other) = specs.into_iter().find(|other| other.device == spec.device) {
+        if let Some(other) = specs
+            .into_iter()
+            .find(|other| varve_control::is_same_storage(&other.device, &spec.device))
+        {
             let message = format!(
                 "{} is protected already, as `{}`",
                 spec.device.display(),
@@ -177,6 +227,16 @@ impl Manager {
             return Err(error("V010-exists", message));
         }
         Ok(())
+    }
+
+    /// Opens a volume that was stopped; if that fails, it stays known as failed.
+    pub(crate) fn reopen(&self, spec: VolumeSpec) -> Result<(), ControlError> {
+        self.open(spec.clone(), None).inspect_err(|failed| {
+            let name = spec.name.clone();
+            eprintln!("blkfilter: {name}: {failed}");
+            self.slots()
+                .insert(name, Slot::Failed(spec.clone(), failed.clone()));
+        })
     }
 
     pub(crate) fn open(&self, spec: VolumeSpec, rewind: Option<Lsn>) -> Result<(), ControlError> {
@@ -224,9 +284,10 @@ impl Manager {
             Mode::Offered
         };
         let running = Running::launch(&self.paths, spec, config, geometry, files, mode, recover)?;
-        if resized {
-            varve_control::save_spec(&self.paths.volumes(), &running.spec)
-                .map_err(|e| error("V011-config", e))?;
+        if resized
+            && let Err(failed) = varve_control::save_spec(&self.paths.volumes(), &running.spec)
+        {
+            eprintln!("blkfilter: {}: {failed}", running.spec.name);
         }
         self.slots()
             .insert(running.spec.name.clone(), Slot::Running(Box::new(running)));
@@ -401,8 +462,9 @@ impl Manager {
 
     fn wipe_places(&self, spec: &VolumeSpec, wanted: impl Fn(&PathBuf) -> bool) {
         for (path, bytes) in self.places(spec) {
+            // A device only if it still is the one: its name may mean another by now.
             if wanted(&path)
-                && path.exists()
+                && (path.is_file() || (path == spec.log && path.exists() && holds_log(spec)))
                 && let Err(failed) = origin::wipe(&path, bytes)
             {
                 eprintln!("blkfilter: {}: {}: {failed}", spec.name, path.display());
@@ -417,6 +479,11 @@ impl Manager {
         std::fs::remove_file(self.paths.volumes().join(format!("{name}.toml")))?;
         self.slots().remove(name);
         self.wipe_places(&spec, |_| true);
+        // It is nobody's origin any more: udev and systemd are to look at it again.
+        if let Ok(metadata) = std::fs::metadata(&spec.device) {
+            let number = std::os::unix::fs::MetadataExt::rdev(&metadata);
+            let _ = std::fs::write(varve_control::sysfs(number).join("uevent"), "change");
+        }
         Ok(())
     }
 
@@ -425,12 +492,14 @@ impl Manager {
         let _changing = self.changing();
         let spec = self.stop(name)?;
         self.slots().remove(name);
-        if let Err(failed) = self.open(spec.clone(), None) {
-            let slot = Slot::Failed(spec, failed.clone());
-            self.slots().insert(name.to_owned(), slot);
-            return Err(failed);
-        }
+        self.reopen(spec)?;
         self.info(name)
+    }
+
+    /// Whether a volume runs.
+    pub fn has_running(&self) -> bool {
+        let slots = self.slots();
+        slots.values().any(|slot| matches!(slot, Slot::Running(_)))
     }
 
     /// Closes what is not in use; what is in use is left to the next daemon, which takes it over.
@@ -456,19 +525,84 @@ fn unless_data(path: &Path, new: bool) -> std::io::Result<()> {
 
 fn open_log(spec: &VolumeSpec, strict: bool) -> Result<File, ControlError> {
     let bytes = spec.segment_bytes * spec.segment_count;
-    let opened = unless_data(&spec.log, strict).and_then(|()| origin::open_log(&spec.log, bytes));
+    let opened = unless_data(&spec.log, strict)
+        .and_then(|()| unless_missing(spec, &spec.log, strict))
+        .and_then(|()| origin::open_log(&spec.log, bytes))
+        .and_then(|file| {
+            if !strict {
+                unless_foreign(spec)?;
+            }
+            Ok(file)
+        });
     or_broken(opened, strict)
         .map_err(|e| error("V014-log", format!("the log {}: {e}", spec.log.display())))
 }
 
 fn open_state(spec: &VolumeSpec, strict: bool) -> Result<File, ControlError> {
-    let opened = unless_data(&spec.state, strict).and_then(|()| origin::open_state(&spec.state));
+    let opened = unless_data(&spec.state, strict)
+        .and_then(|()| unless_missing(spec, &spec.state, strict))
+        .and_then(|()| origin::open_state(&spec.state));
     or_broken(opened, strict).map_err(|e| {
         error(
             "V015-state",
             format!("the state file {}: {e}", spec.state.display()),
         )
     })
+}
+
+/// A file on a file system of its own may come later than we do; an empty one in its place would hide it. A lost one on ours is made anew.
+fn unless_missing(spec: &VolumeSpec, path: &Path, new: bool) -> std::io::Result<()> {
+    let since = std::time::Instant::now();
+    while !new && spec.apart && !path.exists() {
+        if since.elapsed() > LATE_WAIT {
+            return Err(std::io::Error::other(format!(
+                "{} is not there: is its file system mounted? Mount it, then restart blkfilter",
+                path.display()
+            )));
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    Ok(())
+}
+
+/// A device whose name now means another disk is not taken for the log: it must hold segments of ours, or nothing.
+fn unless_foreign(spec: &VolumeSpec) -> std::io::Result<()> {
+    if !std::fs::metadata(&spec.log)?.file_type().is_block_device() {
+        return Ok(());
+    }
+    // On a thread of its own: a disk that hangs must not keep the volume from starting. What reads the log next gives up in time.
+    let (answer_in, answer) = bounded(1);
+    let spec = spec.clone();
+    std::thread::spawn(move || {
+        let fine = if holds_log(&spec) {
+            Ok(())
+        } else {
+            origin::refuse_data(&spec.log)
+        };
+        let _ = answer_in.send(fine);
+    });
+    answer.recv_timeout(ANSWER_WAIT).unwrap_or(Ok(()))
+}
+
+/// Whether a segment of this volume lies there.
+fn holds_log(spec: &VolumeSpec) -> bool {
+    let Ok(mut log) = DirectFile::open(&spec.log) else {
+        return false;
+    };
+    read_headers(&mut log, spec.segment_bytes, spec.segment_count).is_ok_and(|headers| {
+        headers
+            .iter()
+            .any(|segment| segment.header.volume().to_string() == spec.id)
+    })
+}
+
+/// Whether log and state file lie on the file system that holds the volumes' files.
+fn is_apart(spec: &VolumeSpec, volumes: &Path) -> bool {
+    let device = |path: &Path| {
+        let metadata = path.ancestors().find_map(|p| std::fs::metadata(p).ok());
+        metadata.map(|metadata| std::os::unix::fs::MetadataExt::dev(&metadata))
+    };
+    device(&spec.log) != device(volumes) || device(&spec.state) != device(volumes)
 }
 
 /// Stands in for a file that cannot be opened: every read and write of it fails, which leads to bypass, not to a missing device.

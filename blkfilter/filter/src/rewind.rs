@@ -33,7 +33,7 @@ impl Manager {
         let spec = self.stop(name)?;
         self.open(spec.clone(), Some(target)).inspect_err(|failed| {
             eprintln!("blkfilter: {name}: rewind: {failed}");
-            let _ = self.open(spec.clone(), None);
+            let _ = self.reopen(spec.clone());
         })
     }
 
@@ -94,6 +94,6 @@ impl Manager {
             ));
         }
         let spec = self.stop(name)?;
-        self.open(spec, None)
+        self.reopen(spec)
     }
 }

@@ -252,12 +252,14 @@ impl<R: Rules> Volume<R> {
             previous_bytes: old.bytes,
             previous_hash: old.hash,
         };
+        // A rewind that is open stays open, whatever becomes of the log.
+        let rewinding = opened.span.filter(|span| span.0 == SpanKind::Rewind);
         if let Some(error) = found.log_error {
-            self.start_in_bypass(medium, old, error, &mut report);
+            self.start_in_bypass(medium, old, error, rewinding, &mut report);
             return Ok(report);
         }
         if !self.writer_has_place(&old, opening.sequence) {
-            self.start_in_bypass(medium, old, IoError(libc::ENOSPC), &mut report);
+            self.start_in_bypass(medium, old, IoError(libc::ENOSPC), rewinding, &mut report);
             return Ok(report);
         }
         self.writer
@@ -293,7 +295,7 @@ impl<R: Rules> Volume<R> {
         let resized = resized(found, &self.config).is_some();
         self.append_beginning(medium, &plan, rewind, recorded, resized)?;
         if let Err(error) = self.settle_log(medium) {
-            self.start_in_bypass(medium, old, error, &mut report);
+            self.start_in_bypass(medium, old, error, rewinding, &mut report);
             return Ok(report);
         }
         let word = self.word(StateKind::LogSpeaks);
@@ -420,6 +422,7 @@ impl<R: Rules> Volume<R> {
         medium: &mut dyn Medium,
         old: OldEpoch,
         error: IoError,
+        rewinding: Option<(SpanKind, Lsn, u64)>,
         report: &mut StartReport,
     ) {
         self.writer
@@ -433,7 +436,8 @@ impl<R: Rules> Volume<R> {
         self.writer.poison(error);
         self.state = VolumeState::Bypass;
         self.bitmap.set(0, self.config.volume_bytes);
-        self.span = None;
+        self.span = rewinding;
+        report.rewind_target = rewinding.map(|(_, _, target)| Lsn(target));
         self.epoch_start = (old.next, SegmentSequence(old.sequence.0 + 1));
         let word = StateWord {
             kind: StateKind::Bypass,

@@ -9,14 +9,17 @@
 //! Crash scenarios:
 //! * A write fails, or the log is bypassed, after the comparison began: what was equal may not be any more, and the block is marked again. The
 //!   comparison is over then: what it says about its number is not heeded ([`Volume::doubt_again`]).
+//! * A write that went past the log is still under way when the volume heals: it is marked, not recorded, and not on the disk that is read. A
+//!   comparison begins only when none is left; there are no new ones.
 //! * Power cut: what was compared lay only in the origin's cache, left there by whoever wrote without Varve. The comparing process flushes the origin
 //!   before it reads; what was written since is in open regions.
 //! * Kill: the bitmap survives with what was unmarked; the next start asks for a comparison of what is left.
 
 use crate::bitmap::BITMAP_BLOCK_BYTES;
 use crate::config::Rules;
-use crate::volume::Volume;
+use crate::volume::{Active, Phase, Volume};
 use varve_format::{SpanKind, VolumeState};
+use varve_front::RequestKind;
 use varve_log::Medium;
 
 /// Who compares may be silent this many times as long as it may take to come forward.
@@ -96,7 +99,16 @@ impl<R: Rules> Volume<R> {
             && self.state == VolumeState::Unverified
             && self.is_logging()
             && matches!(self.span, Some((SpanKind::Verify, ..)));
-        if !wanted {
+        // What went past the log and is still on its way to the origin is neither recorded nor on the disk that is compared.
+        let bypassed = |active: &Active| {
+            !active.logged
+                && active.phase == Phase::Origin
+                && active
+                    .request
+                    .as_ref()
+                    .is_some_and(|request| request.kind != RequestKind::Read)
+        };
+        if !wanted || (self.verifier.below == 0 && self.table.iter().any(bypassed)) {
             return false;
         }
         for &(offset, length) in equal {

@@ -409,8 +409,12 @@ impl Service {
                     .map(|volume| self.paths.store().join("volumes").join(volume.to_string()));
                 let path =
                     path.ok_or_else(|| error("V029-id", "the volume's id is not 32 hex digits"))?;
-                std::fs::remove_dir_all(&path)
-                    .map_err(|e| error("S001-io", format!("{}: {e}", path.display())))?;
+                match std::fs::remove_dir_all(&path) {
+                    Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                        return Err(error("S001-io", format!("{}: {e}", path.display())));
+                    }
+                    _ => {}
+                }
                 Ok(StoreReply::Done)
             }
             StoreOp::Shutdown => {

@@ -98,6 +98,10 @@ fn take(
     let mut reader =
         match SegmentReader::open(&mut *log as &mut dyn ReadAt, segment.base, segment_bytes) {
             Ok(reader) => reader,
+            // A disk that fails to read now may read later: nothing is given up.
+            Err(SegmentError::Io(error)) => {
+                return Err(StoreError::Io(Path::new("the log").to_path_buf(), error));
+            }
             Err(error) => return Err(damaged(error.to_string())),
         };
     let mut entries = Vec::new();

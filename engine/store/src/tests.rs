@@ -94,3 +94,24 @@ fn a_time_inside_a_gap_does_not_resolve_and_the_nearest_are_named() {
     assert_eq!(nearest.after.unwrap().0, Lsn(24));
     assert!(timeline.gap_at(WallTime(90)).is_none());
 }
+
+#[test]
+fn a_full_copy_that_began_before_a_hole_does_not_make_up_for_it() {
+    let write = |lsn| entry(lsn, RecordKind::Write, None, 0);
+    let begin = entry(2, RecordKind::SpanBegin, Some(SpanKind::BaseCopy), 0);
+    let first = segment(1, 1, 10, vec![begin, write(3), write(9)]);
+    // The segment with LSN 10 to 29 is lost; the copy ends behind it.
+    let end = entry(33, RecordKind::SpanEnd, None, 2);
+    let third = segment(3, 30, 40, vec![write(30), end, write(35)]);
+    let timeline = Timeline::of([&first, &third].into_iter());
+    assert!(
+        timeline.check(Lsn(36)).is_err(),
+        "copied blocks are missing"
+    );
+    assert!(timeline.is_incomplete());
+    // A lost segment may have begun a span that copies less than everything.
+    let end = entry(33, RecordKind::SpanEnd, None, 20);
+    let third = segment(3, 30, 40, vec![write(30), end, write(35)]);
+    let timeline = Timeline::of([&beginning(), &third].into_iter());
+    assert!(timeline.check(Lsn(36)).is_err() && timeline.is_incomplete());
+}

@@ -73,6 +73,7 @@ impl Timeline {
             if timeline.end > Lsn(0) && before != timeline.end {
                 // A segment is missing: nothing resolves until everything was read again.
                 hole = true;
+                full_copy = false; // A copy that is under way lacks what was in it.
                 let since = timeline
                     .records
                     .last()

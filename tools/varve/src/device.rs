@@ -93,30 +93,6 @@ pub fn size(path: &Path) -> Option<u64> {
     }
 }
 
-/// The path by which a device is found again after a reboot: kernel names change, these do not.
-pub fn lasting(device: &Path) -> PathBuf {
-    let name = device.file_name().unwrap_or_default();
-    let mapper = Path::new("/sys/class/block").join(name).join("dm/name");
-    if let Ok(text) = std::fs::read_to_string(mapper) {
-        return Path::new("/dev/mapper").join(text.trim());
-    }
-    for kind in ["by-id", "by-partuuid", "by-path"] {
-        let links = std::fs::read_dir(Path::new("/dev/disk").join(kind));
-        let mut found: Vec<PathBuf> = links
-            .into_iter()
-            .flatten()
-            .flatten()
-            .map(|entry| entry.path())
-            .filter(|link| std::fs::canonicalize(link).is_ok_and(|path| path == device))
-            .collect();
-        found.sort();
-        if let Some(link) = found.into_iter().next_back() {
-            return link; // Among by-id: `wwn-…` sorts last.
-        }
-    }
-    device.to_path_buf()
-}
-
 /// Where the device is mounted.
 pub fn mounted_on(device: &Path) -> Vec<String> {
     let Ok(metadata) = std::fs::metadata(device) else {
@@ -132,4 +108,57 @@ pub fn mounted_on(device: &Path) -> Vec<String> {
         .filter(|line| line.split(' ').nth(2) == Some(&number))
         .filter_map(|line| line.split(' ').nth(4).map(str::to_owned))
         .collect()
+}
+
+/// For a device that may be mounted itself: refuses it if a part of it, or something that is built on it, is in use, or if it is swap.
+pub fn refuse_used_parts(device: &Path) -> Result<(), ControlError> {
+    let refuse = |what: String| {
+        Err(ControlError::new(
+            "V012-busy",
+            format!("{} {what}. Nothing was changed", device.display()),
+        ))
+    };
+    let swaps = std::fs::read_to_string("/proc/swaps").unwrap_or_default();
+    let is_swap = |path: &Path| {
+        swaps
+            .lines()
+            .filter_map(|line| line.split_whitespace().next())
+            .any(|swap| std::fs::canonicalize(swap).is_ok_and(|swap| swap == path))
+    };
+    if is_swap(device) {
+        return refuse("is swap; swap itself is not worth protecting".to_owned());
+    }
+    let Ok(metadata) = std::fs::metadata(device) else {
+        return Ok(());
+    };
+    let directory = sysfs(metadata.rdev());
+    let names = |path: PathBuf| {
+        std::fs::read_dir(path)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|entry| entry.file_name().to_string_lossy().into_owned())
+            .collect::<Vec<_>>()
+    };
+    let holders = names(directory.join("holders"));
+    if !holders.is_empty() {
+        return refuse(format!(
+            "belongs to {} (LVM, md or dm). Protect that device instead",
+            holders.join(", ")
+        ));
+    }
+    for part in names(directory.clone()) {
+        if !directory.join(&part).join("partition").exists() {
+            continue;
+        }
+        let path = Path::new("/dev").join(&part);
+        let held = !names(directory.join(&part).join("holders")).is_empty();
+        if held || is_swap(&path) || !mounted_on(&path).is_empty() {
+            return refuse(format!(
+                "is a disk of which {} is in use. Protect that partition instead",
+                path.display()
+            ));
+        }
+    }
+    Ok(())
 }

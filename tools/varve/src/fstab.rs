@@ -62,6 +62,13 @@ pub fn rewritten(text: &str, entries: &[Entry], name: &str, mapped: &Path) -> St
     lines
 }
 
+/// Whether a line mounts the volume of this name.
+fn took_its_place(line: &str, name: &str) -> bool {
+    let source = line.split_whitespace().next().map(Path::new);
+    source
+        .is_some_and(|path| path.is_absolute() && path.file_name().is_some_and(|last| last == name))
+}
+
 /// `text` as it was before, or nothing if no line of it is marked with `name`.
 pub fn restored(text: &str, name: &str) -> Option<String> {
     let marker = marker(name);
@@ -72,8 +79,8 @@ pub fn restored(text: &str, name: &str) -> Option<String> {
             lines += old;
             lines.push('\n');
             (found, skip) = (true, true);
-        } else if skip {
-            skip = false; // The line that took its place.
+        } else if std::mem::take(&mut skip) && took_its_place(line, name) {
+            // Gone again.
         } else {
             lines += line;
             lines.push('\n');
@@ -142,6 +149,16 @@ mod tests {
         assert!(new.contains("UUID=1 / ext4"), "other lines stay: {new}");
         assert_eq!(restored(&new, "srv").unwrap(), TABLE);
         assert_eq!(restored(&new, "other"), None);
+    }
+
+    #[test]
+    fn a_line_that_somebody_put_there_stays() {
+        let text = "# varve d was: /dev/sdc1 /data xfs\n/dev/sdd1 /home ext4 defaults 0 2\n";
+        let old = restored(text, "d").unwrap();
+        assert_eq!(
+            old,
+            "/dev/sdc1 /data xfs\n/dev/sdd1 /home ext4 defaults 0 2\n"
+        );
     }
 
     #[test]

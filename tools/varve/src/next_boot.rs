@@ -3,7 +3,7 @@
 //! Order: the daemon's files first, then /etc/fstab. A crash in between leaves a volume that waits and mounts that know nothing of it: the device is
 //! mounted as before, the volume says that it is in use, `varve unprotect` takes it away.
 
-use crate::device::mounted_on;
+use crate::device::{mounted_on, refuse_used_parts};
 use crate::{Context, daemons, fstab};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
@@ -34,6 +34,7 @@ pub fn protect(
     device: &Path,
     dry_run: bool,
 ) -> Result<(), ControlError> {
+    refuse_used_parts(device)?;
     let mounted = mounted_on(device);
     let system = [
         "/",
@@ -90,6 +91,9 @@ pub fn protect(
         let name = spec.name.clone();
         daemons::filter(context)?.call::<_, FilterReply>(&FilterOp::Prepare { spec })?;
         if !entries.is_empty() {
+            // Read again: making the log may have taken a while.
+            let text = std::fs::read_to_string(table(context))?;
+            let entries = fstab::entries(&text, |source| fstab::means(source, device));
             let new = fstab::rewritten(&text, &entries, &name, &mapped);
             fstab::replace(&table(context), &new)?;
         }

@@ -1,6 +1,6 @@
 //! Protecting a device and ending it.
 
-use crate::device::{lasting, refuse_in_use, same_disk, shape};
+use crate::device::{refuse_in_use, same_disk, shape};
 use crate::next_boot;
 use crate::{Context, daemons};
 use clap::{Args, ValueEnum};
@@ -11,7 +11,7 @@ use std::time::Duration;
 use varve_cli::show_bytes;
 use varve_control::{
     Ack, ControlError, FilterOp, FilterReply, FrontKind, Progress, StoreOp, StoreReply, VolumeInfo,
-    VolumeSpec,
+    VolumeSpec, lasting_path,
 };
 
 /// Smallest device worth protecting: below this the log's own structures are larger.
@@ -181,7 +181,7 @@ fn spec(context: &Context, args: &ProtectArgs, device: &Path) -> Result<VolumeSp
     let segment_bytes = (args.log_size << 20 >> 4).clamp(1 << 20, 32 << 20);
     Ok(VolumeSpec {
         id: random_id()?,
-        device: lasting(device),
+        device: lasting_path(device),
         log: absolute(
             args.log
                 .clone()
@@ -208,12 +208,13 @@ fn spec(context: &Context, args: &ProtectArgs, device: &Path) -> Result<VolumeSp
         resync_bytes_max: 512 << 20,
         log_wait_max_ms: 250,
         begins_after_boot: String::new(),
+        apart: false,
         name,
     })
 }
 
 fn absolute(path: PathBuf) -> Result<PathBuf, ControlError> {
-    Ok(std::path::absolute(path)?)
+    Ok(lasting_path(&std::path::absolute(path)?))
 }
 
 fn random_id() -> Result<String, ControlError> {
@@ -272,12 +273,24 @@ pub fn unprotect(
     forget: bool,
     offline: bool,
 ) -> Result<(), ControlError> {
-    let device = if offline {
-        next_boot::take_away(context, name)?
+    let ended = if offline {
+        next_boot::take_away(context, name).map(|device| (device, None))
     } else {
-        end_protection(context, name, forget)?
+        end_protection(context, name)
     };
-    let fstab_restored = next_boot::restore_mounts(context, name)?;
+    // Also for a volume that is not known any more: its mounts must not lead nowhere.
+    let unknown = ended
+        .as_ref()
+        .is_err_and(|error| error.code.starts_with("V019"));
+    let fstab_restored = if ended.is_ok() || unknown {
+        next_boot::restore_mounts(context, name)?
+    } else {
+        false
+    };
+    let (device, history) = ended?;
+    if let (true, Some(id)) = (forget, history) {
+        daemons::store(context)?.call::<_, StoreReply>(&StoreOp::Forget { id })?;
+    }
     #[derive(Serialize)]
     struct Unprotected {
         device: String,
@@ -304,8 +317,8 @@ pub fn unprotect(
     Ok(())
 }
 
-/// Closes the volume; gives its device.
-fn end_protection(context: &Context, name: &str, forget: bool) -> Result<String, ControlError> {
+/// Closes the volume; gives its device, and its ID if it has a history.
+fn end_protection(context: &Context, name: &str) -> Result<(String, Option<String>), ControlError> {
     let volumes = daemons::volumes(context)?;
     let volume = volumes.into_iter().find(|volume| volume.name == name);
     let volume = volume.ok_or_else(|| {
@@ -315,7 +328,7 @@ fn end_protection(context: &Context, name: &str, forget: bool) -> Result<String,
         )
     })?;
     let has_history = !matches!(volume.state.as_str(), "failed" | "waiting");
-    if !forget && has_history {
+    if has_history {
         // What the log still holds goes into the store first.
         daemons::store(context)?.call::<_, StoreReply>(&StoreOp::History {
             volume: name.to_owned(),
@@ -324,10 +337,6 @@ fn end_protection(context: &Context, name: &str, forget: bool) -> Result<String,
     daemons::filter(context)?.call::<_, FilterReply>(&FilterOp::Unprotect {
         name: name.to_owned(),
     })?;
-    if forget && volume.state != "waiting" {
-        daemons::store(context)?.call::<_, StoreReply>(&StoreOp::Forget {
-            id: volume.id.clone(),
-        })?;
-    }
-    Ok(volume.device)
+    let id = (volume.state != "waiting").then_some(volume.id);
+    Ok((volume.device, id))
 }

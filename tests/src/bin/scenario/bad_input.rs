@@ -102,6 +102,25 @@ fn devices(varve: &Installation, files: &Path) -> Outcome {
     if sum(&other)? != other_before {
         return Err("somebody's file was overwritten".to_owned());
     }
+    // Things that would overwrite each other.
+    refused(
+        varve,
+        "V037-same",
+        &["protect", &text(&device), "--log", &text(&device)],
+    )?;
+    let place = text(&files.join("both"));
+    refused(
+        varve,
+        "V037-same",
+        &[
+            "protect",
+            &text(&device),
+            "--log",
+            &place,
+            "--state",
+            &place,
+        ],
+    )?;
     // A log that has no room, or may not be written.
     let tight = files.join("tight");
     std::fs::create_dir_all(&tight).map_err(|e| e.to_string())?;
