@@ -31,7 +31,7 @@ check: setup ## format, lints, tidy, unit tests
 	cargo nextest run --workspace --lib --bins -E 'not binary(/^vm/)'
 	cargo nextest run -p varve-tests --test tidy
 
-test: setup ## all tests, with the small numbers (as root; about seven minutes after the build)
+test: setup ## all tests, with the small numbers (as root; about twenty minutes after the build, with all kernels)
 	cargo build --workspace
 	$(NEXTEST)
 

@@ -17,6 +17,7 @@ mod heal;
 mod locks;
 pub mod manager;
 pub mod origin;
+mod places;
 mod plan;
 mod regions;
 mod rewind;
