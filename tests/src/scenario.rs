@@ -187,7 +187,7 @@ pub fn start_fio(
             "--fallocate=none",
             "--verify_state_save=0",
             "--time_based=0",
-            "--loops=50",
+            "--loops=100000",
         ])
         .arg(format!("--directory={directory}"))
         .arg(format!("--iodepth={depth}"))

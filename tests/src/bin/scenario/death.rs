@@ -22,7 +22,7 @@ pub fn kill(varve: &Installation, device: &str, kills: u32) -> Outcome {
     let mapped = protect(varve, device)?;
     make_file_system("ext4", &mapped)?;
     run("mount", &[&mapped, "/mnt/live"])?;
-    let mut fio = start_fio("/mnt/live", 64, 16, 4 + kills * 2)?;
+    let mut fio = start_fio("/mnt/live", 64, 16, 4 + kills * 4)?;
     // Somebody looks: a tracer interrupts every system call.
     let _ = run(
         "timeout",
@@ -42,7 +42,7 @@ pub fn kill(varve: &Installation, device: &str, kills: u32) -> Outcome {
         return Err("being traced ended blkfilter".to_owned());
     }
     for round in 0..kills {
-        pause(700 + u64::from(round) * 130);
+        pause(700 + u64::from(round % 10) * 130);
         if fio.try_wait().map_err(|e| e.to_string())?.is_some() {
             return Err("fio ended before the kill: nothing was interrupted".to_owned());
         }
