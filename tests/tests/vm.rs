@@ -34,7 +34,7 @@ fn scenario(kernel: &Kernel, arguments: &[&str]) {
 /// Fewer instants where everything is emulated; still three of each file system that are checked, and twenty by the writer's memory.
 fn instants(kernel: &Kernel) -> String {
     if kernel.is_emulated() {
-        sized(3, 10)
+        sized(3, 30)
     } else {
         sized(7, 34)
     }
@@ -120,6 +120,11 @@ fn fallback_ext4_images_at_many_instants() {
 #[test]
 fn fallback_xfs_images_at_many_instants() {
     fallback(&["instants", "xfs", &sized(7, 34).to_string()]);
+}
+
+#[test]
+fn fallback_btrfs_images_at_many_instants() {
+    fallback(&["instants", "btrfs", &sized(7, 34).to_string()]);
 }
 
 #[test]

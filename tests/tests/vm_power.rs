@@ -12,7 +12,8 @@ use varve_tests::guest::{Kernel, ORIGIN_MIB, disk, large, scenario_program, size
 use varve_tests::in_guests;
 use varve_tests::replay::lose_unflushed;
 
-const LASTING_MIB: u64 = 2048;
+/// Room for the history of all cuts, which nothing thins out; for few and for many of them.
+const LASTING_MIB: [u32; 2] = [2048, 8192];
 /// Room for every write of a load, sparse.
 const WRITES_MIB: u64 = 8192;
 
@@ -50,7 +51,11 @@ impl Machine {
     fn new() -> Machine {
         let directory = tempfile::tempdir().unwrap();
         let origin = disk(directory.path(), "origin", ORIGIN_MIB);
-        let lasting = disk(directory.path(), "lasting", LASTING_MIB);
+        let lasting = disk(
+            directory.path(),
+            "lasting",
+            sized(LASTING_MIB[0], LASTING_MIB[1]).into(),
+        );
         Machine {
             directory,
             origin,

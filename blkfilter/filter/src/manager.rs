@@ -19,6 +19,17 @@ use varve_front::Geometry;
 pub(crate) const START_WAIT: Duration = Duration::from_secs(60);
 pub(crate) const ANSWER_WAIT: Duration = Duration::from_secs(5);
 
+/// How a volume is opened.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum How {
+    /// It must have everything, and takes over nobody's data.
+    New,
+    /// It is offered even if its log or state file is gone: in bypass.
+    Known,
+    /// The same, some time after it failed: nothing is waited for.
+    Again,
+}
+
 pub(crate) enum Slot {
     Running(Box<Running>),
     Failed(VolumeSpec, ControlError),
@@ -91,7 +102,7 @@ impl Manager {
         let specs: Vec<VolumeSpec> = self.slots().values().filter_map(missing).collect();
         for spec in specs {
             let name = spec.name.clone();
-            let Err(error) = self.open(spec.clone(), None) else {
+            let Err(error) = self.open_with(spec.clone(), None, How::Again) else {
                 continue;
             };
             let slot = Slot::Failed(spec, error.clone());
@@ -134,10 +145,11 @@ impl Manager {
             .into_iter()
             .filter(|path| path.exists())
             .collect();
-        self.open_with(spec.clone(), None, true).inspect_err(|_| {
-            // What was made for it goes again; what was there before stays.
-            self.wipe_places(&spec, |path| !there.contains(path));
-        })?;
+        self.open_with(spec.clone(), None, How::New)
+            .inspect_err(|_| {
+                // What was made for it goes again; what was there before stays.
+                self.wipe_places(&spec, |path| !there.contains(path));
+            })?;
         spec.apart = is_apart(&spec, &self.paths.volumes());
         varve_control::save_spec(&self.paths.volumes(), &spec)
             .map_err(|e| error("V011-config", e))?;
@@ -237,20 +249,21 @@ impl Manager {
     }
 
     pub(crate) fn open(&self, spec: VolumeSpec, rewind: Option<Lsn>) -> Result<(), ControlError> {
-        self.open_with(spec, rewind, false)
+        self.open_with(spec, rewind, How::Known)
     }
 
-    /// Opens a volume. A new one must have everything (`strict`); an old one is offered even if its log or state file is gone: in bypass.
+    /// Opens a volume.
     fn open_with(
         &self,
         spec: VolumeSpec,
         rewind: Option<Lsn>,
-        strict: bool,
+        how: How,
     ) -> Result<(), ControlError> {
+        let strict = how == How::New;
         let recover = self.recorded_ublk(&spec.name);
         let origin = origin::claim_origin(
             &spec.device,
-            recover.is_some() || self.memory_path(&spec).exists(),
+            how != How::Again && (recover.is_some() || self.memory_path(&spec).exists()),
         )
         .map_err(|e| claim_error(&spec.device, &e))?;
         let mut geometry = origin::geometry(&origin)

@@ -78,7 +78,7 @@ fn judge(context: &Context, volume: VolumeInfo) -> VolumeStatus {
             StoreReply::History { history } => *history,
             _ => VolumeHistory::default(),
         });
-    let (next_risk, next_command) = advise(&volume, history.is_err());
+    let (next_risk, next_command) = advise(&volume, history.as_ref().err());
     let history = history.unwrap_or_default();
     let (exposure_seconds, exposure_bytes) = match volume.state.as_str() {
         "protected" => (0.0, 0),
@@ -107,7 +107,7 @@ fn judge(context: &Context, volume: VolumeInfo) -> VolumeStatus {
     }
 }
 
-fn advise(volume: &VolumeInfo, store_is_silent: bool) -> (String, String) {
+fn advise(volume: &VolumeInfo, store: Option<&ControlError>) -> (String, String) {
     let to = |risk: &str, command: String| (risk.to_owned(), command);
     match volume.state.as_str() {
         "failed" => to(
@@ -130,7 +130,14 @@ fn advise(volume: &VolumeInfo, store_is_silent: bool) -> (String, String) {
             "a rewind is running; the device is not offered until it is done",
             "varve status --wait 600".to_owned(),
         ),
-        _ if store_is_silent => to(
+        _ if store.is_some_and(|error| error.code.starts_with('S')) => to(
+            &format!(
+                "the log will fill up: {}",
+                store.map_or("", |error| error.message.as_str())
+            ),
+            "df -h (where the store lies); varve doctor".to_owned(),
+        ),
+        _ if store.is_some() => to(
             "the store's daemon does not answer: the log will fill up",
             "varve up".to_owned(),
         ),

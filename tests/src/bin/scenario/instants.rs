@@ -27,7 +27,8 @@ pub fn instants(varve: &Installation, device: &str, kind: &str, count: usize) ->
             format!("{index}").repeat(1000 + index),
         )
         .map_err(|e| e.to_string())?;
-        if index % (count / 3).max(1) == 0 {
+        // At least three of few, ten of many.
+        if index % (count / 3).clamp(1, 3) == 0 {
             let name = format!("loose-{index}");
             varve.varve(&["mark", &name])?;
             loose.push(name);
@@ -54,7 +55,7 @@ pub fn instants(varve: &Installation, device: &str, kind: &str, count: usize) ->
         }
     }
     say(start, "every frozen image equals the device as it was");
-    for name in loose.iter().take(3 + loose.len() / 4) {
+    for name in &loose {
         let image = export(varve, name, true)?;
         let options = if kind == "xfs" { "nouuid" } else { "rw" };
         // btrfs refuses a second file system of the same UUID beside the mounted one; it is checked as it is.
