@@ -27,9 +27,14 @@ const CLAIM_WAIT: Duration = Duration::from_secs(20);
 
 /// Opens and claims an origin. Busy means: mounted, in use, or another daemon's.
 pub fn claim_origin(path: &Path, wait: bool) -> io::Result<File> {
+    while_busy(wait, || try_claim(path))
+}
+
+/// A dead daemon's claims end only with its last operation in flight.
+fn while_busy(wait: bool, claim: impl Fn() -> io::Result<File>) -> io::Result<File> {
     let start = Instant::now();
     loop {
-        match try_claim(path) {
+        match claim() {
             Err(error)
                 if wait
                     && error.raw_os_error() == Some(libc::EBUSY)
@@ -161,10 +166,15 @@ pub fn identity(file: &File) -> io::Result<String> {
 }
 
 /// Opens a log ring, making and zero-filling it if it is not there: flushes are then flushes of data alone.
-pub fn open_log(path: &Path, bytes: u64) -> io::Result<File> {
+/// `wait`: a dead daemon may still have writes to it in flight.
+pub fn open_log(path: &Path, bytes: u64, wait: bool) -> io::Result<File> {
     if !path.exists() {
         make_filled(path, bytes)?;
     }
+    while_busy(wait, || claim_log(path, bytes))
+}
+
+fn claim_log(path: &Path, bytes: u64) -> io::Result<File> {
     let file = open_direct(path, 0)?;
     let metadata = file.metadata()?;
     let found = io::Seek::seek(&mut &file, io::SeekFrom::End(0))?;
@@ -286,4 +296,25 @@ pub fn open_memory(path: &Path, bytes: usize) -> io::Result<File> {
     }
     nix::fcntl::fallocate(&file, FallocateFlags::empty(), 0, bytes as i64)?;
     Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::open_log;
+    use std::time::Duration;
+
+    #[test]
+    fn a_log_that_a_dying_daemon_still_holds_is_waited_for() {
+        let path = std::env::temp_dir().join(format!("varve-claim-{}", std::process::id()));
+        let held = open_log(&path, 1 << 20, false).unwrap();
+        let refused = open_log(&path, 1 << 20, false).unwrap_err();
+        assert_eq!(refused.raw_os_error(), Some(libc::EBUSY));
+        let holder = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(300));
+            drop(held);
+        });
+        open_log(&path, 1 << 20, true).unwrap();
+        holder.join().unwrap();
+        std::fs::remove_file(&path).unwrap();
+    }
 }

@@ -27,7 +27,7 @@ pub(crate) fn open_log(spec: &VolumeSpec, strict: bool) -> Result<File, ControlE
     let bytes = spec.segment_bytes * spec.segment_count;
     let opened = unless_data(&spec.log, strict)
         .and_then(|()| unless_missing(spec, &spec.log, strict))
-        .and_then(|()| origin::open_log(&spec.log, bytes))
+        .and_then(|()| origin::open_log(&spec.log, bytes, !strict))
         .and_then(|file| {
             if !strict {
                 unless_foreign(spec)?;
