@@ -24,7 +24,8 @@ fn scenario(kernel: &Kernel, arguments: &[&str]) {
     let mut disks = || {
         vec![
             disk(directory.path(), "origin", ORIGIN_MIB),
-            disk(directory.path(), "lasting", 4096),
+            // Room for the history of minutes at full speed.
+            disk(directory.path(), "lasting", sized(4096, 24576).into()),
             disk(directory.path(), "log", 200),
         ]
     };
