@@ -1,9 +1,10 @@
-// UNSAFETY: three ioctls that read a block device's shape.
-#![expect(unsafe_code)]
 //! The real files behind a volume: origin, log ring, state file, surviving memory. Opening them claims them.
 //!
 //! The origin is opened O_EXCL (a block device) or locked (a file). Both claims end only when the last reference is gone, and a dead daemon's
 //! operations in flight hold such references: so whoever gets the claim knows that no old write can still land.
+
+// UNSAFETY: three ioctls that read a block device's shape.
+#![expect(unsafe_code)]
 
 use nix::fcntl::{FallocateFlags, OFlag};
 use std::fs::{File, OpenOptions};

@@ -6,7 +6,7 @@ use crate::running::Mode;
 use varve_control::ControlError;
 use varve_format::Lsn;
 use varve_front::RequestKind;
-use varve_front::channel;
+use varve_front::channel::{self, JobSender};
 
 impl Manager {
     /// Takes the device away and opens a rewind span, or goes on with one that was interrupted.
@@ -37,18 +37,23 @@ impl Manager {
         })
     }
 
-    /// Writes in a rewind.
-    pub fn rewind_write(&self, name: &str, offset: u64, data: Vec<u8>) -> Result<(), ControlError> {
+    /// The way to a volume that is being rewound.
+    fn rewind_jobs(&self, name: &str) -> Result<JobSender, ControlError> {
         let jobs = match self.slots().get(name) {
             Some(Slot::Running(running)) => running.jobs.clone(),
             _ => None,
         };
-        let jobs = jobs.ok_or_else(|| {
+        jobs.ok_or_else(|| {
             error(
                 "V024-no-rewind",
                 format!("volume {name} is not being rewound"),
             )
-        })?;
+        })
+    }
+
+    /// Writes in a rewind.
+    pub fn rewind_write(&self, name: &str, offset: u64, data: Vec<u8>) -> Result<(), ControlError> {
+        let jobs = self.rewind_jobs(name)?;
         let mut at = offset;
         for part in data.chunks(channel::JOB_BYTES_MAX) {
             let length = part.len() as u64;
@@ -70,16 +75,7 @@ impl Manager {
     /// Ends the rewind and shows the device again.
     pub fn rewind_end(&self, name: &str) -> Result<(), ControlError> {
         let _changing = self.changing();
-        let jobs = match self.slots().get(name) {
-            Some(Slot::Running(running)) => running.jobs.clone(),
-            _ => None,
-        };
-        let jobs = jobs.ok_or_else(|| {
-            error(
-                "V024-no-rewind",
-                format!("volume {name} is not being rewound"),
-            )
-        })?;
+        let jobs = self.rewind_jobs(name)?;
         jobs.call(RequestKind::Flush, 0, 0, Vec::new(), false)
             .map_err(|errno| {
                 error(

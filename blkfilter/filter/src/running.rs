@@ -189,17 +189,7 @@ impl Running {
         let report = match report_out.recv_timeout(START_WAIT) {
             Ok(Ok(report)) => report,
             Ok(Err(text)) => return Err(error("V017-start", text)),
-            Err(_) => {
-                let why = if thread.is_finished() {
-                    thread.join().ok().and_then(Result::err).unwrap_or_default()
-                } else {
-                    "the kernel did not answer (a known fault of some kernels' ADD_DEV: `varve doctor`)".to_owned()
-                };
-                return Err(error(
-                    "V018-front",
-                    format!("the device could not be shown: {why}"),
-                ));
-            }
+            Err(_) => return Err(not_shown(&stopper, thread)),
         };
         if report.in_bypass && matches!(mode, Mode::Rewinding(Some(_))) {
             stopper.stop();
@@ -211,18 +201,7 @@ impl Running {
         }
         let mapped = match shown.recv_timeout(START_WAIT) {
             Ok(mapped) => mapped,
-            Err(_) => {
-                stopper.stop();
-                let why = if thread.is_finished() {
-                    thread.join().ok().and_then(Result::err).unwrap_or_default()
-                } else {
-                    "the kernel did not answer (a known fault of some kernels' ADD_DEV: `varve doctor`)".to_owned()
-                };
-                return Err(error(
-                    "V018-front",
-                    format!("the device could not be shown: {why}"),
-                ));
-            }
+            Err(_) => return Err(not_shown(&stopper, thread)),
         };
         if !mapped.is_empty() {
             link(paths, &spec.name, &mapped);
@@ -301,6 +280,24 @@ impl Running {
         info.memory_locked = status.memory_locked;
         info
     }
+}
+
+/// Nothing came of a device in time: ends its thread, and says why, if it knows.
+fn not_shown(
+    stopper: &Stopper,
+    thread: std::thread::JoinHandle<Result<(), String>>,
+) -> ControlError {
+    stopper.stop();
+    let why = if thread.is_finished() {
+        thread.join().ok().and_then(Result::err).unwrap_or_default()
+    } else {
+        "the kernel did not answer (a known fault of some kernels' ADD_DEV: `varve doctor`)"
+            .to_owned()
+    };
+    error(
+        "V018-front",
+        format!("the device could not be shown: {why}"),
+    )
 }
 
 /// Where a daemon leaves the number of the ublk device for the next one.

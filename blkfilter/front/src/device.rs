@@ -1,6 +1,7 @@
+//! What a front end drives: a device that lives on the front end's thread and shares its ring.
+
 // UNSAFETY: implements the unsafe `Port`; it only hands the entry on.
 #![expect(unsafe_code)]
-//! What a front end drives: a device that lives on the front end's thread and shares its ring.
 
 use crate::Request;
 use io_uring::{cqueue, squeue};

@@ -1,6 +1,7 @@
+//! The turn that every front end's thread takes: bell, timer, device. The ring is the thread's own, shared with the device.
+
 // UNSAFETY: pushes entries into rings; the bell's and timers' entries point at nothing that can go away.
 #![expect(unsafe_code)]
-//! The turn that every front end's thread takes: bell, timer, device. The ring is the thread's own, shared with the device.
 
 use crate::device::{Device, RingPort, Waker};
 use io_uring::{IoUring, opcode, squeue, types};

@@ -1,9 +1,10 @@
-// UNSAFETY: wraps libublk's request buffers as our own memory for the time of the queue.
-#![expect(unsafe_code)]
 //! The ublk front end, through libublk: one queue, one thread, one ring for ublk commands, origin and log alike.
 //!
 //! User recovery: when the daemon dies the kernel keeps the device and its requests; [`serve`] with `recover` takes them over, and requests that
 //! were in flight come again (REISSUE). Until then I/O waits.
+
+// UNSAFETY: wraps libublk's request buffers as our own memory for the time of the queue.
+#![expect(unsafe_code)]
 
 use crate::device::{Device, DeviceFactory, RingPort, Stopper, Waker};
 use crate::loopback::{RingTimer, TIMER, arm_bell, dispatch, push_into};

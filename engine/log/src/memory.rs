@@ -1,10 +1,11 @@
-// UNSAFETY: maps memory and hands raw ranges of it to the kernel; every access is bounds-checked here.
-#![expect(unsafe_code)]
 //! Memory that the kernel reads and writes while we hold it: batch buffer, request buffers, bitmap.
 //!
 //! A [`Memory`] is one mapping; a [`Buffer`] is a range of it that keeps the mapping alive, so that I/O in flight never outlives
 //! what it points at. One thread owns a mapping (`Rc`), as one thread owns a volume.
 //! A mapping of a tmpfs file outlives the process: that is what "surviving" means in this project.
+
+// UNSAFETY: maps memory and hands raw ranges of it to the kernel; every access is bounds-checked here.
+#![expect(unsafe_code)]
 
 use std::cell::Cell;
 use std::fs::File;

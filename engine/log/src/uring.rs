@@ -1,9 +1,10 @@
-// UNSAFETY: pushes entries that carry raw pointers into a ring; each operation's buffer is kept alive until its completion.
-#![expect(unsafe_code)]
 //! The kernel's medium: three file descriptors and one io_uring.
 //!
 //! The ring is either our own, or one that somebody else drives (ublk's queue ring: then one system call per turn serves requests,
 //! origin and log alike). Short reads and writes are continued here, so that whoever submitted sees whole or failed.
+
+// UNSAFETY: pushes entries that carry raw pointers into a ring; each operation's buffer is kept alive until its completion.
+#![expect(unsafe_code)]
 
 use crate::medium::{Completion, Disk, IoError, Medium, Now, Operation};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};

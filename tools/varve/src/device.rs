@@ -42,32 +42,7 @@ pub fn refuse_in_use(device: &Path) -> Result<(), ControlError> {
             device.display()
         ));
     }
-    let swaps = std::fs::read_to_string("/proc/swaps").unwrap_or_default();
-    if swaps.lines().any(|line| {
-        line.split_whitespace()
-            .next()
-            .is_some_and(|path| std::fs::canonicalize(path).is_ok_and(|p| p == device))
-    }) {
-        return busy(format!(
-            "is swap. `swapoff {}` first; swap itself is not worth protecting",
-            device.display()
-        ));
-    }
-    let holders: Vec<String> = std::fs::read_dir(sysfs(metadata.rdev()).join("holders"))
-        .map(|entries| {
-            entries
-                .flatten()
-                .map(|entry| entry.file_name().to_string_lossy().into_owned())
-                .collect()
-        })
-        .unwrap_or_default();
-    if !holders.is_empty() {
-        return busy(format!(
-            "belongs to {} (LVM, md or dm). Protect that device instead",
-            holders.join(", ")
-        ));
-    }
-    Ok(())
+    refuse_used_parts(device)
 }
 
 /// Whether both lie on one disk.
@@ -126,7 +101,10 @@ pub fn refuse_used_parts(device: &Path) -> Result<(), ControlError> {
             .any(|swap| std::fs::canonicalize(swap).is_ok_and(|swap| swap == path))
     };
     if is_swap(device) {
-        return refuse("is swap; swap itself is not worth protecting".to_owned());
+        return refuse(format!(
+            "is swap. `swapoff {}` first; swap itself is not worth protecting",
+            device.display()
+        ));
     }
     let Ok(metadata) = std::fs::metadata(device) else {
         return Ok(());

@@ -1,9 +1,9 @@
 //! History is lost: the store is gone, or a part of the log is damaged before it was taken. It is said, and made whole again by a comparison.
 
-use crate::{Outcome, export, protect};
+use crate::{Outcome, export, protect, stamper_on_zeroes};
 use std::os::unix::fs::FileExt;
 use varve_tests::scenario::{Installation, digest, pause, run};
-use varve_tests::stamps::{Stamper, read_stamps};
+use varve_tests::stamps::read_stamps;
 
 const BLOCKS: u64 = 4096;
 
@@ -20,19 +20,7 @@ fn until_said(varve: &Installation, what: &str) -> Outcome {
 /// Both losses, one after the other.
 pub fn holes(varve: &Installation, device: &str) -> Outcome {
     let mapped = protect(varve, device)?;
-    run(
-        "blkdiscard",
-        &[
-            "-z",
-            "-f",
-            "-o",
-            "0",
-            "-l",
-            &(BLOCKS * 4096).to_string(),
-            &mapped,
-        ],
-    )?;
-    let mut writer = Stamper::new(&mapped, BLOCKS)?;
+    let mut writer = stamper_on_zeroes(&mapped, BLOCKS)?;
     for step in 0..500 {
         writer.write(step % 50 == 49)?;
     }

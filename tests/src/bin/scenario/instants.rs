@@ -1,11 +1,11 @@
 //! Images of the past against what the device, or its writer, was at that time.
 
-use crate::{Outcome, export, protect};
+use crate::{Outcome, export, protect, stamper_on_zeroes};
 use std::time::Instant;
 use varve_tests::scenario::{
     Installation, check_file_system, digest, finish_fio, make_file_system, run, say, start_fio,
 };
-use varve_tests::stamps::{Stamper, read_stamps};
+use varve_tests::stamps::read_stamps;
 
 /// Images at many instants of a file system under load: frozen ones equal the device as it was read then; others mount, and pass the checker.
 pub fn instants(varve: &Installation, device: &str, kind: &str, count: usize) -> Outcome {
@@ -85,19 +85,7 @@ pub fn stamps(varve: &Installation, device: &str, count: u64) -> Outcome {
     const BLOCKS: u64 = 512;
     let start = Instant::now();
     let mapped = protect(varve, device)?;
-    run(
-        "blkdiscard",
-        &[
-            "-z",
-            "-f",
-            "-o",
-            "0",
-            "-l",
-            &(BLOCKS * 4096).to_string(),
-            &mapped,
-        ],
-    )?;
-    let mut writer = Stamper::new(&mapped, BLOCKS)?;
+    let mut writer = stamper_on_zeroes(&mapped, BLOCKS)?;
     let mut models = Vec::new();
     for index in 0..count {
         for step in 0..40 + index * 3 {

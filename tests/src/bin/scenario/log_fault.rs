@@ -1,6 +1,6 @@
 //! The log breaks in every way a disk can, and comes back.
 
-use crate::{Outcome, export};
+use crate::{Outcome, export, stamper_on_zeroes};
 use std::path::Path;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
@@ -175,19 +175,7 @@ pub fn log_fault(varve: &Installation, device: &str, fault: Fault) -> Outcome {
         "/dev/mapper/log",
         if fault == Fault::Full { "16" } else { "128" },
     )?;
-    run(
-        "blkdiscard",
-        &[
-            "-z",
-            "-f",
-            "-o",
-            "0",
-            "-l",
-            &(BLOCKS * 4096).to_string(),
-            &mapped,
-        ],
-    )?;
-    let mut writer = Stamper::new(&mapped, BLOCKS)?;
+    let mut writer = stamper_on_zeroes(&mapped, BLOCKS)?;
     for step in 0..300 {
         writer.write(step % 20 == 0)?;
     }

@@ -12,8 +12,9 @@ mod shapes;
 use log_fault::Fault;
 use std::path::Path;
 use std::process::ExitCode;
-use varve_tests::scenario::Installation;
+use varve_tests::scenario::{Installation, run};
 use varve_tests::slow_disk;
+use varve_tests::stamps::Stamper;
 
 type Outcome = Result<(), String>;
 
@@ -93,4 +94,11 @@ pub fn export(varve: &Installation, instant: &str, writable: bool) -> Result<Str
     device
         .map(str::to_owned)
         .ok_or_else(|| format!("no device in {text}"))
+}
+
+/// Makes the first blocks zero (WRITE ZEROES), and stamps them from then on.
+pub fn stamper_on_zeroes(mapped: &str, blocks: u64) -> Result<Stamper, String> {
+    let bytes = (blocks * 4096).to_string();
+    run("blkdiscard", &["-z", "-f", "-o", "0", "-l", &bytes, mapped])?;
+    Stamper::new(mapped, blocks)
 }
