@@ -10,5 +10,6 @@ pub mod history;
 pub mod replay;
 pub mod scenario;
 pub mod simulated;
+pub mod simulated_copies;
 pub mod slow_disk;
 pub mod stamps;

@@ -4,6 +4,7 @@
 //! request it came from. The model remembers when each request was issued and answered, and which flush was answered after it.
 
 use crate::history::History;
+use crate::simulated_copies::{SPOOL_BYTES, SimCopies};
 use blkfilter::{
     AckPolicy, Law, Rules, StartReport, SurvivingIdentity, SurvivingMemory, Volume, VolumeConfig,
 };
@@ -51,6 +52,8 @@ pub struct Script {
     pub log_faults: bool,
     /// When writes are answered.
     pub ack: AckPolicy,
+    /// Cut hot copies now and then, and break their spool.
+    pub copies: bool,
 }
 
 /// How the run ends.
@@ -87,6 +90,8 @@ pub struct Simulated<R: Rules = Law> {
     pub flush_before_comparing: bool,
     /// Bytes that comparisons have found equal.
     pub found_equal: u64,
+    /// Hot copies, if the script has some.
+    pub copies: Option<SimCopies>,
 }
 
 /// A comparison of the origin with the history, as the store's daemon does it.
@@ -100,7 +105,12 @@ impl<R: Rules> Simulated<R> {
     /// A fresh machine.
     #[must_use]
     pub fn new(script: Script) -> Simulated<R> {
-        let sizes = [VOLUME_BYTES, (SEGMENT_BYTES * SEGMENT_COUNT) as usize, 8192];
+        let sizes = [
+            VOLUME_BYTES,
+            (SEGMENT_BYTES * SEGMENT_COUNT) as usize,
+            8192,
+            if script.copies { SPOOL_BYTES } else { 0 },
+        ];
         let machine = Rc::new(RefCell::new(SimMachine::new(script.seed, sizes)));
         let mut config = VolumeConfig::new(VolumeId([9; 16]), VOLUME_BYTES as u64, SECTOR as u32);
         config.region_bytes = 8192;
@@ -134,7 +144,14 @@ impl<R: Rules> Simulated<R> {
             comparison: None,
             flush_before_comparing: true,
             found_equal: 0,
+            copies: None,
         }
+        .with_copies(script.copies)
+    }
+
+    fn with_copies(mut self, wanted: bool) -> Simulated<R> {
+        self.copies = wanted.then(|| SimCopies::new(&self.machine, VOLUME_BYTES));
+        self
     }
 
     fn random(&mut self, below: u64) -> u64 {
@@ -167,10 +184,18 @@ impl<R: Rules> Simulated<R> {
             ..Fingerprint::default()
         };
         match Volume::start(&mut self.medium, self.config, surviving, kernel, None) {
-            Ok((volume, report)) => {
+            Ok((mut volume, report)) => {
+                if let Some(copies) = self.copies.as_mut()
+                    && !copies.attach(&mut volume, &mut self.medium)
+                {
+                    return false;
+                }
                 if report.in_bypass {
                     let end = self.history().end;
                     self.snapshots.retain(|(lsn, _)| *lsn <= end);
+                    if let Some(copies) = self.copies.as_mut() {
+                        copies.forget_instants_above(end);
+                    }
                 }
                 self.reports.push(report);
                 self.volume = Some(volume);
@@ -201,6 +226,10 @@ impl<R: Rules> Simulated<R> {
         }
         if self.machine.borrow().is_crashed() {
             return false;
+        }
+        if let Some(copies) = self.copies.as_mut() {
+            let random = self.machine.borrow_mut().random();
+            copies.follow(volume, &mut self.medium, random);
         }
         while let Some(answer) = volume.take_answer() {
             self.clock += 1;
@@ -318,10 +347,19 @@ impl<R: Rules> Simulated<R> {
     /// Drives the volume through the script until it ends (true) or the machine crashes (false).
     pub fn run(&mut self, script: Script) -> bool {
         for step in 0..script.requests {
-            while self.in_flight.len() >= 8 {
+            let since = self.machine.borrow().operations();
+            for turn in 0.. {
+                if self.in_flight.len() < 8 {
+                    break;
+                }
                 if !self.turn() {
                     return false;
                 }
+                assert!(
+                    turn < 100_000,
+                    "no answer any more since operation {since}: {:?}",
+                    self.status()
+                );
             }
             let choice = self.random(100);
             let length = (1 + self.random(if choice < 10 { 48 } else { 10 })) as usize * SECTOR;
@@ -338,11 +376,23 @@ impl<R: Rules> Simulated<R> {
                 88..92 => self.issue(RequestKind::Discard, offset, length, false),
                 92..95 => self.volume.as_mut().unwrap().seal(),
                 95 => self.snapshot_when_idle(),
+                96.. if self.copies.is_some() => self.change_copies(),
                 _ => self.machine.borrow_mut().advance(3_000_000),
             }
             if script.log_faults && step % 25 == 12 {
                 let fault = [DiskFault::Stalled, DiskFault::FailWrites][self.random(2) as usize];
                 self.machine.borrow_mut().disk(Disk::Log).fault = fault;
+            }
+            if let Some(copies) = self.copies.as_ref().filter(|_| script.log_faults) {
+                match step % 20 {
+                    9 => copies.fault(if script.seed.is_multiple_of(2) {
+                        DiskFault::FailWrites
+                    } else {
+                        DiskFault::Stalled
+                    }),
+                    14 => copies.fault(DiskFault::None),
+                    _ => {}
+                }
             }
             if step % 25 == 22 {
                 self.machine.borrow_mut().disk(Disk::Log).fault = DiskFault::None;
@@ -363,6 +413,9 @@ impl<R: Rules> Simulated<R> {
         let fault = self.machine.borrow_mut().disk(Disk::Log).fault;
         if fault != DiskFault::IgnoreFlush {
             self.machine.borrow_mut().disk(Disk::Log).fault = DiskFault::None;
+        }
+        if let Some(copies) = &self.copies {
+            copies.fault(DiskFault::None);
         }
         for _ in 0..200_000 {
             let volume = self.volume.as_ref().unwrap();
@@ -397,6 +450,13 @@ impl<R: Rules> Simulated<R> {
         panic!("the log never became durable");
     }
 
+    fn change_copies(&mut self) {
+        let random = self.random(1 << 20);
+        if let (Some(copies), Some(volume)) = (self.copies.as_mut(), self.volume.as_mut()) {
+            copies.change(volume, random);
+        }
+    }
+
     /// Takes the origin's content as an oracle if the volume happens to be idle and in no span.
     fn snapshot_when_idle(&mut self) {
         for _ in 0..2000 {
@@ -425,6 +485,9 @@ impl<R: Rules> Simulated<R> {
             Cut::Power(plan) => {
                 self.machine.borrow_mut().power_cut(plan);
                 self.memory = None;
+                if let Some(copies) = self.copies.as_mut() {
+                    copies.power_cut();
+                }
                 for request in self.issued.iter_mut().filter(|request| !request.durable) {
                     request.lost = true;
                 }
@@ -436,6 +499,9 @@ impl<R: Rules> Simulated<R> {
                     ));
                 }
                 self.snapshots.retain(|(lsn, _)| *lsn <= end);
+                if let Some(copies) = self.copies.as_mut() {
+                    copies.forget_instants_above(end);
+                }
             }
             Cut::Kill => {
                 self.machine.borrow_mut().kill_process();
@@ -499,6 +565,9 @@ impl<R: Rules> Simulated<R> {
                 ));
             }
         }
+        if let Some(copies) = &self.copies {
+            copies.check(&history)?;
+        }
         self.check_flushed(origin)?;
         self.check_order(&history)?;
         self.check_copies(&history)?;
@@ -524,11 +593,14 @@ impl<R: Rules> Simulated<R> {
                     && index * SECTOR < request.offset + request.length
             };
             let found = stamp_of(sector);
+            // Under a hot copy a discard may do nothing.
+            let may_be_nothing =
+                |r: &Issued| self.copies.is_some() && r.kind == RequestKind::Discard;
             let durable = self
                 .issued
                 .iter()
                 .enumerate()
-                .filter(|(_, r)| r.durable && touches(r));
+                .filter(|(_, r)| r.durable && touches(r) && !may_be_nothing(r));
             for (number, request) in durable {
                 // Stale: the sector's content was answered before the durable write was issued, and nothing else explains it.
                 let explained = if found == 0 {

@@ -153,6 +153,7 @@ pub fn serve(backing: &str, control: &Path, id: u32) -> Result<(), String> {
         recover: false,
         lasting: false,
         geometry: parts.geometry,
+        record: None,
     };
     ublk::serve(
         &options,

@@ -20,6 +20,7 @@ fn script(seed: u64) -> Script {
         requests: 60,
         log_faults: seed.is_multiple_of(3),
         ack,
+        copies: false,
     }
 }
 
@@ -179,6 +180,7 @@ fn clean_close_needs_no_reread_and_notices_a_foreign_write() {
         requests: 60,
         log_faults: false,
         ack: AckPolicy::Async,
+        copies: false,
     };
     let mut sim = Simulated::<Law>::new(script);
     assert!(sim.start() && sim.run(script));
@@ -211,6 +213,7 @@ fn log_faults_reach_bypass_and_heal() {
             requests: 80,
             log_faults: true,
             ack: AckPolicy::Async,
+            copies: false,
         };
         let mut sim = Simulated::<Law>::new(script);
         assert!(sim.start() && sim.run(script));

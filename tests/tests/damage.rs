@@ -32,6 +32,7 @@ fn sample(seed: u64) -> Sample {
         requests: 300,
         log_faults: false,
         ack: AckPolicy::Async,
+        copies: false,
     };
     let mut sim = Simulated::<Law>::new(script);
     assert!(sim.start() && sim.run(script));

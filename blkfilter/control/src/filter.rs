@@ -1,6 +1,6 @@
 //! What the data path's daemon is asked, and what it answers.
 
-use crate::VolumeSpec;
+use crate::{CopyInfo, NewCopy, VolumeSpec};
 use serde::{Deserialize, Serialize};
 
 /// A question to `blkfilter`.
@@ -85,6 +85,24 @@ pub enum FilterOp {
         /// Name of the volume.
         name: String,
     },
+    /// Make hot copies, all of one instant.
+    CopyCreate {
+        /// They, of different volumes.
+        copies: Vec<NewCopy>,
+        /// They survive a power cut.
+        persist: bool,
+        /// They can be written to.
+        writable: bool,
+        /// File systems are frozen for the cut, where they can be.
+        freeze: bool,
+    },
+    /// End a hot copy.
+    CopyRemove {
+        /// Its name.
+        name: String,
+    },
+    /// All hot copies.
+    Copies,
     /// Close all volumes cleanly and exit.
     Shutdown,
 }
@@ -199,6 +217,11 @@ pub enum FilterReply {
     Wanted {
         /// It should.
         wanted: bool,
+    },
+    /// Hot copies.
+    Copies {
+        /// They.
+        copies: Vec<CopyInfo>,
     },
     /// What is sealed.
     Sealed {

@@ -6,6 +6,7 @@
 //! Only root can reach the sockets (mode 0600); all lengths are bounded before anything is allocated. Never the network.
 
 mod block;
+mod copies;
 mod filter;
 mod notify;
 mod paths;
@@ -14,6 +15,7 @@ mod store;
 mod wire;
 
 pub use block::{is_same_storage, lasting_path, mapped_volume_under, sysfs};
+pub use copies::{CopyInfo, CopySet, CopySpec, NewCopy};
 pub use filter::{FilterOp, FilterReply, SealedInfo, VolumeInfo};
 pub use paths::Paths;
 pub use spec::{Ack, FrontKind, SpecError, VolumeSpec, load_specs, save_spec};

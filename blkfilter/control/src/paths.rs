@@ -31,6 +31,28 @@ impl Paths {
         self.at("etc/varve/volumes")
     }
 
+    /// What lasts of hot copies: one file per volume that has some.
+    #[must_use]
+    pub fn copy_sets(&self) -> PathBuf {
+        self.at("etc/varve/copies")
+    }
+
+    /// Where what hot copies need goes, by default.
+    #[must_use]
+    pub fn spools(&self) -> PathBuf {
+        self.at("var/lib/varve/copies")
+    }
+
+    /// Links to hot copies.
+    #[must_use]
+    pub fn copies(&self) -> PathBuf {
+        if self.root == Path::new("/") {
+            PathBuf::from("/dev/hcp")
+        } else {
+            self.run().join("hcp")
+        }
+    }
+
     /// State files, by default: on another device than the logs, where the machine has one.
     #[must_use]
     pub fn state(&self) -> PathBuf {

@@ -161,16 +161,26 @@ fn load(path: PathBuf) -> Result<VolumeSpec, SpecError> {
     Ok(spec)
 }
 
-/// Writes a volume's file, durably: a new file, flushed, renamed over the old one, the directory flushed.
+/// Writes a volume's file, durably.
 pub fn save_spec(directory: &Path, spec: &VolumeSpec) -> Result<(), SpecError> {
     let path = directory.join(format!("{}.toml", spec.name));
     spec.check()
         .map_err(|why| SpecError::Invalid(path.clone(), why))?;
+    save_toml(directory, &spec.name, spec)
+}
+
+/// Writes a file that lasts, durably: a new file, flushed, renamed over the old one, the directory flushed.
+pub(crate) fn save_toml<T: Serialize>(
+    directory: &Path,
+    name: &str,
+    value: &T,
+) -> Result<(), SpecError> {
+    let path = directory.join(format!("{name}.toml"));
     let text =
-        toml::to_string(spec).map_err(|e| SpecError::Invalid(path.clone(), e.to_string()))?;
+        toml::to_string(value).map_err(|e| SpecError::Invalid(path.clone(), e.to_string()))?;
     let write = || {
         std::fs::create_dir_all(directory)?;
-        let new = directory.join(format!(".{}.new", spec.name));
+        let new = directory.join(format!(".{name}.new"));
         let mut file = std::fs::File::create(&new)?;
         file.write_all(text.as_bytes())?;
         file.sync_all()?;

@@ -87,6 +87,12 @@ impl Bitmap {
         );
     }
 
+    /// Whether a block is marked.
+    #[must_use]
+    pub fn contains(&self, block: u64) -> bool {
+        self.word(block / 64) >> (block % 64) & 1 == 1
+    }
+
     /// Clears everything.
     pub fn clear_all(&mut self) {
         self.change(0, self.blocks, false);

@@ -83,6 +83,12 @@ pub trait Rules {
     const OVERLAP_WAITS: bool = true;
     /// A write bypasses the log only after the mark is durable.
     const MARK_BEFORE_BYPASS: bool = true;
+    /// What a hot copy needs is saved before it is overwritten.
+    const SAVE_BEFORE_OVERWRITE: bool = true;
+    /// For a copy that must survive a power cut, saving means durably.
+    const SPOOL_FLUSH_BEFORE_OVERWRITE: bool = true;
+    /// That such copies are valid no more is durable before anything is overwritten that they lack.
+    const MARK_BEFORE_LOSING_COPIES: bool = true;
 }
 
 /// All protections on.

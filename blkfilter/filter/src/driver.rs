@@ -1,12 +1,15 @@
 //! A volume behind a front end: the state machine, its medium, and messages from the daemon's other threads.
 
+use crate::copies::files::{CopyMemoryFile, SpoolFiles};
+use crate::hot_copy::{HotCopies, Lost};
 use crate::volume::Volume;
 use crate::{Law, StartReport, VolumeStatus};
 use crossbeam_channel::{Receiver, Sender};
 use std::collections::VecDeque;
+use std::time::Duration;
 use varve_format::{Fingerprint, Lsn, SegmentSequence};
 use varve_front::{Answer, Device, Request, RingPort};
-use varve_log::{Medium, OwnRing, UringMedium};
+use varve_log::{Disk, Medium, OwnRing, UringMedium};
 
 /// A message to a volume's thread.
 pub enum Message {
@@ -24,6 +27,28 @@ pub enum Message {
     Verified(u64, u64, Vec<(u64, u64)>, Sender<bool>),
     /// End the rewind span; answered once that is durable.
     EndRewind(Sender<bool>),
+    /// From here on there can be hot copies. Answered with what went wrong, if anything did.
+    AttachCopies(Box<SpoolFiles>, Sender<Result<(), String>>),
+    /// There are none any more. Answered with whether that is so.
+    DetachCopies(Sender<bool>),
+    /// Hold new writes back, no longer than this.
+    Hold(Duration, Sender<()>),
+    /// Cut a hot copy; answered with the LSN of the cut, and again once the copy may be read.
+    Cut(CopyMemoryFile, Sender<Result<Lsn, String>>, Sender<()>),
+    /// Let writes go on.
+    GoOn,
+    /// Forget a hot copy.
+    RemoveCopy(u32, Sender<()>),
+    /// It is durably known which hot copies are valid no more.
+    CopiesMarked,
+}
+
+/// Hot copies of a volume were given up.
+pub struct CopyAlert {
+    /// The volume's name.
+    pub volume: String,
+    /// Why.
+    pub why: Lost,
 }
 
 enum Waiting {
@@ -31,6 +56,8 @@ enum Waiting {
     Mark(Result<Lsn, String>, Sender<Option<Lsn>>),
     Seal(SegmentSequence, Lsn, Sender<(SegmentSequence, Lsn)>),
     EndRewind(Option<Lsn>, Sender<bool>),
+    /// What was admitted before the cut must land; a copy that must last waits for a flush, too.
+    Settle(u64, bool, Option<u64>, Sender<()>),
 }
 
 /// The device that a front end drives.
@@ -42,6 +69,8 @@ pub struct VolumeDevice {
     answers: VecDeque<Answer>,
     kernel: fn(&std::fs::File) -> Fingerprint,
     closed: Option<Sender<Result<(), String>>>,
+    name: String,
+    alerts: Sender<CopyAlert>,
 }
 
 impl VolumeDevice {
@@ -54,6 +83,7 @@ impl VolumeDevice {
         messages: Receiver<Message>,
         kernel: fn(&std::fs::File) -> Fingerprint,
         closed: Sender<Result<(), String>>,
+        (name, alerts): (String, Sender<CopyAlert>),
     ) -> VolumeDevice {
         let medium = Some(medium.with_port(port));
         VolumeDevice {
@@ -64,6 +94,8 @@ impl VolumeDevice {
             answers: VecDeque::new(),
             kernel,
             closed: Some(closed),
+            name,
+            alerts,
         }
     }
 
@@ -108,7 +140,37 @@ impl VolumeDevice {
                     _ => true,
                 }
             }
+            Waiting::Settle(cut, lasting, flush, reply) => {
+                if !volume.is_settled(*cut) {
+                    return true;
+                }
+                if *lasting {
+                    let generation = *flush.get_or_insert_with(|| volume.flush_origin(medium));
+                    if !volume.is_flushed(generation) {
+                        return true;
+                    }
+                }
+                let _ = reply.send(());
+                false
+            }
         });
+    }
+
+    fn cut(
+        &mut self,
+        file: &CopyMemoryFile,
+        cut: &Sender<Result<Lsn, String>>,
+        settled: Sender<()>,
+    ) {
+        let outcome = file.fresh().map_err(|error| error.to_string());
+        let outcome = outcome.and_then(|copy| {
+            let lasting = copy.persist;
+            let at = self.volume.cut_copy(copy).ok_or("there is no spool")?;
+            self.waiting
+                .push(Waiting::Settle(at, lasting, None, settled));
+            Ok(self.volume.next_lsn())
+        });
+        let _ = cut.send(outcome);
     }
 }
 
@@ -134,6 +196,7 @@ impl Device for VolumeDevice {
             return;
         };
         medium.hold_time();
+        let mut cuts = Vec::new();
         while let Ok(message) = self.messages.try_recv() {
             match message {
                 Message::Status(reply) => {
@@ -160,7 +223,37 @@ impl Device for VolumeDevice {
                     let _ = reply.send(self.volume.verified(now, number, below, &equal));
                 }
                 Message::EndRewind(reply) => self.waiting.push(Waiting::EndRewind(None, reply)),
+                Message::AttachCopies(files, reply) => {
+                    let attached = files.attach_empty(&mut self.volume, medium);
+                    let _ = reply.send(attached.map_err(|error| error.to_string()));
+                }
+                Message::DetachCopies(reply) => {
+                    let free = self.volume.detach_copies();
+                    if free {
+                        medium.set(Disk::Spool, None);
+                    }
+                    let _ = reply.send(free);
+                }
+                Message::Hold(limit, reply) => {
+                    let until = medium.now().monotonic_ns + limit.as_nanos() as u64;
+                    self.volume.hold_writes(until);
+                    let _ = reply.send(());
+                }
+                Message::Cut(file, cut, settled) => cuts.push((file, cut, settled)),
+                Message::GoOn => self.volume.release_writes(),
+                Message::RemoveCopy(generation, reply) => {
+                    self.volume.remove_copy(generation);
+                    let _ = reply.send(());
+                }
+                Message::CopiesMarked => {
+                    if let Some(hot) = self.volume.copies_mut() {
+                        hot.marked();
+                    }
+                }
             }
+        }
+        for (file, cut, settled) in cuts {
+            self.cut(&file, &cut, settled);
         }
     }
 
@@ -179,6 +272,10 @@ impl Device for VolumeDevice {
                 tag: answer.tag,
                 result: answer.result.map_err(|error| error.0),
             });
+        }
+        if let Some(why) = self.volume.copies_mut().and_then(HotCopies::take_alert) {
+            let volume = self.name.clone();
+            let _ = self.alerts.send(CopyAlert { volume, why });
         }
         if !self.waiting.is_empty() {
             self.serve_waiting();
@@ -223,7 +320,8 @@ impl Device for VolumeDevice {
                 .and_then(|ring| {
                     let mut medium = medium.with_port(ring);
                     let origin = medium
-                        .origin()
+                        .file(Disk::Origin)
+                        .ok_or("there is no origin")?
                         .try_clone()
                         .map_err(|error| error.to_string())?;
                     let kernel = self.kernel;

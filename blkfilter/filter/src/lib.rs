@@ -10,10 +10,13 @@
 mod bitmap;
 mod close;
 mod config;
+pub mod copies;
 mod copy;
 pub mod driver;
 mod flush;
+pub mod freeze;
 mod heal;
+pub mod hot_copy;
 mod locks;
 pub mod manager;
 pub mod origin;

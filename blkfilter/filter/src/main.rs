@@ -13,6 +13,8 @@ const HELP: &str = "blkfilter: the data path of Varve: records every write to pr
 Usage: blkfilter [--root DIR]
        blkfilter --is-origin DEVICE [LINK...]  (for udev: exit code 0 if DEVICE is a protected volume's)
        blkfilter --mapped-name DEVICE  (for udev: the name of the volume that DEVICE shows)
+       blkfilter --copy-name DEVICE  (for udev: the name of the hot copy that DEVICE shows)
+       blkfilter --freeze DIR...  (its own helper: freezes until told to thaw, or for 5 s)
 
 It opens all volumes in DIR/etc/varve/volumes (DIR is / by default, or VARVE_ROOT) and answers `varve` on
 DIR/run/varve/blkfilter.sock. SIGTERM closes every volume that is not in use; one that is in use is left
@@ -30,6 +32,25 @@ fn main() -> ExitCode {
                 return is_origin(&Paths::new(root), &device, arguments);
             }
             ("--mapped-name", Some(device)) => return mapped_name(&Paths::new(root), &device),
+            ("--copy-name", Some(device)) => {
+                return match blkfilter::copies::copy_name(&Paths::new(root), &device) {
+                    Some(name) => {
+                        println!("{name}");
+                        ExitCode::SUCCESS
+                    }
+                    None => ExitCode::FAILURE,
+                };
+            }
+            ("--freeze", Some(first)) => {
+                let directories: Vec<String> = std::iter::once(first).chain(arguments).collect();
+                return match blkfilter::freeze::helper(&directories) {
+                    Ok(()) => ExitCode::SUCCESS,
+                    Err(error) => {
+                        eprintln!("blkfilter: {error}");
+                        ExitCode::FAILURE
+                    }
+                };
+            }
             ("--help" | "-h", _) => {
                 println!("{HELP}");
                 return ExitCode::SUCCESS;
@@ -111,6 +132,9 @@ fn run(paths: Paths) -> ExitCode {
         }
     };
     let manager = Arc::new(Manager::new(paths.clone()));
+    blkfilter::freeze::thaw_left_over(&paths.run());
+    let losses = Arc::clone(&manager);
+    std::thread::spawn(move || losses.follow_copies());
     manager.open_all();
     let late = Arc::clone(&manager);
     std::thread::spawn(move || {
@@ -224,6 +248,21 @@ fn answer(manager: &Manager, op: FilterOp, attached: Vec<u8>) -> Result<FilterRe
             manager.rewind_end(&name)?;
             FilterReply::Done
         }
+        FilterOp::CopyCreate {
+            copies,
+            persist,
+            writable,
+            freeze,
+        } => FilterReply::Copies {
+            copies: manager.copy_create(&copies, persist, writable, freeze)?,
+        },
+        FilterOp::CopyRemove { name } => {
+            manager.copy_remove(&name)?;
+            FilterReply::Done
+        }
+        FilterOp::Copies => FilterReply::Copies {
+            copies: manager.copy_infos(),
+        },
         FilterOp::Shutdown => {
             manager.shutdown();
             std::process::exit(0);

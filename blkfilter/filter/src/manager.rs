@@ -1,15 +1,16 @@
 //! All volumes of one daemon: opening, showing, taking away, closing. A thread (ublk: two) per volume; this room only talks to them.
 
-use crate::driver::Message;
+use crate::copies::ShownCopy;
+use crate::driver::{CopyAlert, Message};
 use crate::origin;
 use crate::places::{holds_log, is_apart, open_log, open_state};
 use crate::running::{Files, Mode, Running, ublk_record};
 use crate::{AckPolicy, SurvivingMemory, VolumeConfig};
-use crossbeam_channel::{Sender, bounded};
+use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 use varve_control::{Ack, ControlError, Paths, VolumeInfo, VolumeSpec};
 use varve_format::{Lsn, SegmentSequence, VolumeId};
@@ -46,10 +47,14 @@ const DEVICE_BYTES_MIN: u64 = 1 << 20;
 
 /// All volumes.
 pub struct Manager {
-    paths: Paths,
+    pub(crate) paths: Paths,
     slots: Mutex<BTreeMap<String, Slot>>,
     /// Held by whatever adds, removes or restarts a volume: one at a time.
     changing: Mutex<()>,
+    /// Hot copies that are shown, by name.
+    shown_copies: Mutex<BTreeMap<String, ShownCopy>>,
+    /// Volumes tell that their hot copies are lost.
+    pub(crate) alerts: (Sender<CopyAlert>, Receiver<CopyAlert>),
 }
 
 pub(crate) fn error(code: &str, message: impl std::fmt::Display) -> ControlError {
@@ -57,7 +62,7 @@ pub(crate) fn error(code: &str, message: impl std::fmt::Display) -> ControlError
 }
 
 impl Slot {
-    fn spec(&self) -> &VolumeSpec {
+    pub(crate) fn spec(&self) -> &VolumeSpec {
         match self {
             Slot::Running(running) => &running.spec,
             Slot::Failed(spec, _) | Slot::Waiting(spec) => spec,
@@ -73,16 +78,24 @@ impl Manager {
             paths,
             slots: Mutex::new(BTreeMap::new()),
             changing: Mutex::new(()),
+            shown_copies: Mutex::new(BTreeMap::new()),
+            alerts: unbounded(),
         }
     }
 
-    pub(crate) fn slots(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Slot>> {
+    pub(crate) fn slots(&self) -> MutexGuard<'_, BTreeMap<String, Slot>> {
         self.slots
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    pub(crate) fn changing(&self) -> std::sync::MutexGuard<'_, ()> {
+    pub(crate) fn shown_copies(&self) -> MutexGuard<'_, BTreeMap<String, ShownCopy>> {
+        self.shown_copies
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    pub(crate) fn changing(&self) -> MutexGuard<'_, ()> {
         self.changing
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner)
@@ -280,12 +293,15 @@ impl Manager {
                 format!("surviving memory under {}: {e}", self.paths.run().display()),
             )
         })?;
+        let copies = self.copies_at_start(&spec, &origin);
         let files = Files {
             origin,
             log,
             state,
             memory,
             memory_bytes,
+            copies,
+            alerts: self.alerts.0.clone(),
         };
         let interrupted = rewind.is_none().then(|| files.peek(&config)).flatten();
         let mode = if rewind.is_some() || interrupted.is_some() {
@@ -299,8 +315,12 @@ impl Manager {
         {
             eprintln!("blkfilter: {}: {failed}", running.spec.name);
         }
+        let (spec, attached) = (running.spec.clone(), running.attached.clone());
         self.slots()
             .insert(running.spec.name.clone(), Slot::Running(Box::new(running)));
+        if let Some((gone, newest)) = attached {
+            self.copies_started(&spec, &gone, newest);
+        }
         Ok(())
     }
 
@@ -310,12 +330,7 @@ impl Manager {
 
     /// The ublk device that an earlier daemon of this boot left behind.
     fn recorded_ublk(&self, name: &str) -> Option<u32> {
-        let id: u32 = std::fs::read_to_string(ublk_record(&self.paths, name))
-            .ok()?
-            .trim()
-            .parse()
-            .ok()?;
-        Path::new(&format!("/dev/ublkc{id}")).exists().then_some(id)
+        varve_front::ublk::recorded(&ublk_record(&self.paths, name))
     }
 
     /// A volume's figures.
@@ -345,6 +360,20 @@ impl Manager {
             .collect()
     }
 
+    /// Sends a message to a volume's thread.
+    pub(crate) fn tell(&self, name: &str, message: Message) -> Result<(), ControlError> {
+        let slots = self.slots();
+        let Some(Slot::Running(running)) = slots.get(name) else {
+            return Err(error(
+                "V019-unknown",
+                format!("no running volume is named {name}; `varve status` lists them"),
+            ));
+        };
+        let _ = running.messages.send(message);
+        running.waker.wake();
+        Ok(())
+    }
+
     pub(crate) fn ask<T>(
         &self,
         name: &str,
@@ -352,17 +381,7 @@ impl Manager {
         message: impl FnOnce(Sender<T>) -> Message,
     ) -> Result<T, ControlError> {
         let (reply, answer) = bounded(1);
-        {
-            let slots = self.slots();
-            let Some(Slot::Running(running)) = slots.get(name) else {
-                return Err(error(
-                    "V019-unknown",
-                    format!("no running volume is named {name}; `varve status` lists them"),
-                ));
-            };
-            let _ = running.messages.send(message(reply));
-            running.waker.wake();
-        }
+        self.tell(name, message(reply))?;
         answer.recv_timeout(wait).map_err(|_| {
             error(
                 "V020-late",
@@ -405,11 +424,7 @@ impl Manager {
 
     /// The store has everything below.
     pub fn release(&self, name: &str, below: SegmentSequence) -> Result<(), ControlError> {
-        let slots = self.slots();
-        if let Some(Slot::Running(running)) = slots.get(name) {
-            let _ = running.messages.send(Message::Release(below));
-            running.waker.wake();
-        }
+        let _ = self.tell(name, Message::Release(below)); // Gone meanwhile: nothing to release.
         Ok(())
     }
 
@@ -485,6 +500,7 @@ impl Manager {
     /// Ends protection: the origin is a plain disk again. Log and state file are removed; the store keeps its history.
     pub fn unprotect(&self, name: &str) -> Result<(), ControlError> {
         let _changing = self.changing();
+        self.refuse_copied(name, "unprotecting")?;
         let spec = self.stop(name)?;
         std::fs::remove_file(self.paths.volumes().join(format!("{name}.toml")))?;
         self.slots().remove(name);
@@ -500,21 +516,24 @@ impl Manager {
     /// Follows a device that was grown or shrunk: closes the volume and opens it with the new size.
     pub fn resize(&self, name: &str) -> Result<VolumeInfo, ControlError> {
         let _changing = self.changing();
+        self.refuse_copied(name, "following another size")?;
         let spec = self.stop(name)?;
         self.slots().remove(name);
         self.reopen(spec)?;
         self.info(name)
     }
 
-    /// Whether a volume runs.
+    /// Whether a volume runs, or a hot copy is shown.
     pub fn has_running(&self) -> bool {
         let slots = self.slots();
         slots.values().any(|slot| matches!(slot, Slot::Running(_)))
+            || !self.shown_copies().is_empty()
     }
 
     /// Closes what is not in use; what is in use is left to the next daemon, which takes it over.
     pub fn shutdown(&self) {
         let _changing = self.changing();
+        self.hide_copies();
         let names: Vec<String> = self.slots().keys().cloned().collect();
         for name in names {
             if let Err(error) = self.stop(&name) {
@@ -602,7 +621,7 @@ fn config_of(spec: &VolumeSpec) -> Result<VolumeConfig, ControlError> {
     Ok(config)
 }
 
-fn is_busy(mapped: &str) -> bool {
+pub(crate) fn is_busy(mapped: &str) -> bool {
     use std::os::unix::fs::OpenOptionsExt;
     let open = File::options()
         .read(true)

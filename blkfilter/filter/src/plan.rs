@@ -35,6 +35,17 @@ pub(crate) struct Plan {
     pub mark: Mark,
     pub records: Vec<SurvivingRecord>,
     pub epoch_detail: u8,
+    /// The origin may have been written by somebody else: what else depends on it (hot copies) cannot be believed.
+    pub origin_in_doubt: bool,
+}
+
+impl Plan {
+    fn in_doubt(self) -> Plan {
+        Plan {
+            origin_in_doubt: true,
+            ..self
+        }
+    }
 }
 
 /// What the bitmap begins with.
@@ -155,6 +166,7 @@ pub(crate) fn plan(
         mark: Mark::All,
         records: Vec::new(),
         epoch_detail: 0,
+        origin_in_doubt: false,
     };
     if let Some(before) = resized {
         let how = if before < config.volume_bytes {
@@ -166,7 +178,7 @@ pub(crate) fn plan(
             "the device has {how} from {before} to {} bytes: everything is read again",
             config.volume_bytes
         );
-        return Ok(whole(&summary, SpanKind::Verify, true));
+        return Ok(whole(&summary, SpanKind::Verify, true).in_doubt());
     }
     let (Some(slot), Some(scan)) = (&found.slot, &found.scan) else {
         return Ok(match (&found.slot, &found.scan) {
@@ -179,7 +191,8 @@ pub(crate) fn plan(
                 "the state file is lost: everything is read again",
                 SpanKind::Verify,
                 true,
-            ),
+            )
+            .in_doubt(),
             _ => whole(
                 "the log is lost: everything is read again",
                 SpanKind::Verify,
@@ -226,6 +239,7 @@ pub(crate) fn plan(
                 mark: Mark::Kept(Vec::new()),
                 records,
                 epoch_detail: 2,
+                origin_in_doubt: false,
             })
         }
         (StateKind::Bypass, Some(records)) if descends => Ok(Plan {
@@ -242,6 +256,7 @@ pub(crate) fn plan(
             ),
             records: Vec::new(),
             epoch_detail: 2,
+            origin_in_doubt: false,
         }),
         (StateKind::LogSpeaks, None) if descends => {
             let open = !scan.checkpoint.regions.is_empty() || !scan.failed.is_empty();
@@ -253,6 +268,7 @@ pub(crate) fn plan(
                 mark: Mark::Open(scan.failed.clone()),
                 records: Vec::new(),
                 epoch_detail: 0,
+                origin_in_doubt: false,
             })
         }
         (StateKind::Clean, _) if same_epoch && scan.clean_close => {
@@ -265,7 +281,8 @@ pub(crate) fn plan(
                     "the device was written without Varve: everything is read again",
                     SpanKind::Verify,
                     true,
-                ));
+                )
+                .in_doubt());
             }
             Ok(Plan {
                 summary: "closed cleanly before: nothing to do".to_owned(),
@@ -275,6 +292,7 @@ pub(crate) fn plan(
                 mark: Mark::Open(Vec::new()),
                 records: Vec::new(),
                 epoch_detail: 1,
+                origin_in_doubt: false,
             })
         }
         (StateKind::Bypass, _) => Ok(whole(
@@ -286,12 +304,14 @@ pub(crate) fn plan(
             "the log is not the one that was closed cleanly: everything is read again",
             SpanKind::Verify,
             true,
-        )),
+        )
+        .in_doubt()),
         _ => Ok(whole(
             "log and state file do not belong together: everything is read again",
             SpanKind::Verify,
             true,
-        )),
+        )
+        .in_doubt()),
     }
 }
 

@@ -1,6 +1,7 @@
 //! One volume brought to life: its files, its thread, its front end; and what it says of itself.
 
-use crate::driver::{FailedDevice, Message, VolumeDevice, describe};
+use crate::copies::files::SpoolFiles;
+use crate::driver::{CopyAlert, FailedDevice, Message, VolumeDevice, describe};
 use crate::manager::{ANSWER_WAIT, START_WAIT, error};
 use crate::origin;
 use crate::start::peek_rewind;
@@ -10,14 +11,14 @@ use crate::{
 };
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use varve_control::{ControlError, FrontKind, Paths, VolumeInfo, VolumeSpec};
 use varve_format::Lsn;
 use varve_front::channel::{self, JobSender};
 use varve_front::{
-    Device, DeviceFactory, Geometry, RingPort, Stopper, Waker, fuse, show_partitions, ublk,
+    Device, DeviceFactory, Geometry, RingPort, Showing, Stopper, Waker, show, show_partitions, ublk,
 };
-use varve_log::{Memory, OwnRing, UringMedium};
+use varve_log::{Disk, Memory, OwnRing, UringMedium};
 
 /// What to do with the device once it runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +38,7 @@ pub(crate) struct Running {
     pub note: String,
     pub reread_bytes: u64,
     pub rewind_target: Option<Lsn>,
+    pub attached: Option<Attached>,
     pub messages: Sender<Message>,
     pub waker: Waker,
     pub stopper: Stopper,
@@ -52,21 +54,27 @@ pub(crate) struct Files {
     pub state: File,
     pub memory: File,
     pub memory_bytes: usize,
+    /// What its hot copies need, if it has some.
+    pub copies: Option<SpoolFiles>,
+    pub alerts: Sender<CopyAlert>,
 }
 
-type Started = (Volume<Law>, UringMedium<OwnRing>, StartReport);
+/// Hot copies that did not outlive a reboot, and the highest generation ever used.
+type Attached = (Vec<u32>, u32);
+type Started = (
+    Volume<Law>,
+    UringMedium<OwnRing>,
+    StartReport,
+    Option<Attached>,
+);
 
 impl Files {
     /// Whether the log ends inside a rewind: then the device must not be offered before it is finished.
     pub fn peek(&self, config: &VolumeConfig) -> Option<Lsn> {
         let ring = OwnRing::new(16).ok()?;
-        let mut medium = UringMedium::new(
-            ring,
-            self.origin.try_clone().ok()?,
-            self.log.try_clone().ok()?,
-            self.state.try_clone().ok()?,
-        )
-        .ok()?;
+        let mut medium = UringMedium::new(ring, self.origin.try_clone().ok()?).ok()?;
+        medium.set(Disk::Log, Some(self.log.try_clone().ok()?));
+        medium.set(Disk::State, Some(self.state.try_clone().ok()?));
         peek_rewind(&mut medium, config)
     }
 
@@ -85,11 +93,18 @@ impl Files {
         }
         let kernel = origin::kernel_counters(&self.origin);
         let ring = OwnRing::new(256).map_err(text)?;
-        let mut medium = UringMedium::new(ring, self.origin, self.log, self.state).map_err(text)?;
+        let mut medium = UringMedium::new(ring, self.origin).map_err(text)?;
+        medium.set(Disk::Log, Some(self.log));
+        medium.set(Disk::State, Some(self.state));
         let surviving = SurvivingMemory::new(memory, &identity);
-        let (volume, report) = Volume::start(&mut medium, config, surviving, kernel, rewind)
+        let (mut volume, report) = Volume::start(&mut medium, config, surviving, kernel, rewind)
             .map_err(|e| e.to_string())?;
-        Ok((volume, medium, report))
+        let attached = self
+            .copies
+            .map(|copies| copies.attach(&mut volume, &mut medium, report.origin_in_doubt))
+            .transpose()
+            .map_err(|e| format!("its hot copies: {e}"))?;
+        Ok((volume, medium, report, attached))
     }
 }
 
@@ -109,16 +124,16 @@ impl Running {
         let (messages, inbox) = unbounded();
         let (report_in, report_out) = bounded(1);
         let (closed_in, closed) = bounded(1);
-        let (shown_in, shown) = bounded(1);
         let rewind = match mode {
             Mode::Rewinding(Some(target)) => Some(RewindRequest { target }),
             _ => None,
         };
         let stop_on_failure = stopper.clone();
+        let (name, alerts) = (spec.name.clone(), files.alerts.clone());
         let factory: DeviceFactory = Box::new(move |port: RingPort| -> Box<dyn Device> {
             match files.start(config, rewind) {
-                Ok((volume, medium, report)) => {
-                    let _ = report_in.send(Ok(report));
+                Ok((volume, medium, report, attached)) => {
+                    let _ = report_in.send(Ok((report, attached)));
                     Box::new(VolumeDevice::new(
                         volume,
                         medium,
@@ -126,6 +141,7 @@ impl Running {
                         inbox,
                         origin::kernel_counters,
                         closed_in,
+                        (name, alerts),
                     ))
                 }
                 Err(text) => {
@@ -146,48 +162,31 @@ impl Running {
             Mode::Offered if use_ublk => "ublk",
             Mode::Offered => "fuse",
         };
-        let record = ublk_record(paths, &spec.name);
-        let directory = paths.run().join("fuse").join(&spec.name);
-        let (thread_waker, thread_stopper) = (waker.clone(), stopper.clone());
-        let thread = std::thread::Builder::new()
-            .name(format!("volume-{}", spec.name))
-            .spawn(move || match front {
-                "none" => {
-                    let _ = shown_in.send(String::new());
-                    channel::serve(&receiver, factory, &thread_waker, &thread_stopper)
-                        .map_err(|e| e.to_string())
-                }
-                "ublk" => {
-                    let options = ublk::UblkOptions {
-                        id: recover,
-                        recover: recover.is_some(),
-                        lasting: true,
-                        geometry,
-                    };
-                    let started = move |id: u32| {
-                        let _ = std::fs::write(&record, id.to_string());
-                        let _ = shown_in.send(format!("/dev/ublkb{id}"));
-                    };
-                    ublk::serve(&options, factory, &thread_waker, &thread_stopper, started)
-                        .map_err(|e| e.to_string())
-                }
-                _ => {
-                    let started = move |path: &str| {
-                        let _ = shown_in.send(path.to_owned());
-                    };
-                    fuse::serve(
-                        &directory,
-                        geometry,
-                        factory,
-                        &thread_waker,
-                        &thread_stopper,
-                        started,
-                    )
-                    .map_err(|e| e.to_string())
-                }
-            })?;
-        let report = match report_out.recv_timeout(START_WAIT) {
-            Ok(Ok(report)) => report,
+        let (shown, thread) = if front == "none" {
+            let (shown_in, shown) = bounded(1);
+            let _ = shown_in.send(String::new());
+            let (waker, stopper) = (waker.clone(), stopper.clone());
+            let thread = std::thread::Builder::new()
+                .name(format!("volume-{}", spec.name))
+                .spawn(move || {
+                    channel::serve(&receiver, factory, &waker, &stopper).map_err(|e| e.to_string())
+                })?;
+            (shown, thread)
+        } else {
+            let showing = Showing {
+                thread: format!("volume-{}", spec.name),
+                through_ublk: use_ublk,
+                geometry,
+                recover,
+                lasting: true,
+                record: Some(ublk_record(paths, &spec.name)),
+                directory: paths.run().join("fuse").join(&spec.name),
+            };
+            let shown = show(showing, factory, &waker, &stopper)?;
+            (shown.device, shown.thread)
+        };
+        let (report, attached) = match report_out.recv_timeout(START_WAIT) {
+            Ok(Ok(started)) => started,
             Ok(Err(text)) => return Err(error("V017-start", text)),
             Err(_) => return Err(not_shown(&stopper, thread)),
         };
@@ -204,7 +203,7 @@ impl Running {
             Err(_) => return Err(not_shown(&stopper, thread)),
         };
         if !mapped.is_empty() {
-            link(paths, &spec.name, &mapped);
+            link(&paths.devices(), &spec.name, &mapped);
             show_partitions(&mapped);
         }
         let jobs = matches!(mode, Mode::Rewinding(_)).then_some(jobs);
@@ -219,6 +218,7 @@ impl Running {
             note,
             reread_bytes,
             rewind_target,
+            attached,
             messages,
             waker,
             stopper,
@@ -283,7 +283,7 @@ impl Running {
 }
 
 /// Nothing came of a device in time: ends its thread, and says why, if it knows.
-fn not_shown(
+pub(crate) fn not_shown(
     stopper: &Stopper,
     thread: std::thread::JoinHandle<Result<(), String>>,
 ) -> ControlError {
@@ -305,10 +305,10 @@ pub(crate) fn ublk_record(paths: &Paths, name: &str) -> PathBuf {
     paths.run().join(format!("{name}.ublk"))
 }
 
-fn link(paths: &Paths, name: &str, mapped: &str) {
-    let directory = paths.devices();
+/// Makes the link by which a device is named.
+pub(crate) fn link(directory: &Path, name: &str, mapped: &str) {
     let link = directory.join(name);
-    let _ = std::fs::create_dir_all(&directory);
+    let _ = std::fs::create_dir_all(directory);
     let _ = std::fs::remove_file(&link);
     if let Err(error) = std::os::unix::fs::symlink(mapped, &link) {
         eprintln!("blkfilter: {}: {error}", link.display());

@@ -58,6 +58,8 @@ pub struct StartReport {
     pub in_bypass: bool,
     /// The state file could not be written: a bypass would leave no trace.
     pub state_error: Option<IoError>,
+    /// Somebody else may have written to the origin.
+    pub origin_in_doubt: bool,
 }
 
 /// Why a volume cannot start.
@@ -163,6 +165,8 @@ impl<R: Rules> Volume<R> {
             error: None,
             logged: false,
             since_ns: 0,
+            saving_since_ns: 0,
+            admitted_as: 0,
         };
         Ok(Volume {
             surviving,
@@ -179,6 +183,9 @@ impl<R: Rules> Volume<R> {
             copier: Copier::new(config.copy_bytes)?,
             healer: Healer::new(config.heal_interval_ns),
             verifier: Verifier::default(),
+            hot: None,
+            admitted: 0,
+            held_until_ns: 0,
             table: (0..places).map(|_| idle()).collect(),
             free: (0..places as u16).rev().collect(),
             pending: VecDeque::with_capacity(places),
@@ -205,6 +212,7 @@ impl<R: Rules> Volume<R> {
     ) -> Result<StartReport, StartError> {
         let mut report = StartReport {
             summary: plan.summary.clone(),
+            origin_in_doubt: plan.origin_in_doubt,
             ..StartReport::default()
         };
         if !matches!(plan.mark, Mark::Kept(_)) {

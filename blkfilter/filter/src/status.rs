@@ -1,6 +1,7 @@
 //! What a volume says of itself.
 
 use crate::config::Rules;
+use crate::hot_copy::{HotCopies, Lost};
 use crate::volume::Volume;
 use varve_format::{EpochId, VolumeState, WallTime};
 use varve_log::WriterStatus;
@@ -48,6 +49,10 @@ pub struct VolumeStatus {
     pub origin_errors: u64,
     /// Whether the surviving memory is locked in RAM.
     pub memory_locked: bool,
+    /// Hot copies: generation, bytes overwritten since the cut, why it is valid no more.
+    pub copies: Vec<(u32, u64, Option<&'static str>)>,
+    /// Free bytes of their spool.
+    pub spool_free_bytes: u64,
 }
 
 impl<R: Rules> Volume<R> {
@@ -82,6 +87,13 @@ impl<R: Rules> Volume<R> {
             verify_wanted: self.verifier.wanted(),
             origin_errors: counters.origin_errors,
             memory_locked: self.surviving.memory().is_locked(),
+            copies: self
+                .hot
+                .iter()
+                .flat_map(HotCopies::figures)
+                .map(|(generation, bytes, lost)| (generation, bytes, lost.map(Lost::name)))
+                .collect(),
+            spool_free_bytes: self.hot.as_ref().map_or(0, HotCopies::free_bytes),
         }
     }
 }

@@ -27,7 +27,9 @@ pub struct SurvivingIdentity {
 }
 
 impl SurvivingIdentity {
-    fn hash(&self) -> [u8; 16] {
+    /// The identity in 16 bytes.
+    #[must_use]
+    pub fn hash(&self) -> [u8; 16] {
         Hash128::of(format!("{}\n{}\n{}", self.boot, self.device, self.volume).as_bytes()).0
     }
 }

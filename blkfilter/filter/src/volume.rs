@@ -18,6 +18,7 @@ use crate::config::{AckPolicy, Law, Rules, VolumeConfig};
 use crate::copy::Copier;
 use crate::flush::OriginFlusher;
 use crate::heal::Healer;
+use crate::hot_copy::HotCopies;
 use crate::locks::RangeLocks;
 use crate::regions::OpenRegions;
 use crate::state_file::StateFile;
@@ -36,6 +37,7 @@ pub(crate) const TOKEN_REQUEST: u64 = 2 << 40;
 pub(crate) const TOKEN_ORIGIN_FLUSH: u64 = 3 << 40;
 pub(crate) const TOKEN_COPY: u64 = 4 << 40;
 pub(crate) const TOKEN_STATE: u64 = 5 << 40;
+pub(crate) const TOKEN_HOT: u64 = 6 << 40;
 const TOKEN_CLASS: u64 = 0xff << 40;
 
 /// The end of a request.
@@ -81,6 +83,10 @@ pub(crate) struct Active {
     pub error: Option<IoError>,
     pub logged: bool,
     pub since_ns: u64,
+    /// Since when it waits for blocks to be saved for hot copies; 0: it does not.
+    pub saving_since_ns: u64,
+    /// Its place in the order of admission, from 1; 0: not admitted.
+    pub admitted_as: u64,
 }
 
 /// A protected volume. `R` is [`Law`] everywhere but in tests that show what a missing protection breaks.
@@ -101,6 +107,11 @@ pub struct Volume<R: Rules = Law> {
     pub(crate) copier: Copier,
     pub(crate) healer: Healer,
     pub(crate) verifier: Verifier,
+    pub(crate) hot: Option<HotCopies>,
+    /// Writes admitted so far.
+    pub(crate) admitted: u64,
+    /// New writes wait until then (monotonic), for a cut over several volumes.
+    pub(crate) held_until_ns: u64,
     pub(crate) table: Vec<Active>,
     pub(crate) free: Vec<u16>,
     pub(crate) pending: VecDeque<u16>,
@@ -172,6 +183,8 @@ impl<R: Rules> Volume<R> {
         active.lock = None;
         active.error = None;
         active.logged = false;
+        active.saving_since_ns = 0;
+        active.admitted_as = 0;
         active.phase = Phase::Pending;
         active.since_ns = medium.now().monotonic_ns;
         let (kind, offset, buffer) = (request.kind, request.offset, request.buffer.clone());
@@ -213,6 +226,7 @@ impl<R: Rules> Volume<R> {
             ),
             TOKEN_ORIGIN_FLUSH => self.complete_origin_flush(medium, result),
             TOKEN_COPY => self.complete_copy((token & 0xff) as usize, result),
+            TOKEN_HOT => self.complete_hot(medium, token, result),
             TOKEN_STATE => {
                 if let Some(result) = self.state_file.complete(medium, result) {
                     self.complete_state(medium, result);
@@ -228,6 +242,7 @@ impl<R: Rules> Volume<R> {
     /// Does all that can be done now. Call after every batch of requests and completions, and at [`Volume::deadline_ns`].
     pub fn run(&mut self, medium: &mut dyn Medium) {
         self.admit(medium);
+        self.pump_hot(medium);
         self.writer.pump(medium);
         if self.writer.wants_roll() {
             let checkpoint = self.checkpoint();
@@ -250,6 +265,9 @@ impl<R: Rules> Volume<R> {
     /// When [`Volume::run`] must be called at the latest if nothing happens before: monotonic nanoseconds.
     #[must_use]
     pub fn deadline_ns(&self, now_ns: u64) -> u64 {
+        if self.hot.as_ref().is_some_and(HotCopies::is_sweeping) {
+            return now_ns;
+        }
         let watch = if self.table.len() == self.free.len() && self.span.is_none() {
             200_000_000
         } else {
@@ -267,6 +285,7 @@ impl<R: Rules> Volume<R> {
         self.free.len() == self.table.len()
             && !self.flusher.is_busy()
             && !self.copier.is_busy()
+            && !self.hot.as_ref().is_some_and(HotCopies::is_busy)
             && self.answers.is_empty()
     }
 

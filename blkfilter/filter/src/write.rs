@@ -1,6 +1,7 @@
-//! The way of a write: overlap → region → record → gate → origin → answer.
+//! The way of a write: overlap → what hot copies need → region → record → gate → origin → answer.
 
 use crate::config::Rules;
+use crate::hot_copy::Saving;
 use crate::volume::{OriginWrite, Phase, Volume, request_token};
 use varve_format::{
     Lsn, RECORD_PAYLOAD_BYTES_MAX, Record, RecordFlags, RecordKind, SpanKind, VolumeState,
@@ -15,12 +16,17 @@ const PREFETCH_REGIONS: u64 = 4;
 enum Blocked {
     /// Another write or a copy holds the range.
     Overlap,
+    /// A hot copy needs what it would overwrite, and that is not saved yet.
+    Saving,
     /// No room: nothing behind it can be admitted either.
     Room,
 }
 
 impl<R: Rules> Volume<R> {
     pub(crate) fn admit(&mut self, medium: &mut dyn Medium) {
+        if self.held_until_ns > medium.now().monotonic_ns {
+            return;
+        }
         let mut index = 0;
         while index < self.pending.len() {
             let id = self.pending[index];
@@ -32,6 +38,7 @@ impl<R: Rules> Volume<R> {
                     self.counters.overlaps += 1;
                     index += 1;
                 }
+                Err(Blocked::Saving) => index += 1,
                 Err(Blocked::Room) => return,
             }
         }
@@ -60,6 +67,14 @@ impl<R: Rules> Volume<R> {
         if request.length == 0 {
             self.finish(id, Ok(()));
             return Ok(());
+        }
+        match self.save_for_copies(medium, id, request.kind, (start, end)) {
+            Saving::Done => {}
+            Saving::Waits => return Err(Blocked::Saving),
+            Saving::Dropped => {
+                self.finish(id, Ok(()));
+                return Ok(());
+            }
         }
         if self.state == VolumeState::Bypass {
             return self.admit_bypass(medium, id, &request);
@@ -97,6 +112,8 @@ impl<R: Rules> Volume<R> {
         active.lock = Some(lock);
         active.logged = true;
         active.lsn_first = lsn_first;
+        self.admitted += 1;
+        active.admitted_as = self.admitted;
         if gate <= self.writer.durable_lsn() || !R::LOG_BEFORE_COLD_WRITE {
             self.start_origin(medium, id);
         } else {
@@ -215,6 +232,8 @@ impl<R: Rules> Volume<R> {
         let active = &mut self.table[id as usize];
         active.lock = Some(lock);
         active.outstanding = 1;
+        self.admitted += 1;
+        active.admitted_as = self.admitted;
         active.phase = Phase::Origin;
         let operation = match (request.kind, &request.buffer) {
             (RequestKind::Write, Some(buffer)) => Operation::Write {

@@ -17,6 +17,7 @@ mod loopback;
 pub mod nbd;
 mod partitions;
 mod request;
+mod show;
 pub mod ublk;
 
 /// Longest discard or write-zeroes that a front end passes on: 16 MiB. Longer ones are cut.
@@ -26,3 +27,4 @@ pub use device::{Answer, Device, DeviceFactory, Errno, RingPort, Stopper, Waker}
 pub use loopback::now_ns as monotonic_ns;
 pub use partitions::show_partitions;
 pub use request::{Geometry, Request, RequestKind};
+pub use show::{Showing, Shown, show};

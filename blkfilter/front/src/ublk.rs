@@ -73,10 +73,21 @@ pub struct UblkOptions {
     pub lasting: bool,
     /// Its shape.
     pub geometry: Geometry,
+    /// Where its number is left before it appears: for udev, and for whoever takes it over.
+    pub record: Option<std::path::PathBuf>,
 }
 
 /// Longest discard or write-zeroes: it opens so many regions at once, far fewer than may be open.
 const RANGE_SECTORS_MAX: u32 = (crate::RANGE_BYTES_MAX >> 9) as u32;
+
+/// The device whose number a dead process left at `record`, if it is still there.
+#[must_use]
+pub fn recorded(record: &std::path::Path) -> Option<u32> {
+    let id: u32 = std::fs::read_to_string(record).ok()?.trim().parse().ok()?;
+    std::path::Path::new(&format!("/dev/ublkc{id}"))
+        .exists()
+        .then_some(id)
+}
 
 type SharedFactory = Arc<Mutex<Option<DeviceFactory>>>;
 
@@ -93,6 +104,9 @@ pub fn serve(
         return Err(UblkFrontError::Missing);
     }
     let control = build(options)?;
+    if let Some(record) = &options.record {
+        let _ = std::fs::write(record, control.dev_info().dev_id.to_string());
+    }
     let geometry = options.geometry;
     let shared: SharedFactory = Arc::new(Mutex::new(Some(factory)));
     let (queue_waker, queue_stopper) = (waker.clone(), stopper.clone());

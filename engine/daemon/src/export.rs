@@ -10,7 +10,8 @@ use std::time::Duration;
 use varve_control::{ControlError, Paths};
 use varve_front::channel;
 use varve_front::{
-    Device, DeviceFactory, Geometry, RingPort, Stopper, Waker, fuse, nbd, show_partitions, ublk,
+    Device, DeviceFactory, Geometry, RingPort, Showing, Stopper, Waker, nbd, show, show_partitions,
+    ublk,
 };
 use varve_store::Image;
 
@@ -65,54 +66,38 @@ impl Exports {
         });
         let waker = Waker::new()?;
         let stopper = Stopper::new(&waker);
-        let (shown_in, shown) = bounded::<String>(1);
-        let directory = paths.run().join("fuse").join(format!(
-            "image-{}-{}",
-            std::process::id(),
-            self.next_number()
-        ));
-        let (thread_waker, thread_stopper) = (waker.clone(), stopper.clone());
-        let thread = std::thread::Builder::new()
-            .name("export".to_owned())
-            .spawn(move || match socket {
-                Some(socket) => {
-                    let (jobs, receiver) = channel::jobs(&thread_waker);
-                    nbd::listen(Path::new(&socket), geometry, jobs, &thread_stopper)
-                        .map_err(|e| format!("{socket}: {e}"))?;
-                    let _ = shown_in.send(socket);
-                    channel::serve(&receiver, factory, &thread_waker, &thread_stopper)
-                        .map_err(|e| e.to_string())
-                }
-                None if ublk::is_available() => {
-                    let options = ublk::UblkOptions {
-                        id: None,
-                        recover: false,
-                        lasting: false,
-                        geometry,
-                    };
-                    let started = move |id: u32| {
-                        let _ = shown_in.send(format!("/dev/ublkb{id}"));
-                    };
-                    ublk::serve(&options, factory, &thread_waker, &thread_stopper, started)
-                        .map_err(|e| e.to_string())
-                }
-                None => {
-                    let started = move |path: &str| {
-                        let _ = shown_in.send(path.to_owned());
-                    };
-                    let result = fuse::serve(
-                        &directory,
-                        geometry,
-                        factory,
-                        &thread_waker,
-                        &thread_stopper,
-                        started,
-                    )
-                    .map_err(|e| e.to_string());
-                    let _ = std::fs::remove_dir(&directory);
-                    result
-                }
-            })?;
+        let (shown, thread) = match socket {
+            Some(socket) => {
+                let (shown_in, shown) = bounded(1);
+                let (waker, stopper) = (waker.clone(), stopper.clone());
+                let thread = std::thread::Builder::new()
+                    .name("export".to_owned())
+                    .spawn(move || {
+                        let (jobs, receiver) = channel::jobs(&waker);
+                        nbd::listen(Path::new(&socket), geometry, jobs, &stopper)
+                            .map_err(|e| format!("{socket}: {e}"))?;
+                        let _ = shown_in.send(socket);
+                        channel::serve(&receiver, factory, &waker, &stopper)
+                            .map_err(|e| e.to_string())
+                    })?;
+                (shown, thread)
+            }
+            None => {
+                let number = self.next_number();
+                let name = format!("image-{}-{number}", std::process::id());
+                let showing = Showing {
+                    thread: "export".to_owned(),
+                    through_ublk: ublk::is_available(),
+                    geometry,
+                    recover: None,
+                    lasting: false,
+                    record: None,
+                    directory: paths.run().join("fuse").join(name),
+                };
+                let shown = show(showing, factory, &waker, &stopper)?;
+                (shown.device, shown.thread)
+            }
+        };
         match shown.recv_timeout(SHOW_WAIT) {
             Ok(name) => {
                 if name.starts_with("/dev/") {

@@ -1,6 +1,9 @@
 //! Byte tables of every structure, for `FORMAT.md` and `varve dump --layout`; a test compares the two.
 
-use crate::{BatchHeader, Record, RunEntry, RunHeader, SegmentFooter, SegmentHeader, StateSlot};
+use crate::{
+    BatchHeader, Record, RunEntry, RunHeader, SavedBlock, SegmentFooter, SegmentHeader, SpoolBatch,
+    SpoolHead, StateSlot,
+};
 use std::fmt::Write;
 use std::mem::offset_of;
 
@@ -174,5 +177,32 @@ pub fn markdown() -> String {
             reserved_2
         ]
     );
+    table!(
+        out,
+        "Spool head",
+        SpoolHead,
+        [
+            crc,
+            magic,
+            version,
+            reserved,
+            incompat,
+            spool,
+            volume,
+            volume_bytes,
+            extents,
+            reserved_2
+        ]
+    );
+    table!(
+        out,
+        "Spool batch",
+        SpoolBatch,
+        [
+            crc, magic, version, count, incompat, spool, sequence, page, generation, reserved,
+            blocks, reserved_2
+        ]
+    );
+    table!(out, "Saved block", SavedBlock, [block, crc, kind]);
     out
 }

@@ -1,4 +1,4 @@
-//! Varve's bytes on disk: what a record, a batch, a segment, an index run and a state file look like.
+//! Varve's bytes on disk: what a record, a batch, a segment, an index run, a state file and a spool look like.
 //!
 //!   records ──▶ batch (4 KiB header + payload) ──▶ segment (header, batches…) ──▶ sealed file (… + footer) + run
 //!
@@ -15,6 +15,7 @@ pub mod layout;
 mod record;
 mod run;
 mod segment;
+mod spool;
 mod state;
 
 pub use batch::{
@@ -30,6 +31,10 @@ pub use record::{
 };
 pub use run::{RUN_ENTRY_BYTES, RunEntry, RunHeader};
 pub use segment::{SEGMENT_FOOTER_BYTES, SEGMENT_HEADER_BYTES, SegmentFooter, SegmentHeader};
+pub use spool::{
+    SPOOL_BATCH_BLOCKS, SPOOL_EXTENT_PAGES, SPOOL_EXTENTS_AT, SPOOL_GENERATIONS, SavedBlock,
+    SavedKind, SpoolBatch, SpoolHead,
+};
 pub use state::{Fingerprint, STATE_SLOT_BYTES, STATE_SLOTS, StateKind, StateSlot};
 
 /// The unit of every offset in a log or store file: 4 KiB, the largest logical sector that Varve accepts.

@@ -2,9 +2,9 @@
 
 use crate::{
     BATCH_HEADER_BYTES, BatchHeader, BatchPosition, BatchView, Checkpoint, EpochId, Fingerprint,
-    FormatError, Hash128, Lsn, Record, RecordKind, RunHeader, SegmentFooter, SegmentHeader,
-    SegmentSequence, SpanKind, StateKind, StateSlot, VolumeId, VolumeState, WallTime, layout,
-    payload_crc,
+    FormatError, Hash128, Lsn, Record, RecordKind, RunHeader, SavedBlock, SavedKind, SegmentFooter,
+    SegmentHeader, SegmentSequence, SpanKind, SpoolBatch, SpoolHead, StateKind, StateSlot,
+    VolumeId, VolumeState, WallTime, layout, payload_crc,
 };
 use proptest::prelude::{any, prop, proptest};
 use zerocopy::IntoBytes;
@@ -168,4 +168,45 @@ fn format_md_holds_the_tables_of_this_code() {
         text.contains(&layout::markdown()),
         "FORMAT.md is out of date: replace its tables by `varve dump --layout`"
     );
+}
+
+#[test]
+fn spool_pages_survive_a_round_trip_and_every_bit_flip_is_noticed() {
+    let head = SpoolHead::new([7; 16], VolumeId([1; 16]), 1 << 30, 4096);
+    let blocks = [SavedBlock::new(9, 5, SavedKind::Saved); 3];
+    let batch = SpoolBatch::new([7; 16], 11, 64, 2, &blocks);
+    assert_eq!(
+        SpoolHead::parse(head.as_bytes()).unwrap().as_bytes(),
+        head.as_bytes()
+    );
+    let read = SpoolBatch::parse(batch.as_bytes(), [7; 16], 64).unwrap();
+    assert_eq!(read.as_bytes(), batch.as_bytes());
+    assert_eq!(read.blocks().len(), 3);
+    let foreign = |spool, at| SpoolBatch::parse(batch.as_bytes(), spool, at).unwrap_err();
+    assert_eq!(foreign([8; 16], 64), FormatError::Foreign("spool"));
+    assert_eq!(foreign([7; 16], 128), FormatError::Foreign("place"));
+    for (page, parses) in [
+        (
+            head.as_bytes().to_vec(),
+            (|page: &[u8]| SpoolHead::parse(page).is_ok()) as fn(&[u8]) -> bool,
+        ),
+        (batch.as_bytes().to_vec(), |page| {
+            SpoolBatch::parse(page, [7; 16], 64).is_ok()
+        }),
+    ] {
+        let mut page = page;
+        for bit in 0..page.len() * 8 {
+            page[bit / 8] ^= 1 << (bit % 8);
+            assert!(!parses(&page), "bit {bit}");
+            page[bit / 8] ^= 1 << (bit % 8);
+        }
+    }
+}
+
+#[test]
+fn a_batch_that_would_leave_its_extent_is_refused() {
+    let block = SavedBlock::new(0, 0, SavedKind::Saved);
+    let near_the_end = SpoolBatch::new([7; 16], 1, 62, 1, &[block; 2]);
+    let refused = SpoolBatch::parse(near_the_end.as_bytes(), [7; 16], 62).unwrap_err();
+    assert_eq!(refused, FormatError::Field("spool_batch.count"));
 }

@@ -1,4 +1,4 @@
-//! The world outside a volume: its three disks, the clock, randomness. Everything that can fail comes in through here.
+//! The world outside a volume: its disks, the clock, randomness. Everything that can fail comes in through here.
 //!
 //! Operations are submitted and complete later, in any order. The filter's and the log's code is a state machine between the
 //! two; it runs the same over io_uring ([`crate::UringMedium`]) and over a simulated machine ([`crate::SimMedium`]).
@@ -17,6 +17,8 @@ pub enum Disk {
     Log,
     /// The state file, on another device than the log.
     State,
+    /// Where hot copies keep what is overwritten; not there while there are none.
+    Spool,
 }
 
 /// What to do with a disk.

@@ -141,12 +141,14 @@ impl Memory {
         writer(unsafe { std::slice::from_raw_parts_mut(self.at(offset, length), length) })
     }
 
-    /// Reads a u64 (native endianness: this memory never leaves the machine).
+    /// Reads a u64 (native endianness: this memory never leaves the machine) before everything after it in program order.
     #[must_use]
     pub fn load(&self, offset: usize) -> u64 {
         assert!(offset.is_multiple_of(8));
-        // SAFETY: in range and aligned (mappings are page-aligned). Volatile: another process may have written it before us.
-        unsafe { self.at(offset, 8).cast::<u64>().read_volatile() }
+        // SAFETY: in range and aligned (mappings are page-aligned). Volatile: another mapping of the file may have written it.
+        let value = unsafe { self.at(offset, 8).cast::<u64>().read_volatile() };
+        std::sync::atomic::fence(std::sync::atomic::Ordering::Acquire);
+        value
     }
 
     /// Writes a u64 after everything before it in program order: a process that is killed between two stores leaves the first.

@@ -1,4 +1,4 @@
-//! A simulated machine: three disks with volatile caches, a clock and a scheduler, all driven by one seed.
+//! A simulated machine: disks with volatile caches, a clock and a scheduler, all driven by one seed.
 //!
 //! Operations complete in random order. A disk acknowledges writes into its cache; only a flush makes durable what had completed
 //! before the flush was submitted. At a crash each sector of each write that is not durable is independently kept or lost (torn), in
@@ -64,7 +64,7 @@ struct InFlight {
 
 /// The machine.
 pub struct SimMachine {
-    disks: [SimDisk; 3],
+    disks: [SimDisk; 4],
     in_flight: Vec<InFlight>,
     operations: u64,
     crash_at: Option<u64>,
@@ -74,9 +74,9 @@ pub struct SimMachine {
 }
 
 impl SimMachine {
-    /// A machine with disks of these sizes (origin, log, state), all zero.
+    /// A machine with disks of these sizes (origin, log, state, spool), all zero.
     #[must_use]
-    pub fn new(seed: u64, sizes: [usize; 3]) -> SimMachine {
+    pub fn new(seed: u64, sizes: [usize; 4]) -> SimMachine {
         let disk = |bytes| SimDisk {
             durable: vec![0; bytes],
             current: vec![0; bytes],

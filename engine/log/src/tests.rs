@@ -92,7 +92,7 @@ fn crash_at_every_operation_keeps_every_durable_record() {
         for crash_at in 1..400 {
             let machine = Rc::new(RefCell::new(SimMachine::new(
                 crash_at,
-                [0, SEGMENT as usize * 6, 0],
+                [0, SEGMENT as usize * 6, 0, 0],
             )));
             machine.borrow_mut().crash_at(crash_at);
             let durable = run(&machine, 60);
@@ -114,7 +114,7 @@ fn a_log_disk_that_ignores_flushes_is_caught_by_this_test() {
     let caught = (1..400).any(|crash_at| {
         let machine = Rc::new(RefCell::new(SimMachine::new(
             crash_at,
-            [0, SEGMENT as usize * 6, 0],
+            [0, SEGMENT as usize * 6, 0, 0],
         )));
         machine.borrow_mut().disk(crate::Disk::Log).fault = crate::DiskFault::IgnoreFlush;
         machine.borrow_mut().crash_at(crash_at);
@@ -132,7 +132,7 @@ fn a_log_disk_that_ignores_flushes_is_caught_by_this_test() {
 fn log_of_another_volume_is_refused() {
     let machine = Rc::new(RefCell::new(SimMachine::new(
         1,
-        [0, SEGMENT as usize * 6, 0],
+        [0, SEGMENT as usize * 6, 0, 0],
     )));
     run(&machine, 3);
     let other = LogGeometry {

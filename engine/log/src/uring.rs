@@ -1,4 +1,4 @@
-//! The kernel's medium: three file descriptors and one io_uring.
+//! The kernel's medium: a few file descriptors and one io_uring.
 //!
 //! The ring is either our own, or one that somebody else drives (ublk's queue ring: then one system call per turn serves requests,
 //! origin and log alike). Short reads and writes are continued here, so that whoever submitted sees whole or failed.
@@ -113,9 +113,8 @@ struct Pending {
 /// The kernel's medium.
 pub struct UringMedium<P> {
     port: P,
-    origin: File,
-    log: File,
-    state: File,
+    /// By [`Disk`]; operations on one that is not there fail.
+    files: [Option<File>; 4],
     origin_is_block_device: bool,
     pending: Vec<Option<Pending>>,
     free: Vec<u16>,
@@ -163,16 +162,14 @@ impl Clock {
 }
 
 impl<P: Port> UringMedium<P> {
-    /// A medium over open files; all with O_DIRECT where their file system has it.
-    pub fn new(port: P, origin: File, log: File, state: File) -> std::io::Result<UringMedium<P>> {
+    /// A medium over an open origin; the other disks are [`UringMedium::set`]. All with O_DIRECT where their file system has it.
+    pub fn new(port: P, origin: File) -> std::io::Result<UringMedium<P>> {
         const PENDING_MAX: usize = 2048;
         let origin_is_block_device =
             std::os::unix::fs::FileTypeExt::is_block_device(&origin.metadata()?.file_type());
         Ok(UringMedium {
             port,
-            origin,
-            log,
-            state,
+            files: [Some(origin), None, None, None],
             origin_is_block_device,
             pending: (0..PENDING_MAX).map(|_| None).collect(),
             free: (0..PENDING_MAX as u16).rev().collect(),
@@ -190,9 +187,7 @@ impl<P: Port> UringMedium<P> {
         }
         let UringMedium {
             port: _old,
-            origin,
-            log,
-            state,
+            files,
             origin_is_block_device,
             pending,
             free,
@@ -201,9 +196,7 @@ impl<P: Port> UringMedium<P> {
         } = self;
         UringMedium {
             port,
-            origin,
-            log,
-            state,
+            files,
             origin_is_block_device,
             pending,
             free,
@@ -235,9 +228,15 @@ impl<P: Port> UringMedium<P> {
         self.clock.held = false;
     }
 
-    /// The origin's file.
-    pub fn origin(&self) -> &File {
-        &self.origin
+    /// What a disk is from now on; nothing may be in flight to what it was before.
+    pub fn set(&mut self, disk: Disk, file: Option<File>) {
+        self.files[disk as usize] = file;
+    }
+
+    /// A disk's file.
+    #[must_use]
+    pub fn file(&self, disk: Disk) -> Option<&File> {
+        self.files[disk as usize].as_ref()
     }
 
     /// Operations in flight.
@@ -247,11 +246,7 @@ impl<P: Port> UringMedium<P> {
     }
 
     fn descriptor(&self, disk: Disk) -> RawFd {
-        match disk {
-            Disk::Origin => self.origin.as_raw_fd(),
-            Disk::Log => self.log.as_raw_fd(),
-            Disk::State => self.state.as_raw_fd(),
-        }
+        self.file(disk).map_or(-1, AsRawFd::as_raw_fd) // The kernel answers EBADF.
     }
 
     fn entry(&self, pending: &Pending) -> squeue::Entry {

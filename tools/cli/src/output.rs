@@ -9,6 +9,8 @@ use varve_control::{ControlError, Progress};
 /// How to print.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Output {
+    /// Name of the program, before its errors.
+    pub program: &'static str,
     /// One JSON object on standard output, errors included.
     pub json: bool,
     /// Nothing but what was asked for.
@@ -66,7 +68,7 @@ impl Output {
                 error: Some(error),
             });
         } else {
-            eprintln!("varve: {error}");
+            eprintln!("{}: {error}", self.program);
         }
         ExitCode::from(exit_code(error))
     }
@@ -108,9 +110,9 @@ impl Output {
 #[must_use]
 pub fn exit_code(error: &ControlError) -> u8 {
     match error.code.split('-').next().unwrap_or_default() {
-        "V019" | "V027" | "I002" | "I003" | "I004" | "X003" => 4,
-        "V010" | "V012" | "V023" | "S003" => 5,
-        "S002" | "S004" | "S005" | "S006" => 7,
+        "V019" | "V027" | "I002" | "I003" | "I004" | "X003" | "H001" => 4,
+        "V010" | "V012" | "V023" | "S003" | "H003" => 5,
+        "S002" | "S004" | "S005" | "S006" | "H006" => 7,
         "C006" => 6,
         _ => 1,
     }

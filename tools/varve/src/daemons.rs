@@ -2,37 +2,24 @@
 
 use crate::Context;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
+use varve_cli::daemons;
 use varve_control::{Client, ControlError, FilterOp, FilterReply, StoreOp, StoreReply, VolumeInfo};
 
 /// Connects to the data path.
 pub fn filter(context: &Context) -> Result<Client, ControlError> {
-    connect(&context.paths.filter_socket(), "blkfilter")
+    daemons::filter(&context.paths)
 }
 
 /// Connects to the store.
 pub fn store(context: &Context) -> Result<Client, ControlError> {
-    connect(&context.paths.store_socket(), "varved")
-}
-
-fn connect(socket: &Path, name: &str) -> Result<Client, ControlError> {
-    Client::connect(socket).map_err(|error| match error.kind() {
-        std::io::ErrorKind::PermissionDenied => ControlError::new("C006-permission", format!("{}: only root may ask {name}", socket.display())),
-        _ => ControlError::new("C007-daemon", format!("{name} does not answer on {} ({error}). Start it: `varve up`, or systemctl start {name}", socket.display())),
-    })
+    daemons::store(&context.paths)
 }
 
 /// All volumes.
 pub fn volumes(context: &Context) -> Result<Vec<VolumeInfo>, ControlError> {
-    match filter(context)?.call(&FilterOp::Status)? {
-        FilterReply::Status { volumes, .. } => Ok(volumes),
-        _ => Err(ControlError::new(
-            "C005-answer",
-            "blkfilter gave an unexpected answer",
-        )),
-    }
+    daemons::volumes(&context.paths)
 }
 
 /// The volume that is meant: the one named, or the only one.

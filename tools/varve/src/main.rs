@@ -1,7 +1,6 @@
 //! `varve`: protects devices, shows their past, brings it back. It asks the daemons; it opens neither logs nor stores itself.
 
 mod daemons;
-mod device;
 mod doctor;
 mod fstab;
 mod manual;
@@ -201,6 +200,7 @@ fn main() -> ExitCode {
         .or_else(|| std::env::var_os("VARVE_ROOT").map(PathBuf::from))
         .unwrap_or_else(|| PathBuf::from("/"));
     let output = Output {
+        program: "varve",
         json: cli.common.json,
         quiet: cli.common.quiet,
     };

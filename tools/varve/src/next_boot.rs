@@ -3,10 +3,10 @@
 //! Order: the daemon's files first, then /etc/fstab. A crash in between leaves a volume that waits and mounts that know nothing of it: the device is
 //! mounted as before, the volume says that it is in use, `varve unprotect` takes it away.
 
-use crate::device::{mounted_on, refuse_used_parts};
 use crate::{Context, daemons, fstab};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
+use varve_cli::device::{mounted_on, refuse_used_parts};
 use varve_cli::show_bytes;
 use varve_control::{ControlError, FilterOp, FilterReply, VolumeSpec};
 

@@ -4,7 +4,7 @@ use crate::{Context, daemons};
 use serde::Serialize;
 use std::path::Path;
 use std::process::{Command, ExitCode};
-use varve_cli::{confirm, parse_instant, show_bytes, show_time};
+use varve_cli::{MountMode, confirm, mount_copy, output_of, parse_instant, show_bytes, show_time};
 use varve_control::{
     ControlError, FilterOp, FilterReply, Instant, StoreOp, StoreReply, VolumeHistory,
 };
@@ -245,24 +245,17 @@ pub fn mount(
     while partition.is_some() && !Path::new(&node).exists() && since.elapsed().as_secs() < 3 {
         std::thread::sleep(std::time::Duration::from_millis(50));
     }
-    let kind = output_of("blkid", &["-p", "-o", "value", "-s", "TYPE", &node]);
-    let mut options = vec![if writable { "rw" } else { "ro" }];
-    if kind == "xfs" {
-        options.push("nouuid"); // Its original may be mounted beside it.
-    }
-    let outcome = Command::new("mount")
-        .args(["-o", &options.join(","), &node])
-        .arg(directory)
-        .output()?;
-    if !outcome.status.success() {
+    let mode = if writable {
+        MountMode::Writable
+    } else {
+        MountMode::ReadOnly
+    };
+    if let Err(mut failed) = mount_copy(&node, directory, mode) {
         let _ = daemons::store(context)?.call::<_, StoreReply>(&StoreOp::Unexport {
             device: device.clone(),
         });
-        let why = String::from_utf8_lossy(&outcome.stderr).trim().to_owned();
-        return Err(ControlError::new(
-            "X006-mount",
-            format!("{node}: {why}. If the volume is a whole disk, say --partition N"),
-        ));
+        failed.message += ". If the volume is a whole disk, say --partition N";
+        return Err(failed);
     }
     context.output.result(
         &Shown {
@@ -281,14 +274,6 @@ pub fn mount(
         },
     );
     Ok(())
-}
-
-fn output_of(program: &str, arguments: &[&str]) -> String {
-    Command::new(program)
-        .args(arguments)
-        .output()
-        .map(|out| String::from_utf8_lossy(&out.stdout).trim().to_owned())
-        .unwrap_or_default()
 }
 
 /// `varve umount`.

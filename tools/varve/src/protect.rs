@@ -1,6 +1,5 @@
 //! Protecting a device and ending it.
 
-use crate::device::{refuse_in_use, same_disk, shape};
 use crate::next_boot;
 use crate::{Context, daemons};
 use clap::{Args, ValueEnum};
@@ -8,6 +7,7 @@ use serde::Serialize;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use varve_cli::device::{refuse_in_use, same_disk, shape};
 use varve_cli::show_bytes;
 use varve_control::{
     Ack, ControlError, FilterOp, FilterReply, FrontKind, Progress, StoreOp, StoreReply, VolumeInfo,

@@ -145,7 +145,7 @@ fn advise(volume: &VolumeInfo, store: Option<&ControlError>) -> (String, String)
             "instants resolve again once the copy is done",
             "varve status --wait 600".to_owned(),
         ),
-        _ if crate::device::size(Path::new(&volume.device))
+        _ if varve_cli::device::size(Path::new(&volume.device))
             .is_some_and(|now| now != volume.bytes) =>
         {
             to(

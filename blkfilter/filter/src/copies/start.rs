@@ -1,0 +1,119 @@
+//! Hot copies when their volume starts: opened, believed or given up, shown again.
+
+use super::files::{CopyMemoryFile, SpoolFiles, copy_memory_path, open_spool, spool_memory_path};
+use super::{identity, lose};
+use crate::hot_copy::{CopyMemory, SpoolMemory};
+use crate::manager::Manager;
+use crate::origin;
+use std::fs::File;
+use varve_control::{CopySet, CopySpec, VolumeSpec};
+use varve_format::VolumeId;
+
+impl Manager {
+    /// Opens what a volume that starts needs for its hot copies. Trouble with them never keeps the volume from starting: then they are lost.
+    pub(crate) fn copies_at_start(
+        &self,
+        spec: &VolumeSpec,
+        origin_file: &File,
+    ) -> Option<SpoolFiles> {
+        let mut set = self.copy_set(&spec.name)?;
+        let opened = self.open_copies(spec, &set, origin_file);
+        match opened {
+            Ok(files) => files,
+            Err(why) => {
+                eprintln!("blkfilter: {}: its hot copies are lost: {why}", spec.name);
+                let why = if set.volume_bytes == spec.bytes {
+                    "failed"
+                } else {
+                    "doubt"
+                };
+                lose(&mut set, why, |_| true);
+                if let Err(error) = self.save_copies(&set) {
+                    eprintln!("blkfilter: {error}");
+                }
+                None
+            }
+        }
+    }
+
+    fn open_copies(
+        &self,
+        spec: &VolumeSpec,
+        set: &CopySet,
+        origin_file: &File,
+    ) -> Result<Option<SpoolFiles>, String> {
+        if set.copies.iter().all(|copy| !copy.lost.is_empty()) {
+            return Ok(None);
+        }
+        if set.volume_id != spec.id {
+            return Err("they are of another volume of this name".to_owned());
+        }
+        if set.volume_bytes != spec.bytes {
+            return Err("the device has changed its size".to_owned());
+        }
+        let text = |error: std::io::Error| error.to_string();
+        let (volume, id) = ids(set).ok_or("their record is damaged")?;
+        let spool = open_spool(set, volume, id)
+            .map_err(|error| format!("{}: {error}", set.spool.display()))?;
+        let memory_bytes = SpoolMemory::bytes_needed(set.extents);
+        let memory = origin::open_memory(&spool_memory_path(&self.paths, &spec.id), memory_bytes)
+            .map_err(text)?;
+        let identity = identity(volume, origin_file).map_err(text)?;
+        let valid = set.copies.iter().filter(|copy| copy.lost.is_empty());
+        let copies = valid
+            .map(|copy| self.copy_memory(spec, identity, copy))
+            .collect::<std::io::Result<_>>()
+            .map_err(text)?;
+        Ok(Some(SpoolFiles {
+            spool,
+            memory,
+            id,
+            extents: set.extents,
+            identity,
+            copies,
+        }))
+    }
+
+    pub(super) fn copy_memory(
+        &self,
+        spec: &VolumeSpec,
+        identity: [u8; 16],
+        copy: &CopySpec,
+    ) -> std::io::Result<CopyMemoryFile> {
+        let path = copy_memory_path(&self.paths, &spec.id, copy.generation);
+        Ok(CopyMemoryFile {
+            file: origin::open_memory(&path, CopyMemory::bytes_needed(spec.bytes))?,
+            generation: copy.generation,
+            persist: copy.persist,
+            volume_bytes: spec.bytes,
+            identity,
+        })
+    }
+
+    /// After a volume has started: notes which copies did not outlive the reboot, and shows the others.
+    pub(crate) fn copies_started(&self, spec: &VolumeSpec, gone: &[u32], newest: u32) {
+        let Some(mut set) = self.copy_set(&spec.name) else {
+            return;
+        };
+        lose(&mut set, "reboot", |copy| gone.contains(&copy.generation));
+        set.generation_last = set.generation_last.max(newest);
+        if let Err(error) = self.save_copies(&set) {
+            eprintln!("blkfilter: {error}");
+        }
+        for copy in &set.copies {
+            if self.shown_copies().contains_key(&copy.name) {
+                continue; // The volume was only restarted.
+            }
+            if let Err(error) = self.show_copy(spec, &set, copy) {
+                eprintln!("blkfilter: hot copy {}: {error}", copy.name);
+            }
+        }
+    }
+}
+
+fn ids(set: &CopySet) -> Option<(VolumeId, [u8; 16])> {
+    Some((
+        VolumeId::parse(&set.volume_id)?,
+        VolumeId::parse(&set.spool_id)?.0,
+    ))
+}

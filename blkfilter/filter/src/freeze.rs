@@ -1,0 +1,258 @@
+//! Freezing file systems for a cut, so that they end up thawed whatever happens.
+//!
+//! A helper process freezes, and thaws when it is told to, when whoever started it is gone (the pipe closes), or at its deadline. If the helper is
+//! killed, the daemon thaws. If both are, the record in the run directory tells the next daemon. While a file system is frozen nobody here writes to
+//! anything but pipes.
+
+// UNSAFETY: two ioctls without arguments, on directories.
+#![expect(unsafe_code)]
+
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+/// No file system stays frozen longer.
+pub const DEADLINE: Duration = Duration::from_secs(5);
+const RECORD: &str = "frozen";
+
+// linux/fs.h: FIFREEZE, FITHAW.
+mod ioctl {
+    nix::ioctl_none_bad!(freeze, nix::request_code_readwrite!(b'X', 119, 4));
+    nix::ioctl_none_bad!(thaw, nix::request_code_readwrite!(b'X', 120, 4));
+}
+
+fn freeze(directory: &File) -> io::Result<()> {
+    // SAFETY: the ioctl takes no argument; the descriptor is open.
+    unsafe { ioctl::freeze(directory.as_raw_fd()) }?;
+    Ok(())
+}
+
+fn thaw(directory: &File) -> io::Result<()> {
+    // SAFETY: as above.
+    unsafe { ioctl::thaw(directory.as_raw_fd()) }?;
+    Ok(())
+}
+
+/// The helper's whole life: `blkfilter --freeze DIR…`.
+pub fn helper(directories: &[String]) -> io::Result<()> {
+    let (told_in, told) = mpsc::channel();
+    std::thread::spawn(move || {
+        // A byte means "thaw", the end of the pipe that nobody is left who could say so.
+        let _ = io::stdin().read(&mut [0u8; 1]);
+        let _ = told_in.send(());
+    });
+    let mut frozen: Vec<File> = Vec::new();
+    let mut since = Instant::now();
+    let mut outcome = Ok(());
+    let opened: Vec<File> = directories
+        .iter()
+        .map(File::open)
+        .collect::<io::Result<_>>()?;
+    for (index, directory) in opened.into_iter().enumerate() {
+        if index == 0 {
+            since = Instant::now();
+        }
+        if let Err(error) = freeze(&directory) {
+            outcome = Err(io::Error::new(
+                error.kind(),
+                format!("{}: {error}", directories[index]),
+            ));
+            break;
+        }
+        frozen.push(directory);
+    }
+    let mut out = io::stdout();
+    if outcome.is_ok() {
+        let _ = writeln!(out, "frozen").and_then(|()| out.flush());
+        let _ = told.recv_timeout(DEADLINE);
+    }
+    for directory in frozen.iter().rev() {
+        if let Err(error) = thaw(directory)
+            && outcome.is_ok()
+        {
+            outcome = Err(error);
+        }
+    }
+    let _ = writeln!(out, "thawed {}", since.elapsed().as_micros()).and_then(|()| out.flush());
+    outcome
+}
+
+/// File systems that are frozen.
+pub(crate) struct Frozen {
+    helper: Child,
+    order: Option<ChildStdin>,
+    answers: BufReader<ChildStdout>,
+    directories: Vec<PathBuf>,
+    record: PathBuf,
+    since: Instant,
+}
+
+impl Frozen {
+    /// Freezes the file systems that are mounted there. What they hold in memory is written first, so that the pause is short.
+    pub(crate) fn freeze(run: &Path, directories: &[PathBuf]) -> Result<Frozen, String> {
+        for directory in directories {
+            let synced = File::open(directory)
+                .and_then(|file| nix::unistd::syncfs(&file).map_err(io::Error::from));
+            synced.map_err(|error| format!("{}: {error}", directory.display()))?;
+        }
+        let record = run.join(RECORD);
+        let list: String = directories
+            .iter()
+            .map(|directory| format!("{}\n", directory.display()))
+            .collect();
+        std::fs::write(&record, list).map_err(|e| format!("{}: {e}", record.display()))?;
+        let program = std::env::current_exe().map_err(|e| e.to_string())?;
+        let mut helper = Command::new(program)
+            .arg("--freeze")
+            .args(directories)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .map_err(|e| e.to_string())?;
+        let order = helper.stdin.take();
+        let Some(answers) = helper.stdout.take() else {
+            return Err("no pipe to the helper".to_owned());
+        };
+        let mut frozen = Frozen {
+            helper,
+            order,
+            answers: BufReader::new(answers),
+            directories: directories.to_vec(),
+            record,
+            since: Instant::now(),
+        };
+        let mut line = String::new();
+        let read = frozen.answers.read_line(&mut line);
+        if read.is_ok() && line.trim() == "frozen" {
+            return Ok(frozen);
+        }
+        let mut why = String::new();
+        if let Some(mut errors) = frozen.helper.stderr.take() {
+            let _ = errors.read_to_string(&mut why);
+        }
+        frozen.thaw();
+        Err(why.trim().trim_start_matches("blkfilter: ").to_owned())
+    }
+
+    /// Thaws; gives how long they were frozen.
+    pub(crate) fn thaw(mut self) -> Duration {
+        if let Some(mut order) = self.order.take() {
+            let _ = order.write_all(b"t");
+        }
+        let mut line = String::new();
+        let _ = self.answers.read_line(&mut line);
+        let micros = line
+            .trim()
+            .strip_prefix("thawed ")
+            .and_then(|text| text.parse().ok());
+        let _ = self.helper.wait();
+        if micros.is_none() {
+            thaw_all(&self.directories); // The helper was killed.
+        }
+        let _ = std::fs::remove_file(&self.record);
+        micros.map_or_else(|| self.since.elapsed(), Duration::from_micros)
+    }
+}
+
+fn thaw_all(directories: &[PathBuf]) {
+    for directory in directories {
+        match File::open(directory).and_then(|file| thaw(&file)) {
+            Ok(()) => eprintln!("blkfilter: thawed {}", directory.display()),
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {} // It is not frozen.
+            Err(error) => eprintln!("blkfilter: thawing {}: {error}", directory.display()),
+        }
+    }
+}
+
+/// At a daemon's start: thaws what a dead one left frozen.
+pub fn thaw_left_over(run: &Path) {
+    let record = run.join(RECORD);
+    let Ok(text) = std::fs::read_to_string(&record) else {
+        return;
+    };
+    // On a thread of its own: thawing writes to devices that this daemon is about to serve.
+    std::thread::spawn(move || {
+        let directories: Vec<PathBuf> = text.lines().map(PathBuf::from).collect();
+        thaw_all(&directories);
+        let _ = std::fs::remove_file(record);
+    });
+}
+
+/// Where file systems of a mapped device (or of its partitions) are mounted: one place each.
+pub(crate) fn mounts_of(mapped: &str) -> Vec<PathBuf> {
+    let Some(name) = Path::new(mapped).file_name().and_then(|name| name.to_str()) else {
+        return Vec::new();
+    };
+    let is_ours = |source: &str| {
+        std::fs::canonicalize(source)
+            .ok()
+            .and_then(|path| path.file_name().map(|n| n.to_string_lossy().into_owned()))
+            .is_some_and(|node| {
+                let rest = node.strip_prefix(name);
+                rest.is_some_and(|rest| {
+                    rest.is_empty()
+                        || rest
+                            .strip_prefix('p')
+                            .is_some_and(|n| n.bytes().all(|b| b.is_ascii_digit()))
+                })
+            })
+    };
+    let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let mut seen = Vec::new();
+    let mut places = Vec::new();
+    for line in table.lines() {
+        let fields: Vec<&str> = line.split(' ').collect();
+        let Some(dash) = fields.iter().position(|field| *field == "-") else {
+            continue;
+        };
+        let (Some(number), Some(place), Some(source)) =
+            (fields.get(2), fields.get(4), fields.get(dash + 2))
+        else {
+            continue;
+        };
+        if is_ours(source) && !seen.contains(number) {
+            seen.push(number);
+            places.push(PathBuf::from(unescape(place)));
+        }
+    }
+    places
+}
+
+/// Spaces and the like are written as octal numbers there.
+fn unescape(text: &str) -> String {
+    let mut out = String::new();
+    let mut rest = text;
+    while let Some(at) = rest.find('\\') {
+        out += &rest[..at];
+        match rest
+            .get(at + 1..at + 4)
+            .and_then(|code| u8::from_str_radix(code, 8).ok())
+        {
+            Some(byte) => {
+                out.push(char::from(byte));
+                rest = &rest[at + 4..];
+            }
+            None => {
+                out.push('\\');
+                rest = &rest[at + 1..];
+            }
+        }
+    }
+    out + rest
+}
+
+#[cfg(test)]
+mod tests {
+    use super::unescape;
+
+    #[test]
+    fn mount_points_with_blanks_are_understood() {
+        assert_eq!(unescape("/mnt/a\\040b\\134c"), "/mnt/a b\\c");
+        assert_eq!(unescape("/plain\\x"), "/plain\\x");
+    }
+}

@@ -1,0 +1,190 @@
+//! Making copies: asks the data path, then mounts, and says step by step what was done.
+
+use crate::source::{Source, find};
+use crate::{Cli, Context};
+use serde::Serialize;
+use std::path::{Path, PathBuf};
+use varve_cli::{MountMode, daemons, file_system, mount_copy, show_bytes, show_time};
+use varve_control::{ControlError, CopyInfo, FilterOp, FilterReply, NewCopy};
+
+/// A copy, and where it is mounted.
+#[derive(Serialize)]
+pub struct Made {
+    /// The copy.
+    #[serde(flatten)]
+    pub copy: CopyInfo,
+    /// Where it is mounted, if it is.
+    pub mounted: Option<PathBuf>,
+    /// What there is to know about the mount.
+    pub mount_note: String,
+}
+
+/// `hcp DEVICE`, `hcp --group DEVICE…`.
+pub fn copy(context: &Context, cli: &Cli) -> Result<(), ControlError> {
+    let names: Vec<&String> = cli.device.iter().chain(&cli.group).collect();
+    let sources: Vec<Source> = names
+        .iter()
+        .map(|name| find(context, name))
+        .collect::<Result<_, _>>()?;
+    for source in &sources {
+        context.output.say(format!(
+            "Hot copy of {} (volume {}, shown as {}) …",
+            source.name, source.volume.name, source.volume.mapped
+        ));
+    }
+    let wanted = sources
+        .iter()
+        .map(|source| {
+            let store = cli.changed_blocks.as_ref().map(std::path::absolute);
+            Ok(NewCopy {
+                volume: source.volume.name.clone(),
+                name: cli.name.clone().unwrap_or_default(),
+                store: store.transpose()?,
+                store_bytes: cli.store_size.unwrap_or(0) << 20,
+                quota: cli.quota,
+            })
+        })
+        .collect::<Result<Vec<NewCopy>, ControlError>>()?;
+    let op = FilterOp::CopyCreate {
+        copies: wanted,
+        persist: cli.persist,
+        writable: !cli.read_only,
+        freeze: !cli.no_freeze,
+    };
+    let FilterReply::Copies { copies } = daemons::filter(&context.paths)?.call(&op)? else {
+        return Err(daemons::unexpected("blkfilter"));
+    };
+    let mut made = Vec::new();
+    for (source, copy) in sources.iter().zip(copies) {
+        say_steps(context, &copy);
+        let (mounted, mount_note) = if cli.skip_mount {
+            (None, String::new())
+        } else {
+            let mode = match (cli.read_only, copy.frozen_us > 0) {
+                (false, _) => MountMode::Writable,
+                (true, true) => MountMode::ReadOnly,
+                (true, false) => MountMode::Untouched,
+            };
+            mount(context, cli, source, &copy.copy, mode)
+        };
+        if let Some(place) = &mounted {
+            context
+                .output
+                .say(format!("  mounted on {}", place.display()));
+        }
+        if !mount_note.is_empty() {
+            context.output.say(format!("  {mount_note}"));
+        }
+        context
+            .output
+            .say(format!("  end it with: hcp -r {}", copy.name));
+        made.push(Made {
+            copy,
+            mounted,
+            mount_note,
+        });
+    }
+    context.output.result(&made, || {});
+    Ok(())
+}
+
+fn say_steps(context: &Context, copy: &CopyInfo) {
+    let say = |text: String| context.output.say(text);
+    say(format!(
+        "  changed blocks go to {} ({}, {} free)",
+        copy.store,
+        show_bytes(copy.store_bytes),
+        show_bytes(copy.store_free_bytes)
+    ));
+    if copy.frozen_us > 0 {
+        let seconds = copy.frozen_us as f64 / 1e6;
+        say(format!(
+            "  the file system was frozen for {seconds:.3} seconds"
+        ));
+    }
+    if !copy.note.is_empty() {
+        say(format!("  note: {}", copy.note));
+    }
+    say(format!(
+        "  created {} (lsn:{})",
+        show_time(copy.created_ns),
+        copy.lsn
+    ));
+    say(format!("  hot copy {} is {}", copy.name, copy.copy));
+    if copy.persist {
+        say(
+            "  it survives a reboot and a power cut; what is written to the copy itself does not"
+                .to_owned(),
+        );
+    }
+}
+
+/// Mounts a copy; a copy that cannot be mounted is a copy all the same.
+pub fn mount(
+    context: &Context,
+    cli: &Cli,
+    source: &Source,
+    device: &str,
+    mode: MountMode,
+) -> (Option<PathBuf>, String) {
+    let node = source
+        .partition
+        .map_or_else(|| device.to_owned(), |number| format!("{device}p{number}"));
+    // The kernel makes a partition's node a moment after the device's.
+    let since = std::time::Instant::now();
+    while !Path::new(&node).exists() && since.elapsed().as_secs() < 3 {
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    if file_system(&node).is_empty() {
+        let partitions = partitions(device);
+        let note = if partitions.is_empty() {
+            format!("{node} holds no file system that is known here: not mounted")
+        } else {
+            format!(
+                "{node} is a whole disk: not mounted. Its partitions: {}",
+                partitions.join(", ")
+            )
+        };
+        return (None, note);
+    }
+    let place = cli
+        .mount_point
+        .clone()
+        .unwrap_or_else(|| default_place(context, source));
+    let mounted = std::fs::create_dir_all(&place)
+        .map_err(|error| {
+            ControlError::new("X005-directory", format!("{}: {error}", place.display()))
+        })
+        .and_then(|()| mount_copy(&node, &place, mode));
+    match mounted {
+        Ok(()) => (Some(place), String::new()),
+        Err(failed) => (None, format!("not mounted: {}", failed.message)),
+    }
+}
+
+/// `/var/hotcopy/DEVICE`; the second copy of a device gets a number behind it.
+fn default_place(context: &Context, source: &Source) -> PathBuf {
+    let name = Path::new(&source.name).file_name().map_or_else(
+        || source.volume.name.clone(),
+        |n| n.to_string_lossy().into_owned(),
+    );
+    let base = context.paths.root().join("var/hotcopy");
+    let is_free = |place: &PathBuf| {
+        let text = place.display().to_string();
+        varve_cli::output_of("findmnt", &["-n", "-o", "SOURCE", "--mountpoint", &text]).is_empty()
+    };
+    (1..)
+        .map(|number| match number {
+            1 => base.join(&name),
+            _ => base.join(format!("{name}-{number}")),
+        })
+        .find(is_free)
+        .unwrap_or(base)
+}
+
+fn partitions(device: &str) -> Vec<String> {
+    (1..=128)
+        .map(|number| format!("{device}p{number}"))
+        .filter(|node| Path::new(node).exists())
+        .collect()
+}

@@ -1,0 +1,71 @@
+//! `hcp --at INSTANT`: a copy of the past, which the store's daemon shows.
+
+use crate::create::mount;
+use crate::source::find;
+use crate::{Cli, Context};
+use serde::Serialize;
+use std::path::PathBuf;
+use varve_cli::{MountMode, daemons, parse_instant, show_time};
+use varve_control::{ControlError, StoreOp, StoreReply};
+
+#[derive(Serialize)]
+struct Shown {
+    copy: String,
+    lsn: u64,
+    time_ns: i64,
+    mounted: Option<PathBuf>,
+    mount_note: String,
+}
+
+/// Shows an instant of a volume, and mounts it.
+pub fn copy(context: &Context, cli: &Cli, device: &str, text: &str) -> Result<(), ControlError> {
+    let source = find(context, device)?;
+    let instant = parse_instant(text, &jiff::Zoned::now())
+        .map_err(|why| ControlError::new("I005-instant", why))?;
+    let op = StoreOp::Export {
+        volume: source.volume.name.clone(),
+        instant,
+        writable: !cli.read_only,
+        nbd: None,
+    };
+    let StoreReply::Shown {
+        device: copy,
+        lsn,
+        time_ns,
+    } = daemons::store(&context.paths)?.call(&op)?
+    else {
+        return Err(daemons::unexpected("varved"));
+    };
+    let say = |text: String| context.output.say(text);
+    say(format!(
+        "Copy of {} as it was {} (lsn:{lsn}): {copy}",
+        source.name,
+        show_time(time_ns)
+    ));
+    let mode = if cli.read_only {
+        MountMode::Untouched
+    } else {
+        MountMode::Writable
+    };
+    let (mounted, mount_note) = if cli.skip_mount {
+        (None, String::new())
+    } else {
+        mount(context, cli, &source, &copy, mode)
+    };
+    if let Some(place) = &mounted {
+        say(format!("  mounted on {}", place.display()));
+    }
+    if !mount_note.is_empty() {
+        say(format!("  {mount_note}"));
+    }
+    say(format!("  end it with: hcp -r {copy}"));
+    let shown = Shown {
+        copy,
+        lsn,
+        time_ns,
+        mounted,
+        mount_note,
+    };
+    context.output.result(&shown, || {});
+    Ok(())
+}
