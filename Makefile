@@ -41,14 +41,18 @@ vm: setup ## the tests on real kernels with the large numbers
 
 bench: build ## figures as ratios: raw disk, plain loop, Varve (as root)
 	@tests/bench
+	@tests/bench-hcp
 
 install: ## install into DESTDIR: programs, units, udev rules, manual pages, completions
 	install -d $(BIN) $(UNITS) $(RULES) $(MANUAL)/man1 $(MANUAL)/man8 $(COMPLETIONS)/bash-completion/completions $(COMPLETIONS)/zsh/site-functions
-	install -m 0755 $(PROGRAMS)/blkfilter $(PROGRAMS)/varved $(PROGRAMS)/varve $(BIN)
+	install -m 0755 $(PROGRAMS)/blkfilter $(PROGRAMS)/varved $(PROGRAMS)/varve $(PROGRAMS)/hcp $(BIN)
 	install -m 0644 blkfilter/filter/systemd/blkfilter.service engine/daemon/systemd/varved.service $(UNITS)
 	install -m 0644 blkfilter/filter/systemd/60-varve.rules $(RULES)
 	install -m 0644 blkfilter/filter/man/blkfilter.8 engine/daemon/man/varved.8 $(MANUAL)/man8
 	$(PROGRAMS)/varve manual $(MANUAL)/man1
+	$(PROGRAMS)/hcp --manual $(MANUAL)/man1
+	$(PROGRAMS)/hcp --completions bash >$(COMPLETIONS)/bash-completion/completions/hcp
+	$(PROGRAMS)/hcp --completions zsh >$(COMPLETIONS)/zsh/site-functions/_hcp
 	$(PROGRAMS)/varve completions bash >$(COMPLETIONS)/bash-completion/completions/varve
 	$(PROGRAMS)/varve completions zsh >$(COMPLETIONS)/zsh/site-functions/_varve
 

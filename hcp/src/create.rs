@@ -19,14 +19,14 @@ pub struct Made {
     pub mount_note: String,
 }
 
-/// `hcp DEVICE`, `hcp --group DEVICE…`.
-pub fn copy(context: &Context, cli: &Cli) -> Result<(), ControlError> {
-    let names: Vec<&String> = cli.device.iter().chain(&cli.group).collect();
-    let sources: Vec<Source> = names
-        .iter()
-        .map(|name| find(context, name))
-        .collect::<Result<_, _>>()?;
-    for source in &sources {
+/// Makes hot copies of one instant, and says what was done.
+pub fn make(
+    context: &Context,
+    cli: &Cli,
+    sources: &[Source],
+    writable: bool,
+) -> Result<Vec<CopyInfo>, ControlError> {
+    for source in sources {
         context.output.say(format!(
             "Hot copy of {} (volume {}, shown as {}) …",
             source.name, source.volume.name, source.volume.mapped
@@ -48,15 +48,28 @@ pub fn copy(context: &Context, cli: &Cli) -> Result<(), ControlError> {
     let op = FilterOp::CopyCreate {
         copies: wanted,
         persist: cli.persist,
-        writable: !cli.read_only,
+        writable,
         freeze: !cli.no_freeze,
     };
     let FilterReply::Copies { copies } = daemons::filter(&context.paths)?.call(&op)? else {
         return Err(daemons::unexpected("blkfilter"));
     };
+    for copy in &copies {
+        say_steps(context, copy);
+    }
+    Ok(copies)
+}
+
+/// `hcp DEVICE`, `hcp --group DEVICE…`.
+pub fn copy(context: &Context, cli: &Cli) -> Result<(), ControlError> {
+    let names: Vec<&String> = cli.device.iter().chain(&cli.group).collect();
+    let sources: Vec<Source> = names
+        .iter()
+        .map(|name| find(context, name))
+        .collect::<Result<_, _>>()?;
+    let copies = make(context, cli, &sources, !cli.read_only)?;
     let mut made = Vec::new();
     for (source, copy) in sources.iter().zip(copies) {
-        say_steps(context, &copy);
         let (mounted, mount_note) = if cli.skip_mount {
             (None, String::new())
         } else {
@@ -88,6 +101,15 @@ pub fn copy(context: &Context, cli: &Cli) -> Result<(), ControlError> {
     Ok(())
 }
 
+/// When, and which instant of the history that is, if it is one.
+pub fn created(copy: &CopyInfo) -> String {
+    let time = show_time(copy.created_ns);
+    match copy.lsn {
+        0 => time,
+        lsn => format!("{time} (lsn:{lsn})"),
+    }
+}
+
 fn say_steps(context: &Context, copy: &CopyInfo) {
     let say = |text: String| context.output.say(text);
     say(format!(
@@ -105,11 +127,7 @@ fn say_steps(context: &Context, copy: &CopyInfo) {
     if !copy.note.is_empty() {
         say(format!("  note: {}", copy.note));
     }
-    say(format!(
-        "  created {} (lsn:{})",
-        show_time(copy.created_ns),
-        copy.lsn
-    ));
+    say(format!("  created {}", created(copy)));
     say(format!("  hot copy {} is {}", copy.name, copy.copy));
     if copy.persist {
         say(

@@ -1,11 +1,12 @@
 //! What copies there are, and ending them.
 
 use crate::Context;
+use crate::create::created;
 use serde::Serialize;
 use std::path::Path;
 use std::process::Command;
 use varve_cli::device::mounted_on;
-use varve_cli::{daemons, show_bytes, show_time};
+use varve_cli::{daemons, show_bytes};
 use varve_control::{ControlError, CopyInfo, FilterOp, FilterReply, StoreOp, StoreReply};
 
 /// A copy, and where it (or a partition of it) is mounted.
@@ -84,11 +85,7 @@ fn say(listed: &Listed) {
         listed.mounted.join(", ")
     };
     println!("  mount point     {places}");
-    println!(
-        "  created         {} (lsn:{})",
-        show_time(copy.created_ns),
-        copy.lsn
-    );
+    println!("  created         {}", created(copy));
     println!(
         "  changed since   {:.1} MiB ({} bytes)",
         copy.changed_bytes as f64 / 1048576.0,
@@ -114,6 +111,12 @@ pub fn show(context: &Context, which: &str) -> Result<(), ControlError> {
     let listed = pick(&all, which)?;
     context.output.result(listed, || say(listed));
     Ok(())
+}
+
+/// One copy, by its name, its device, or where it is mounted.
+pub fn find_copy(context: &Context, which: &str) -> Result<CopyInfo, ControlError> {
+    let all = copies(context)?;
+    Ok(pick(&all, which)?.copy.clone())
 }
 
 fn pick<'a>(all: &'a [Listed], which: &str) -> Result<&'a Listed, ControlError> {

@@ -1,8 +1,11 @@
 //! `hcp`: a point-in-time copy of a live device, at once. It asks the daemons; it opens neither logs nor stores itself.
 
 mod create;
+mod engine;
 mod list;
+mod out;
 mod past;
+mod resume;
 mod source;
 
 use clap::{CommandFactory, Parser};
@@ -18,6 +21,7 @@ use varve_control::{ControlError, Paths};
 ///   hcp -o -m /mnt/copy /dev/sdb1       read-only, mounted on /mnt/copy
 ///   hcp --at '5 minutes ago' /dev/sdb1  the device as it was then
 ///   hcp --group /dev/sdb1 /dev/sdc1     both at one instant
+///   hcp --to /backup/sdb1.img /dev/sdb1 copied out, verified
 ///   hcp -l                              what copies there are
 ///   hcp -r hcp1                         unmount and end one
 ///
@@ -75,6 +79,16 @@ struct Cli {
     /// Copy several devices at one instant.
     #[arg(long, value_name = "DEVICE", num_args = 1.., conflicts_with_all = ["device", "mount_point", "name"])]
     group: Vec<String>,
+    /// Copy it out: to FILE (sparse; resumable), to FILE.qcow2, to `-` (standard output), or to nbd://HOST/EXPORT. DEVICE may also be a hot copy, a
+    /// file, or a device that nobody writes to.
+    #[arg(long, value_name = "TARGET", conflicts_with_all = ["group", "at", "mount_point"])]
+    to: Option<String>,
+    /// With --to: FILE holds what the hot copy NAME is; only what changed since is copied.
+    #[arg(long, value_name = "NAME", requires = "to")]
+    incremental_from: Option<String>,
+    /// With --to: do not read the target again.
+    #[arg(long, requires = "to")]
+    no_verify: bool,
     /// Do not freeze the file system: the copy is what a power cut would leave.
     #[arg(long)]
     no_freeze: bool,
@@ -115,7 +129,8 @@ fn main() -> ExitCode {
     let output = Output {
         program: "hcp",
         json: cli.json,
-        quiet: cli.quiet,
+        // Standard output is the copy.
+        quiet: cli.quiet || cli.to.as_deref() == Some("-"),
     };
     let context = Context {
         paths: Paths::new(root),
@@ -150,8 +165,9 @@ fn run(context: &Context, cli: &Cli) -> Result<(), ControlError> {
     if let Some(which) = &cli.remove {
         return list::remove(context, which);
     }
-    match (&cli.at, &cli.device) {
-        (Some(instant), Some(device)) => past::copy(context, cli, device, instant),
+    match (&cli.at, &cli.to, &cli.device) {
+        (Some(instant), _, Some(device)) => past::copy(context, cli, device, instant),
+        (None, Some(to), Some(device)) => out::copy_out(context, cli, device, to),
         _ => create::copy(context, cli),
     }
 }

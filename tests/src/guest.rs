@@ -286,3 +286,50 @@ pub fn disk(directory: &Path, name: &str, megabytes: u64) -> PathBuf {
     file.set_len(megabytes << 20).unwrap();
     path
 }
+
+/// Runs a scenario through FUSE and loop on this machine's own kernel.
+pub fn fallback(arguments: &[&str]) {
+    if !Path::new("/dev/fuse").exists() || !Path::new("/dev/loop-control").exists() {
+        assert!(
+            std::env::var("CI").is_err(),
+            "in CI a missing /dev/fuse is a failure"
+        );
+        println!("SKIPPED: no /dev/fuse or /dev/loop-control here");
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let origin = disk(directory.path(), "origin", ORIGIN_MIB);
+    let root = directory.path().join("root");
+    std::fs::create_dir_all(&root).unwrap();
+    // A mount namespace of its own: the tests' mounts end with it.
+    let output = Command::new("unshare")
+        .args([
+            "--mount",
+            "--propagation",
+            "private",
+            "sh",
+            "-c",
+            "mount -t tmpfs none /mnt && exec \"$@\"",
+            "sh",
+        ])
+        .arg(scenario_program())
+        .arg(arguments[0])
+        .arg(&root)
+        .arg(&origin)
+        .args(&arguments[1..])
+        .env("VARVE_BIN", programs())
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    println!("fallback {arguments:?}:\n{text}");
+    let _ = Command::new(programs().join("varve"))
+        .arg("--root")
+        .arg(&root)
+        .arg("down")
+        .output();
+    assert!(
+        output.status.success(),
+        "fallback {arguments:?}: {}\n{text}",
+        output.status
+    );
+}

@@ -13,3 +13,4 @@ pub mod simulated;
 pub mod simulated_copies;
 pub mod slow_disk;
 pub mod stamps;
+pub mod writers;

@@ -7,9 +7,7 @@
     reason = "in tests a surprise should end the test"
 )]
 
-use std::path::Path;
-use std::process::Command;
-use varve_tests::guest::{Kernel, ORIGIN_MIB, disk, large, programs, scenario_program, sized};
+use varve_tests::guest::{Kernel, ORIGIN_MIB, disk, fallback, large, scenario_program, sized};
 use varve_tests::in_guests;
 
 /// Runs a scenario in a guest whose lasting files are on a second disk.
@@ -64,53 +62,6 @@ in_guests! {
     killed_in_a_rewind_finishes_it: |kernel| everywhere(kernel, &["rewind-killed"]);
     lost_history_is_said_and_made_whole: |kernel| everywhere(kernel, &["holes"]);
     resized_device_is_followed: |kernel| everywhere(kernel, &["resize"]);
-}
-
-/// The same through FUSE and loop on this machine's own kernel.
-fn fallback(arguments: &[&str]) {
-    if !Path::new("/dev/fuse").exists() || !Path::new("/dev/loop-control").exists() {
-        assert!(
-            std::env::var("CI").is_err(),
-            "in CI a missing /dev/fuse is a failure"
-        );
-        println!("SKIPPED: no /dev/fuse or /dev/loop-control here");
-        return;
-    }
-    let directory = tempfile::tempdir().unwrap();
-    let origin = disk(directory.path(), "origin", ORIGIN_MIB);
-    let root = directory.path().join("root");
-    std::fs::create_dir_all(&root).unwrap();
-    // A mount namespace of its own: the tests' mounts end with it.
-    let output = Command::new("unshare")
-        .args([
-            "--mount",
-            "--propagation",
-            "private",
-            "sh",
-            "-c",
-            "mount -t tmpfs none /mnt && exec \"$@\"",
-            "sh",
-        ])
-        .arg(scenario_program())
-        .arg(arguments[0])
-        .arg(&root)
-        .arg(&origin)
-        .args(&arguments[1..])
-        .env("VARVE_BIN", programs())
-        .output()
-        .unwrap();
-    let text = String::from_utf8_lossy(&output.stdout);
-    println!("fallback {arguments:?}:\n{text}");
-    let _ = Command::new(programs().join("varve"))
-        .arg("--root")
-        .arg(&root)
-        .arg("down")
-        .output();
-    assert!(
-        output.status.success(),
-        "fallback {arguments:?}: {}\n{text}",
-        output.status
-    );
 }
 
 #[test]

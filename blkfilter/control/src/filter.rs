@@ -103,6 +103,11 @@ pub enum FilterOp {
     },
     /// All hot copies.
     Copies,
+    /// What was overwritten on the device since a hot copy was cut.
+    CopyChanged {
+        /// Its name.
+        name: String,
+    },
     /// Close all volumes cleanly and exit.
     Shutdown,
 }
@@ -222,6 +227,11 @@ pub enum FilterReply {
     Copies {
         /// They.
         copies: Vec<CopyInfo>,
+    },
+    /// Ranges of a device: (offset, length).
+    Ranges {
+        /// They, in order.
+        ranges: Vec<(u64, u64)>,
     },
     /// What is sealed.
     Sealed {

@@ -8,12 +8,19 @@ mod store;
 
 use crate::SurvivingIdentity;
 use crate::driver::{CopyAlert, Message};
+use crate::hot_copy::CopyMemory;
 use crate::manager::{ANSWER_WAIT, Manager, Slot, error};
 use crate::origin;
 use files::{EXTENT_BYTES, copy_memory_path, copy_record, overlay_path};
 use std::fs::File;
 use varve_control::{ControlError, CopyInfo, CopySet, CopySpec};
 use varve_format::VolumeId;
+use varve_log::Memory;
+
+/// Changed ranges that are nearer to each other than this are one.
+const NEAR_BYTES: u64 = 64 << 10;
+/// An answer has at most about so many ranges.
+const RANGES_MAX: u64 = 200_000;
 
 pub(crate) use show::ShownCopy;
 pub use show::copy_name;
@@ -146,6 +153,45 @@ impl Manager {
         infos
     }
 
+    /// Ranges that were overwritten since a hot copy was cut; may be more, never less. Runs that are near each other are one, so that the list stays
+    /// short.
+    pub fn copy_changed(&self, name: &str) -> Result<Vec<(u64, u64)>, ControlError> {
+        let (set, copy) = self.find_copy(name)?;
+        let memory = origin::open_memory(
+            &copy_memory_path(&self.paths, &set.volume_id, copy.generation),
+            CopyMemory::bytes_needed(set.volume_bytes),
+        )?;
+        let memory = Memory::of_file(&memory, CopyMemory::bytes_needed(set.volume_bytes))?;
+        let memory = CopyMemory::new(memory, set.volume_bytes);
+        if !copy.lost.is_empty() || memory.lost().is_some() {
+            let message = format!(
+                "{name} is valid no more: nothing is known of what changed since. Copy everything: leave --incremental-from out"
+            );
+            return Err(error("H006-lost", message));
+        }
+        let changed = memory.changed();
+        let near = (set.volume_bytes / RANGES_MAX).max(NEAR_BYTES);
+        let mut ranges: Vec<(u64, u64)> = Vec::new();
+        let mut at = 0;
+        while let Some((offset, length)) = changed.next_run(at, u64::MAX) {
+            at = offset + length;
+            match ranges.last_mut() {
+                Some(last) if offset - (last.0 + last.1) < near => last.1 = at - last.0,
+                _ => ranges.push((offset, length)),
+            }
+        }
+        Ok(ranges)
+    }
+
+    fn find_copy(&self, name: &str) -> Result<(CopySet, CopySpec), ControlError> {
+        let found = self.copied_volumes().into_iter().find_map(|volume| {
+            let set = self.copy_set(&volume)?;
+            let copy = set.copies.iter().find(|copy| copy.name == name)?.clone();
+            Some((set, copy))
+        });
+        found.ok_or_else(|| unknown(name))
+    }
+
     /// Ends a hot copy.
     pub fn copy_remove(&self, name: &str) -> Result<(), ControlError> {
         let _changing = self.changing();
@@ -153,12 +199,7 @@ impl Manager {
     }
 
     fn end_copy(&self, name: &str) -> Result<(), ControlError> {
-        let found = self.copied_volumes().into_iter().find_map(|volume| {
-            let set = self.copy_set(&volume)?;
-            let copy = set.copies.iter().find(|copy| copy.name == name)?.clone();
-            Some((set, copy))
-        });
-        let (mut set, copy) = found.ok_or_else(|| unknown(name))?;
+        let (mut set, copy) = self.find_copy(name)?;
         self.hide_copy(name)?;
         // First the record: a copy whose blocks may be forgotten must not come back after a power cut.
         set.copies.retain(|other| other.name != name);

@@ -7,7 +7,7 @@ use crate::{Law, StartReport, VolumeStatus};
 use crossbeam_channel::{Receiver, Sender};
 use std::collections::VecDeque;
 use std::time::Duration;
-use varve_format::{Fingerprint, Lsn, SegmentSequence};
+use varve_format::{Fingerprint, Lsn, SegmentSequence, VolumeState};
 use varve_front::{Answer, Device, Request, RingPort};
 use varve_log::{Disk, Medium, OwnRing, UringMedium};
 
@@ -105,7 +105,7 @@ impl VolumeDevice {
         };
         let volume = &mut self.volume;
         let durable = volume.durable_lsn();
-        let bypassed = volume.state() == varve_format::VolumeState::Bypass;
+        let bypassed = volume.state() == VolumeState::Bypass;
         self.waiting.retain_mut(|waiting| match waiting {
             Waiting::Mark(point, reply) => {
                 if let Err(name) = point
@@ -168,7 +168,13 @@ impl VolumeDevice {
             let at = self.volume.cut_copy(copy).ok_or("there is no spool")?;
             self.waiting
                 .push(Waiting::Settle(at, lasting, None, settled));
-            Ok(self.volume.next_lsn())
+            // In bypass and in spans no LSN means this instant.
+            let named = self.volume.state() == VolumeState::Protected && !self.volume.in_span();
+            Ok(if named {
+                self.volume.next_lsn()
+            } else {
+                Lsn(0)
+            })
         });
         let _ = cut.send(outcome);
     }

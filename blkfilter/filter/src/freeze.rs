@@ -11,7 +11,7 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -85,7 +85,7 @@ pub fn helper(directories: &[String]) -> io::Result<()> {
 pub(crate) struct Frozen {
     helper: Child,
     order: Option<ChildStdin>,
-    answers: BufReader<ChildStdout>,
+    lines: mpsc::Receiver<String>,
     directories: Vec<PathBuf>,
     record: PathBuf,
     since: Instant,
@@ -115,28 +115,39 @@ impl Frozen {
             .spawn()
             .map_err(|e| e.to_string())?;
         let order = helper.stdin.take();
-        let Some(answers) = helper.stdout.take() else {
-            return Err("no pipe to the helper".to_owned());
-        };
+        let (said, lines) = mpsc::channel();
+        if let Some(answers) = helper.stdout.take() {
+            std::thread::spawn(move || {
+                for line in BufReader::new(answers).lines().map_while(Result::ok) {
+                    let _ = said.send(line);
+                }
+            });
+        }
         let mut frozen = Frozen {
             helper,
             order,
-            answers: BufReader::new(answers),
+            lines,
             directories: directories.to_vec(),
             record,
             since: Instant::now(),
         };
-        let mut line = String::new();
-        let read = frozen.answers.read_line(&mut line);
-        if read.is_ok() && line.trim() == "frozen" {
-            return Ok(frozen);
+        match frozen.lines.recv_timeout(DEADLINE) {
+            Ok(line) if line == "frozen" => Ok(frozen),
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                // The pipe closes: it thaws as soon as the kernel lets it.
+                drop(frozen.order.take());
+                std::thread::spawn(move || frozen.thaw());
+                Err(format!("not frozen after {} s", DEADLINE.as_secs()))
+            }
+            _ => {
+                let mut why = String::new();
+                if let Some(mut errors) = frozen.helper.stderr.take() {
+                    let _ = errors.read_to_string(&mut why);
+                }
+                frozen.thaw();
+                Err(why.trim().trim_start_matches("blkfilter: ").to_owned())
+            }
         }
-        let mut why = String::new();
-        if let Some(mut errors) = frozen.helper.stderr.take() {
-            let _ = errors.read_to_string(&mut why);
-        }
-        frozen.thaw();
-        Err(why.trim().trim_start_matches("blkfilter: ").to_owned())
     }
 
     /// Thaws; gives how long they were frozen.
@@ -144,12 +155,10 @@ impl Frozen {
         if let Some(mut order) = self.order.take() {
             let _ = order.write_all(b"t");
         }
-        let mut line = String::new();
-        let _ = self.answers.read_line(&mut line);
-        let micros = line
-            .trim()
-            .strip_prefix("thawed ")
-            .and_then(|text| text.parse().ok());
+        let micros = self.lines.iter().find_map(|line| {
+            let text = line.strip_prefix("thawed ")?;
+            text.parse().ok()
+        });
         let _ = self.helper.wait();
         if micros.is_none() {
             thaw_all(&self.directories); // The helper was killed.

@@ -260,6 +260,9 @@ fn answer(manager: &Manager, op: FilterOp, attached: Vec<u8>) -> Result<FilterRe
             manager.copy_remove(&name)?;
             FilterReply::Done
         }
+        FilterOp::CopyChanged { name } => FilterReply::Ranges {
+            ranges: manager.copy_changed(&name)?,
+        },
         FilterOp::Copies => FilterReply::Copies {
             copies: manager.copy_infos(),
         },

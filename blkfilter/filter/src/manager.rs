@@ -316,10 +316,11 @@ impl Manager {
             eprintln!("blkfilter: {}: {failed}", running.spec.name);
         }
         let (spec, attached) = (running.spec.clone(), running.attached.clone());
+        let history_end = running.history_end;
         self.slots()
             .insert(running.spec.name.clone(), Slot::Running(Box::new(running)));
         if let Some((gone, newest)) = attached {
-            self.copies_started(&spec, &gone, newest);
+            self.copies_started(&spec, &gone, newest, history_end);
         }
         Ok(())
     }

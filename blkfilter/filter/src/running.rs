@@ -39,6 +39,8 @@ pub(crate) struct Running {
     pub reread_bytes: u64,
     pub rewind_target: Option<Lsn>,
     pub attached: Option<Attached>,
+    /// Where the history from before this start ends.
+    pub history_end: Lsn,
     pub messages: Sender<Message>,
     pub waker: Waker,
     pub stopper: Stopper,
@@ -59,7 +61,7 @@ pub(crate) struct Files {
     pub alerts: Sender<CopyAlert>,
 }
 
-/// Hot copies that did not outlive a reboot, and the highest generation ever used.
+/// Hot copies that are lost, and the highest generation ever used.
 type Attached = (Vec<u32>, u32);
 type Started = (
     Volume<Law>,
@@ -99,11 +101,16 @@ impl Files {
         let surviving = SurvivingMemory::new(memory, &identity);
         let (mut volume, report) = Volume::start(&mut medium, config, surviving, kernel, rewind)
             .map_err(|e| e.to_string())?;
-        let attached = self
-            .copies
-            .map(|copies| copies.attach(&mut volume, &mut medium, report.origin_in_doubt))
-            .transpose()
-            .map_err(|e| format!("its hot copies: {e}"))?;
+        let attached = self.copies.map(|copies| {
+            let all = copies.copies.iter().map(|copy| copy.generation).collect();
+            copies
+                .attach(&mut volume, &mut medium, report.origin_in_doubt)
+                .unwrap_or_else(|error| {
+                    // Trouble with them never keeps the volume from starting.
+                    eprintln!("blkfilter: its hot copies are lost: {error}");
+                    (all, 0)
+                })
+        });
         Ok((volume, medium, report, attached))
     }
 }
@@ -209,6 +216,7 @@ impl Running {
         let jobs = matches!(mode, Mode::Rewinding(_)).then_some(jobs);
         let (note, reread_bytes, rewind_target) =
             (describe(&report), report.reread_bytes, report.rewind_target);
+        let history_end = report.history_end;
         eprintln!("blkfilter: {}: {note}", spec.name);
         Ok(Running {
             spec,
@@ -219,6 +227,7 @@ impl Running {
             reread_bytes,
             rewind_target,
             attached,
+            history_end,
             messages,
             waker,
             stopper,

@@ -60,6 +60,8 @@ pub struct StartReport {
     pub state_error: Option<IoError>,
     /// Somebody else may have written to the origin.
     pub origin_in_doubt: bool,
+    /// Where the history that was there before ends: higher LSNs that somebody remembers mean nothing any more.
+    pub history_end: Lsn,
 }
 
 /// Why a volume cannot start.
@@ -136,7 +138,13 @@ impl<R: Rules> Volume<R> {
                 .span
                 .get_or_insert((SpanKind::Rewind, Lsn(0), request.target.0));
         }
-        let report = volume.carry_out(medium, &found, plan, rewind)?;
+        let warm = matches!(plan.mark, Mark::Kept(_));
+        let mut report = volume.carry_out(medium, &found, plan, rewind)?;
+        report.history_end = if warm {
+            volume.writer.next_lsn()
+        } else {
+            volume.epoch_start.0
+        };
         volume.writer.replace_buffer(buffer);
         volume.surviving.claim(volume.writer.epoch());
         Ok((volume, report))

@@ -19,6 +19,9 @@ const COPIES_MAX: usize = 64;
 /// Writes are held no longer than this for a cut over several volumes.
 const HOLD_MAX: Duration = Duration::from_secs(1);
 
+/// For each copy the LSN of its cut, and who says that what was admitted before has landed.
+type Instants = Vec<(Lsn, Receiver<()>)>;
+
 /// A copy that is about to be cut.
 struct CutCopy {
     spec: CopySpec,
@@ -55,9 +58,15 @@ impl Manager {
             }
             sources.push(self.source(&copy.volume)?);
         }
-        let mut cuts = Vec::new();
+        let mut cuts: Vec<CutCopy> = Vec::new();
         for (source, copy) in sources.iter().zip(wanted) {
-            cuts.push(self.prepare_copy(source, copy, persist, writable)?);
+            let prepared = self.prepare_copy(source, copy, &cuts, (persist, writable));
+            cuts.push(prepared.inspect_err(|_| {
+                // Spools that were made for the others.
+                for cut in cuts.iter().filter(|cut| cut.set.copies.is_empty()) {
+                    self.end_spool(&cut.set);
+                }
+            })?);
         }
         self.cut_all(&sources, &mut cuts, freeze)?;
         let mut infos = Vec::new();
@@ -116,10 +125,49 @@ impl Manager {
         &self,
         source: &Source,
         wanted: &NewCopy,
-        persist: bool,
-        writable: bool,
+        others: &[CutCopy],
+        (persist, writable): (bool, bool),
     ) -> Result<CutCopy, ControlError> {
         let spec = &source.spec;
+        let infos = self.copy_infos();
+        let is_taken = |name: &str| {
+            infos.iter().any(|info| info.name == name)
+                || others.iter().any(|cut| cut.spec.name == name)
+        };
+        let name = if wanted.name.is_empty() {
+            (1u32..)
+                .map(|number| format!("hcp{number}"))
+                .find(|name| !is_taken(name))
+                .unwrap_or_default()
+        } else {
+            wanted.name.clone()
+        };
+        let full = self
+            .copy_set(&spec.name)
+            .is_some_and(|set| set.copies.len() >= COPIES_MAX);
+        let fits = (1..=32).contains(&name.len())
+            && name
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
+            && !name.starts_with('.');
+        let taken = is_taken(&name);
+        if !fits || taken || full {
+            let message = if taken {
+                format!(
+                    "a hot copy named {name} exists; choose another name, or remove it: hcp -r {name}"
+                )
+            } else if fits {
+                format!(
+                    "{} has {COPIES_MAX} hot copies, which is the most; remove one first: hcp -l",
+                    spec.name
+                )
+            } else {
+                format!(
+                    "{name:?} cannot be the name of a copy: 1 to 32 letters, digits, `-`, `_`, `.`"
+                )
+            };
+            return Err(error("H007-name", message));
+        }
         let mut note = String::new();
         let set = match self.copy_set(&spec.name) {
             Some(set) if set.copies.iter().any(|copy| copy.lost.is_empty()) => {
@@ -147,34 +195,6 @@ impl Manager {
             }
             None => self.new_spool(source, wanted)?,
         };
-        let name = if wanted.name.is_empty() {
-            self.free_copy_name()
-        } else {
-            wanted.name.clone()
-        };
-        let fits = (1..=32).contains(&name.len())
-            && name
-                .bytes()
-                .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
-            && !name.starts_with('.');
-        let taken = self.copy_infos().iter().any(|info| info.name == name);
-        if !fits || taken || set.copies.len() >= COPIES_MAX {
-            let message = if taken {
-                format!(
-                    "a hot copy named {name} exists; choose another name, or remove it: hcp -r {name}"
-                )
-            } else if fits {
-                format!(
-                    "{} has {COPIES_MAX} hot copies, which is the most; remove one first: hcp -l",
-                    spec.name
-                )
-            } else {
-                format!(
-                    "{name:?} cannot be the name of a copy: 1 to 32 letters, digits, `-`, `_`, `.`"
-                )
-            };
-            return Err(error("H007-name", message));
-        }
         Ok(CutCopy {
             spec: CopySpec {
                 name,
@@ -186,18 +206,6 @@ impl Manager {
             set,
             note,
         })
-    }
-
-    fn free_copy_name(&self) -> String {
-        let taken: Vec<String> = self
-            .copy_infos()
-            .into_iter()
-            .map(|info| info.name)
-            .collect();
-        (1u32..)
-            .map(|number| format!("hcp{number}"))
-            .find(|name| !taken.contains(name))
-            .unwrap_or_default()
     }
 
     /// The cut itself: freeze, hold, cut, go on, thaw, record.
@@ -223,10 +231,16 @@ impl Manager {
         let now = std::time::SystemTime::now()
             .duration_since(std::time::UNIX_EPOCH)
             .map_or(0, |since| since.as_nanos() as i64);
-        let recorded = outcome.and_then(|instants| {
+        let recorded = outcome.and_then(|(instants, held)| {
             for ((cut, source), (lsn, settled)) in cuts.iter_mut().zip(sources).zip(instants) {
                 cut.spec.created_ns = now;
                 cut.spec.lsn = lsn.0;
+                if let Some(held) = held {
+                    cut.note += &format!(
+                        "writes to all of them were held for {:.3} seconds",
+                        held.as_secs_f64()
+                    );
+                }
                 match frozen_for {
                     Some(pause) if in_time => cut.spec.frozen_us = pause.as_micros() as u64,
                     Some(_) => cut.note += "the file system was thawed at its deadline, before the cut: the copy is crash-consistent",
@@ -308,12 +322,12 @@ impl Manager {
         }
     }
 
-    /// Cuts all of them at one instant: where there are several, writes to all are held meanwhile.
+    /// Cuts all of them at one instant: where there are several, writes to all are held meanwhile. Gives for how long.
     fn cut_held(
         &self,
         sources: &[Source],
         memories: Vec<CopyMemoryFile>,
-    ) -> Result<Vec<(Lsn, Receiver<()>)>, ControlError> {
+    ) -> Result<(Instants, Option<Duration>), ControlError> {
         let several = sources.len() > 1;
         let begun = std::time::Instant::now();
         let release = || {
@@ -352,6 +366,6 @@ impl Manager {
         };
         let outcome = cut();
         release();
-        outcome
+        outcome.map(|instants| (instants, several.then(|| begun.elapsed())))
     }
 }

@@ -7,7 +7,7 @@ use crate::manager::Manager;
 use crate::origin;
 use std::fs::File;
 use varve_control::{CopySet, CopySpec, VolumeSpec};
-use varve_format::VolumeId;
+use varve_format::{Lsn, VolumeId};
 
 impl Manager {
     /// Opens what a volume that starts needs for its hot copies. Trouble with them never keeps the volume from starting: then they are lost.
@@ -91,12 +91,26 @@ impl Manager {
     }
 
     /// After a volume has started: notes which copies did not outlive the reboot, and shows the others.
-    pub(crate) fn copies_started(&self, spec: &VolumeSpec, gone: &[u32], newest: u32) {
+    pub(crate) fn copies_started(
+        &self,
+        spec: &VolumeSpec,
+        gone: &[u32],
+        newest: u32,
+        history_end: Lsn,
+    ) {
         let Some(mut set) = self.copy_set(&spec.name) else {
             return;
         };
         lose(&mut set, "reboot", |copy| gone.contains(&copy.generation));
         set.generation_last = set.generation_last.max(newest);
+        // A power cut may have taken the records before the cut: its number means another instant now.
+        for copy in set
+            .copies
+            .iter_mut()
+            .filter(|copy| copy.lsn > history_end.0)
+        {
+            copy.lsn = 0;
+        }
         if let Err(error) = self.save_copies(&set) {
             eprintln!("blkfilter: {error}");
         }

@@ -19,9 +19,10 @@ pub fn kill(varve: &Installation, device: &str, kills: u32) -> Outcome {
     .map_err(|e| e.to_string())?;
     let mut filter = varve.filter()?;
     pause(300);
-    // Minutes at full speed on one processor: the store may fall behind without a bypass.
+    // Minutes at full speed on one processor, emulated even: the store may fall behind without a bypass.
     varve.varve(&["up"])?;
-    varve.varve(&["protect", device, "--name", "disk", "--log-size", "1024"])?;
+    let log_size = (512 + kills * 80).to_string();
+    varve.varve(&["protect", device, "--name", "disk", "--log-size", &log_size])?;
     let mapped = varve.device("disk")?;
     make_file_system("ext4", &mapped)?;
     run("mount", &[&mapped, "/mnt/live"])?;

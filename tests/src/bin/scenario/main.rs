@@ -1,6 +1,8 @@
 //! `scenario NAME ROOT DEVICE [ARGUMENT]`: one story on a real device; exit code 0 if every promise held.
 
 mod bad_input;
+mod copies;
+mod copy_faults;
 mod death;
 mod holes;
 mod instants;
@@ -56,6 +58,15 @@ fn main() -> ExitCode {
         "rewind-load" => rewinds::load(&installation, device),
         "after-rewind-cut" => rewinds::after_cut(&installation),
         "holes" => holes::holes(&installation, device),
+        "copies" => copies::stamps(&installation, device, argument.parse().unwrap_or(20)),
+        "copies-fs" => copies::file_system(&installation, device, argument, number),
+        "copies-killed" => copies::killed(&installation, device, argument.parse().unwrap_or(6)),
+        "copies-out" => copies::out(&installation, device),
+        "copies-group" => copies::group(&installation, argument.parse().unwrap_or(5)),
+        "copies-limits" => copies::limits(&installation, device),
+        "copies-faults" => copy_faults::disks_break(&installation, device),
+        "copies-load" => copy_faults::persist_load(&installation, device),
+        "copies-after-cut" => copy_faults::persist_after_cut(&installation, rest),
         "resize" => origin::resize(&installation, Path::new(root)),
         other => Err(format!("no scenario is named {other}")),
     });
