@@ -97,7 +97,15 @@ pub fn copy(context: &Context, cli: &Cli) -> Result<(), ControlError> {
             mount_note,
         });
     }
+    let unmounted = made.iter().any(|made| !made.mount_note.is_empty());
     context.output.result(&made, || {});
+    if unmounted && cli.mount_point.is_some() {
+        // Whoever goes on as if it were mounted there works on an empty directory.
+        return Err(ControlError::new(
+            "H021-unmounted",
+            "the copy is there, but it is not mounted where it should be (see above)",
+        ));
+    }
     Ok(())
 }
 

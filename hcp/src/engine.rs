@@ -37,6 +37,8 @@ pub struct Plan {
     pub only: Option<Vec<(u64, u64)>>,
     /// Whether the target is read again.
     pub verify: bool,
+    /// What the target holds may be overwritten.
+    pub overwrite: bool,
 }
 
 /// What was done.
@@ -320,14 +322,10 @@ fn prepare_target(plan: &Plan, is_device: bool) -> io::Result<()> {
         return Ok(());
     }
     let goes_on = plan.from > 0 || plan.only.is_some();
-    let exists = plan.target.exists();
-    if exists
-        && !goes_on
-        && std::fs::metadata(&plan.target)?.len() > 0
-        && Resume::load(&plan.target).is_none()
-    {
+    let holds = std::fs::metadata(&plan.target).is_ok_and(|metadata| metadata.len() > 0);
+    if holds && !goes_on && !plan.overwrite {
         return Err(io::Error::other(format!(
-            "{} exists already. Nothing was written; remove it, choose another name, or use --incremental-from",
+            "{} exists already. Nothing was written; remove it, choose another name, or say --overwrite",
             plan.target.display()
         )));
     }
@@ -354,6 +352,7 @@ fn verify(
         from: 0,
         only: None,
         verify: true,
+        overwrite: false,
     };
     in_parallel(
         &pieces(&whole),
@@ -434,6 +433,7 @@ mod tests {
             from: 0,
             only: None,
             verify: true,
+            overwrite: false,
         }
     }
 

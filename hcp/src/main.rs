@@ -27,7 +27,7 @@ use varve_control::{ControlError, Paths};
 ///
 /// The device must be protected by Varve (`varve protect`). Others call this a snapshot.
 ///
-/// Exit codes: 0 ok, 1 failed, 2 wrong usage, 4 not found, 5 locked or busy, 6 not authorised, 7 integrity.
+/// Exit codes: 0 ok, 1 failed, 2 wrong usage, 3 partly (a copy that is not mounted), 4 not found, 5 locked or busy, 6 not authorised, 7 integrity.
 #[derive(Parser)]
 #[command(
     name = "hcp",
@@ -86,6 +86,9 @@ struct Cli {
     /// With --to: FILE holds what the hot copy NAME is; only what changed since is copied.
     #[arg(long, value_name = "NAME", requires = "to")]
     incremental_from: Option<String>,
+    /// With --to: what FILE or the device holds may be overwritten.
+    #[arg(long, requires = "to")]
+    overwrite: bool,
     /// With --to: do not read the target again.
     #[arg(long, requires = "to")]
     no_verify: bool,

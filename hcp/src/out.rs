@@ -10,13 +10,13 @@ use crate::resume::Resume;
 use crate::source::find;
 use crate::{Cli, Context};
 use serde::Serialize;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 use varve_cli::device::{mounted_on, size};
 use varve_cli::{daemons, show_bytes};
-use varve_control::{ControlError, CopyInfo, FilterOp, FilterReply};
+use varve_control::{ControlError, CopyInfo, FilterOp, FilterReply, is_same_storage};
 
 #[derive(Serialize)]
 struct Copied {
@@ -44,21 +44,40 @@ struct Origin {
 pub fn copy_out(context: &Context, cli: &Cli, device: &str, to: &str) -> Result<(), ControlError> {
     let target = Target::parse(to)?;
     let resume = target.file().and_then(Resume::load);
-    if cli.incremental_from.is_some() && target.file().is_none_or(|path| !path.exists()) {
-        return Err(ControlError::new(
-            "H015-base",
-            format!(
-                "{to} is not there: --incremental-from needs a file or device that holds the older copy"
-            ),
-        ));
-    }
+    target.check(context, cli, resume.is_some())?;
     let origin = origin(context, cli, device, resume.as_ref())?;
+    let outcome = copy_from(context, cli, to, &target, &origin, resume);
+    if outcome.is_err()
+        && let Some(copy) = origin.copy.as_ref().filter(|_| origin.made)
+        && target.file().and_then(Resume::load).is_none()
+    {
+        // Nothing to go on from: what was made for it goes.
+        let name = copy.name.clone();
+        let op = FilterOp::CopyRemove { name };
+        let _ = daemons::filter(&context.paths)?.call::<_, FilterReply>(&op);
+    }
+    outcome
+}
+
+fn copy_from(
+    context: &Context,
+    cli: &Cli,
+    to: &str,
+    target: &Target,
+    origin: &Origin,
+    resume: Option<Resume>,
+) -> Result<(), ControlError> {
     // After the cut: what the base lacks by then is all that can differ.
-    let changed = cli
-        .incremental_from
-        .as_ref()
-        .map(|base| changed_since(context, base))
-        .transpose()?;
+    let changed = match (&cli.incremental_from, &origin.copy) {
+        (Some(base), Some(copy)) => Some(changed_since(context, base, copy)?),
+        (Some(_), None) => {
+            return Err(ControlError::new(
+                "H015-base",
+                "--incremental-from is for hot copies: nothing is known of what changed in a file or an unprotected device",
+            ));
+        }
+        (None, _) => None,
+    };
     let begun = Instant::now();
     let mut copied = Copied {
         source: origin.path.display().to_string(),
@@ -70,7 +89,7 @@ pub fn copy_out(context: &Context, cli: &Cli, device: &str, to: &str) -> Result<
         seconds: 0.0,
         kept: None,
     };
-    match &target {
+    match target {
         Target::Stdout => {
             copied.read_bytes = stream(&origin.path, origin.bytes, bar(context, "copying"))?;
             copied.written_bytes = copied.read_bytes;
@@ -81,9 +100,12 @@ pub fn copy_out(context: &Context, cli: &Cli, device: &str, to: &str) -> Result<
             copied.verified = !cli.no_verify;
         }
         Target::File(path) => {
-            let from = resume
-                .filter(|resume| origin.copy.as_ref().is_some_and(|copy| resume.is_of(copy)))
-                .map_or(0, |resume| resume.done);
+            // Only what this copy began, in a file that is still as it was left.
+            let resume = resume.filter(|resume| {
+                let same = origin.copy.as_ref().is_some_and(|copy| resume.is_of(copy));
+                same && size(path) == Some(origin.bytes)
+            });
+            let from = resume.as_ref().map_or(0, |resume| resume.done);
             if from > 0 {
                 context
                     .output
@@ -96,6 +118,7 @@ pub fn copy_out(context: &Context, cli: &Cli, device: &str, to: &str) -> Result<
                 from,
                 only: changed,
                 verify: !cli.no_verify,
+                overwrite: cli.overwrite || resume.is_some(),
             };
             let record = origin.copy.as_ref().map(|copy| Resume::of(path, copy));
             let Job { read, written } =
@@ -232,7 +255,6 @@ fn plain(device: &str, unmapped: ControlError) -> Result<Origin, ControlError> {
 
 /// Whether nobody can be writing to a device: it is read-only, or neither mounted nor held by anything.
 fn is_quiet(path: &Path) -> bool {
-    use std::os::unix::fs::OpenOptionsExt;
     let name = path.file_name().unwrap_or_default();
     let read_only = std::fs::read_to_string(Path::new("/sys/class/block").join(name).join("ro"));
     if read_only.is_ok_and(|text| text.trim() == "1") {
@@ -247,9 +269,23 @@ fn is_quiet(path: &Path) -> bool {
 }
 
 /// Ranges that were overwritten on the device since a hot copy was cut.
-fn changed_since(context: &Context, base: &str) -> Result<Vec<(u64, u64)>, ControlError> {
-    let name = find_copy(context, base)?.name;
-    match daemons::filter(&context.paths)?.call(&FilterOp::CopyChanged { name })? {
+fn changed_since(
+    context: &Context,
+    base: &str,
+    copy: &CopyInfo,
+) -> Result<Vec<(u64, u64)>, ControlError> {
+    let base = find_copy(context, base)?;
+    if base.volume != copy.volume || base.created_ns > copy.created_ns {
+        return Err(ControlError::new(
+            "H015-base",
+            format!(
+                "{} is no base for {}: it is of volume {} and must be an older copy of {}",
+                base.name, copy.name, base.volume, copy.volume
+            ),
+        ));
+    }
+    let op = FilterOp::CopyChanged { name: base.name };
+    match daemons::filter(&context.paths)?.call(&op)? {
         FilterReply::Ranges { ranges } => Ok(ranges),
         _ => Err(daemons::unexpected("blkfilter")),
     }
@@ -275,12 +311,98 @@ impl Target {
         })
     }
 
+    /// Before anything is made: whether it may be written, and can be.
+    fn check(&self, context: &Context, cli: &Cli, resumable: bool) -> Result<(), ControlError> {
+        let exists = |path: &Path| {
+            ControlError::new(
+                "H018-target",
+                format!(
+                    "{} holds something already. Nothing was written; remove it, choose another name, or say --overwrite",
+                    path.display()
+                ),
+            )
+        };
+        match self {
+            Target::Stdout => Ok(()),
+            Target::Nbd(_) => has_tool("nbdcopy", "libnbd-bin"),
+            Target::Qcow2(path) => {
+                has_tool("qemu-img", "qemu-utils")?;
+                if path.exists() && !cli.overwrite {
+                    return Err(exists(path));
+                }
+                Ok(())
+            }
+            Target::File(path) => {
+                let is_device =
+                    std::fs::metadata(path).is_ok_and(|m| m.file_type().is_block_device());
+                if cli.incremental_from.is_some() {
+                    return if path.exists() {
+                        Ok(())
+                    } else {
+                        Err(ControlError::new(
+                            "H015-base",
+                            format!(
+                                "{} is not there: --incremental-from needs a file or device that holds the older copy",
+                                path.display()
+                            ),
+                        ))
+                    };
+                }
+                if is_device {
+                    refuse_volumes(context, path)?;
+                }
+                let holds = if is_device {
+                    holds_data(path)?
+                } else {
+                    std::fs::metadata(path).is_ok_and(|metadata| metadata.len() > 0)
+                };
+                if holds && !resumable && !cli.overwrite {
+                    return Err(exists(path));
+                }
+                Ok(())
+            }
+        }
+    }
+
     fn file(&self) -> Option<&Path> {
         match self {
             Target::File(path) => Some(path),
             _ => None,
         }
     }
+}
+
+/// A device that belongs to a volume is nobody's target.
+fn refuse_volumes(context: &Context, path: &Path) -> Result<(), ControlError> {
+    for volume in daemons::volumes(&context.paths).unwrap_or_default() {
+        for place in [&volume.device, &volume.mapped] {
+            if !place.is_empty() && is_same_storage(path, Path::new(place)) {
+                return Err(ControlError::new(
+                    "V037-same",
+                    format!(
+                        "{} belongs to the volume `{}`. Nothing was written",
+                        path.display(),
+                        volume.name
+                    ),
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Whether the first MiB of a device is not all zero.
+fn holds_data(path: &Path) -> Result<bool, ControlError> {
+    let mut area = Vec::new();
+    std::io::Read::read_to_end(
+        &mut std::io::Read::take(std::fs::File::open(path)?, 1 << 20),
+        &mut area,
+    )?;
+    Ok(area.iter().any(|byte| *byte != 0))
+}
+
+fn has_tool(program: &str, package: &str) -> Result<(), ControlError> {
+    run_tool(program, package, &["--version"])
 }
 
 fn run_tool(program: &str, package: &str, arguments: &[&str]) -> Result<(), ControlError> {
@@ -311,6 +433,13 @@ fn by_tool(source: &Path, uri: &str) -> Result<(), ControlError> {
 }
 
 fn qcow2(source: &Path, target: &Path, no_verify: bool) -> Result<(), ControlError> {
+    // For nobody else's eyes: qemu-img keeps the mode of what is there.
+    std::fs::File::options()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(target)?;
     let (source, target) = (source.display().to_string(), target.display().to_string());
     run_tool(
         "qemu-img",

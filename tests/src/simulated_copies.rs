@@ -53,7 +53,9 @@ impl SimCopies {
     #[must_use]
     pub fn new(machine: &Rc<RefCell<SimMachine>>, volume_bytes: usize) -> SimCopies {
         let spool = Memory::anonymous(SpoolMemory::bytes_needed(EXTENTS)).unwrap();
-        SpoolMemory::new(Rc::clone(&spool), EXTENTS).format(IDENTITY, SPOOL);
+        let memory = SpoolMemory::new(Rc::clone(&spool), EXTENTS);
+        memory.format(IDENTITY, SPOOL);
+        memory.complete();
         SimCopies {
             machine: Rc::clone(machine),
             volume_bytes,
@@ -101,6 +103,7 @@ impl SimCopies {
             };
             self.generation_last = self.generation_last.max(newest);
             self.counts[3] += self.copies.len() as u64;
+            self.spool_memory().complete();
             hot
         };
         volume.attach_copies(hot);

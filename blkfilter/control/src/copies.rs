@@ -77,10 +77,10 @@ impl CopySet {
         if self.copies.is_empty() {
             let path = paths.copy_sets().join(format!("{}.toml", self.volume));
             return match std::fs::remove_file(&path) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                    Err(SpecError::Io(path, error))
-                }
-                _ => Ok(()),
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+                removed => removed
+                    .and_then(|()| std::fs::File::open(paths.copy_sets())?.sync_all())
+                    .map_err(|error| SpecError::Io(path, error)),
             };
         }
         save_toml(&paths.copy_sets(), &self.volume, self)

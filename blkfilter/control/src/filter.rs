@@ -184,6 +184,10 @@ pub struct VolumeInfo {
     pub log_bytes: u64,
     /// Whether surviving memory is locked in RAM.
     pub memory_locked: bool,
+    /// Hot copies.
+    pub copies: u64,
+    /// Those of them that are valid no more.
+    pub copies_lost: u64,
 }
 
 /// Where a sealed range ends.

@@ -9,14 +9,17 @@ mod store;
 use crate::SurvivingIdentity;
 use crate::driver::{CopyAlert, Message};
 use crate::hot_copy::CopyMemory;
-use crate::manager::{ANSWER_WAIT, Manager, Slot, error};
+use crate::manager::{ANSWER_WAIT, Manager, error};
 use crate::origin;
 use files::{EXTENT_BYTES, copy_memory_path, copy_record, overlay_path};
 use std::fs::File;
+use std::time::Duration;
 use varve_control::{ControlError, CopyInfo, CopySet, CopySpec};
 use varve_format::VolumeId;
 use varve_log::Memory;
 
+/// How long until a record that could not be written is tried again.
+const RECORD_AGAIN: Duration = Duration::from_millis(250);
 /// Changed ranges that are nearer to each other than this are one.
 const NEAR_BYTES: u64 = 64 << 10;
 /// An answer has at most about so many ranges.
@@ -37,13 +40,25 @@ impl Manager {
         CopySet::load(&self.paths, volume)
     }
 
-    fn save_copies(&self, set: &CopySet) -> Result<(), ControlError> {
+    /// Changes the record of a volume's hot copies, durably; `new` is what it is if there is none yet. Nobody else changes it meanwhile.
+    fn change_copies(
+        &self,
+        volume: &str,
+        new: Option<&CopySet>,
+        change: impl FnOnce(&mut CopySet),
+    ) -> Result<CopySet, ControlError> {
+        let _records = self.copy_records();
+        let Some(mut set) = self.copy_set(volume).or_else(|| new.cloned()) else {
+            return Ok(CopySet::default());
+        };
+        change(&mut set);
         set.save(&self.paths).map_err(|why| {
             error(
                 "H002-record",
-                format!("the record of the hot copies of {}: {why}", set.volume),
+                format!("the record of the hot copies of {volume}: {why}"),
             )
-        })
+        })?;
+        Ok(set)
     }
 
     /// The names of the volumes that have hot copies.
@@ -88,20 +103,13 @@ impl Manager {
                 why.name(),
                 explain(why.name())
             );
-            let Some(mut set) = self.copy_set(&volume) else {
-                continue;
-            };
-            lose(&mut set, why.name(), |_| true);
-            match self.save_copies(&set) {
-                Ok(()) => {
-                    let slots = self.slots();
-                    if let Some(Slot::Running(running)) = slots.get(&volume) {
-                        let _ = running.messages.send(Message::CopiesMarked);
-                        running.waker.wake();
-                    }
-                }
-                Err(error) => eprintln!("blkfilter: {error}"),
+            while let Err(error) =
+                self.change_copies(&volume, None, |set| lose(set, why.name(), |_| true))
+            {
+                eprintln!("blkfilter: {error}; trying again");
+                std::thread::sleep(RECORD_AGAIN);
             }
+            let _ = self.tell(&volume, Message::CopiesMarked);
         }
     }
 
@@ -199,11 +207,12 @@ impl Manager {
     }
 
     fn end_copy(&self, name: &str) -> Result<(), ControlError> {
-        let (mut set, copy) = self.find_copy(name)?;
+        let (set, copy) = self.find_copy(name)?;
         self.hide_copy(name)?;
         // First the record: a copy whose blocks may be forgotten must not come back after a power cut.
-        set.copies.retain(|other| other.name != name);
-        self.save_copies(&set)?;
+        let set = self.change_copies(&set.volume, None, |set| {
+            set.copies.retain(|other| other.name != name);
+        })?;
         self.forget_copy(&set, &copy);
         Ok(())
     }

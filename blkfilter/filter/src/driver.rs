@@ -155,29 +155,6 @@ impl VolumeDevice {
             }
         });
     }
-
-    fn cut(
-        &mut self,
-        file: &CopyMemoryFile,
-        cut: &Sender<Result<Lsn, String>>,
-        settled: Sender<()>,
-    ) {
-        let outcome = file.fresh().map_err(|error| error.to_string());
-        let outcome = outcome.and_then(|copy| {
-            let lasting = copy.persist;
-            let at = self.volume.cut_copy(copy).ok_or("there is no spool")?;
-            self.waiting
-                .push(Waiting::Settle(at, lasting, None, settled));
-            // In bypass and in spans no LSN means this instant.
-            let named = self.volume.state() == VolumeState::Protected && !self.volume.in_span();
-            Ok(if named {
-                self.volume.next_lsn()
-            } else {
-                Lsn(0)
-            })
-        });
-        let _ = cut.send(outcome);
-    }
 }
 
 impl Device for VolumeDevice {
@@ -202,7 +179,6 @@ impl Device for VolumeDevice {
             return;
         };
         medium.hold_time();
-        let mut cuts = Vec::new();
         while let Ok(message) = self.messages.try_recv() {
             match message {
                 Message::Status(reply) => {
@@ -230,8 +206,13 @@ impl Device for VolumeDevice {
                 }
                 Message::EndRewind(reply) => self.waiting.push(Waiting::EndRewind(None, reply)),
                 Message::AttachCopies(files, reply) => {
-                    let attached = files.attach_empty(&mut self.volume, medium);
-                    let _ = reply.send(attached.map_err(|error| error.to_string()));
+                    let attached = if self.volume.detach_copies() {
+                        let attached = files.attach_empty(&mut self.volume, medium);
+                        attached.map_err(|error| error.to_string())
+                    } else {
+                        Err("the disk of the copies before does not answer; look at it, or restart blkfilter".to_owned())
+                    };
+                    let _ = reply.send(attached);
                 }
                 Message::DetachCopies(reply) => {
                     let free = self.volume.detach_copies();
@@ -245,7 +226,24 @@ impl Device for VolumeDevice {
                     self.volume.hold_writes(until);
                     let _ = reply.send(());
                 }
-                Message::Cut(file, cut, settled) => cuts.push((file, cut, settled)),
+                Message::Cut(file, cut, settled) => {
+                    let outcome = file.fresh().map_err(|error| error.to_string());
+                    let outcome = outcome.and_then(|copy| {
+                        let lasting = copy.persist;
+                        let at = self.volume.cut_copy(copy).ok_or("there is no spool")?;
+                        self.waiting
+                            .push(Waiting::Settle(at, lasting, None, settled));
+                        // In bypass and in spans no LSN means this instant.
+                        let named =
+                            self.volume.state() == VolumeState::Protected && !self.volume.in_span();
+                        Ok(if named {
+                            self.volume.next_lsn()
+                        } else {
+                            Lsn(0)
+                        })
+                    });
+                    let _ = cut.send(outcome);
+                }
                 Message::GoOn => self.volume.release_writes(),
                 Message::RemoveCopy(generation, reply) => {
                     self.volume.remove_copy(generation);
@@ -257,9 +255,6 @@ impl Device for VolumeDevice {
                     }
                 }
             }
-        }
-        for (file, cut, settled) in cuts {
-            self.cut(&file, &cut, settled);
         }
     }
 

@@ -53,6 +53,8 @@ pub struct Manager {
     changing: Mutex<()>,
     /// Hot copies that are shown, by name.
     shown_copies: Mutex<BTreeMap<String, ShownCopy>>,
+    /// Held while a record of hot copies is read, changed and written.
+    copy_records: Mutex<()>,
     /// Volumes tell that their hot copies are lost.
     pub(crate) alerts: (Sender<CopyAlert>, Receiver<CopyAlert>),
 }
@@ -79,6 +81,7 @@ impl Manager {
             slots: Mutex::new(BTreeMap::new()),
             changing: Mutex::new(()),
             shown_copies: Mutex::new(BTreeMap::new()),
+            copy_records: Mutex::new(()),
             alerts: unbounded(),
         }
     }
@@ -91,6 +94,12 @@ impl Manager {
 
     pub(crate) fn shown_copies(&self) -> MutexGuard<'_, BTreeMap<String, ShownCopy>> {
         self.shown_copies
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    pub(crate) fn copy_records(&self) -> MutexGuard<'_, ()> {
+        self.copy_records
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
@@ -319,9 +328,8 @@ impl Manager {
         let history_end = running.history_end;
         self.slots()
             .insert(running.spec.name.clone(), Slot::Running(Box::new(running)));
-        if let Some((gone, newest)) = attached {
-            self.copies_started(&spec, &gone, newest, history_end);
-        }
+        let (gone, newest) = attached.unwrap_or_default();
+        self.copies_started(&spec, &gone, newest, history_end);
         Ok(())
     }
 

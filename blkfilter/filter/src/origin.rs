@@ -176,7 +176,8 @@ pub fn open_log(path: &Path, bytes: u64, wait: bool) -> io::Result<File> {
 }
 
 fn claim_log(path: &Path, bytes: u64) -> io::Result<File> {
-    let file = open_direct(path, 0)?;
+    let is_block = std::fs::metadata(path)?.file_type().is_block_device();
+    let file = open_direct(path, if is_block { libc::O_EXCL } else { 0 })?;
     let metadata = file.metadata()?;
     let found = io::Seek::seek(&mut &file, io::SeekFrom::End(0))?;
     if found < bytes {

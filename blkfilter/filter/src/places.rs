@@ -12,7 +12,7 @@ use varve_control::{ControlError, VolumeSpec};
 use varve_log::{DirectFile, read_headers};
 
 /// How long a log or state file on a file system of its own is waited for.
-const LATE_WAIT: Duration = Duration::from_secs(15);
+pub(crate) const LATE_WAIT: Duration = Duration::from_secs(15);
 
 /// A new volume takes over nobody's data.
 fn unless_data(path: &Path, new: bool) -> std::io::Result<()> {

@@ -101,16 +101,9 @@ impl Files {
         let surviving = SurvivingMemory::new(memory, &identity);
         let (mut volume, report) = Volume::start(&mut medium, config, surviving, kernel, rewind)
             .map_err(|e| e.to_string())?;
-        let attached = self.copies.map(|copies| {
-            let all = copies.copies.iter().map(|copy| copy.generation).collect();
-            copies
-                .attach(&mut volume, &mut medium, report.origin_in_doubt)
-                .unwrap_or_else(|error| {
-                    // Trouble with them never keeps the volume from starting.
-                    eprintln!("blkfilter: its hot copies are lost: {error}");
-                    (all, 0)
-                })
-        });
+        let attached = self
+            .copies
+            .map(|copies| copies.attach(&mut volume, &mut medium, report.origin_in_doubt));
         Ok((volume, medium, report, attached))
     }
 }
@@ -287,6 +280,8 @@ impl Running {
         info.origin_errors = status.origin_errors;
         info.log_bytes = status.log.bytes_written;
         info.memory_locked = status.memory_locked;
+        info.copies = status.copies.len() as u64;
+        info.copies_lost = status.copies.iter().filter(|copy| copy.2.is_some()).count() as u64;
         info
     }
 }

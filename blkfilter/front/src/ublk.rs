@@ -151,17 +151,21 @@ fn build(options: &UblkOptions) -> Result<UblkCtrl, UblkFrontError> {
     } else {
         0
     };
-    let flags = if options.recover {
-        UblkFlags::UBLK_DEV_F_RECOVER_DEV
-    } else {
-        UblkFlags::UBLK_DEV_F_ADD_DEV
-    };
-    if let (true, Some(id)) = (options.recover, options.id) {
-        UblkCtrl::new_simple(id as i32)?.start_user_recover()?;
+    let (mut id, mut flags) = (options.id, UblkFlags::UBLK_DEV_F_ADD_DEV);
+    if let (true, Some(old)) = (options.recover, options.id) {
+        let control = UblkCtrl::new_simple(old as i32)?;
+        if u32::from(control.dev_info().state) == sys::UBLK_S_DEV_DEAD {
+            // Whoever made it died before it was shown: nobody uses it, and there is nothing to take over.
+            control.del_dev()?;
+            id = None;
+        } else {
+            control.start_user_recover()?;
+            flags = UblkFlags::UBLK_DEV_F_RECOVER_DEV;
+        }
     }
     let control = UblkCtrlBuilder::default()
         .name("varve")
-        .id(options.id.map_or(-1, |id| id as i32))
+        .id(id.map_or(-1, |id| id as i32))
         .nr_queues(1)
         .depth(DEPTH)
         .io_buf_bytes(IO_BYTES_MAX)

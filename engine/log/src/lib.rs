@@ -21,7 +21,8 @@ mod writer;
 pub use buffer::{BatchBuffer, Chunk, SLOT_BYTES, SurvivingRecord};
 pub use direct::{DirectFile, open_for_reading};
 pub use medium::{
-    BLOCKING_TOKENS, Completion, Disk, IoError, Medium, Now, Operation, run_blocking,
+    BLOCKING_TOKENS, Completion, Disk, IoError, Medium, Now, Operation, run_all_blocking,
+    run_blocking,
 };
 pub use memory::{Buffer, Memory};
 pub use scan::{RingSegment, ScanResult, Tail, note_record, read_headers, scan};

@@ -116,16 +116,34 @@ pub fn run_blocking(
     disk: Disk,
     operation: Operation,
 ) -> Result<(), IoError> {
+    run_all_blocking(medium, disk, vec![operation])
+}
+
+/// The same for several operations at once: waits for all of them, and gives the first error.
+pub fn run_all_blocking(
+    medium: &mut dyn Medium,
+    disk: Disk,
+    operations: Vec<Operation>,
+) -> Result<(), IoError> {
     static CALLS: AtomicU64 = AtomicU64::new(0);
-    let token = BLOCKING_TOKENS + CALLS.fetch_add(1, Ordering::Relaxed);
-    medium.submit(disk, token, operation);
-    loop {
+    let count = operations.len() as u64;
+    let first = BLOCKING_TOKENS + CALLS.fetch_add(count, Ordering::Relaxed);
+    for (token, operation) in (first..).zip(operations) {
+        medium.submit(disk, token, operation);
+    }
+    let mut outcome = Ok(());
+    let mut left = count;
+    while left > 0 {
         match medium.poll(true) {
-            Some(completion) if completion.token == token => return completion.result,
+            Some(completion) if (first..first + count).contains(&completion.token) => {
+                outcome = outcome.and(completion.result);
+                left -= 1;
+            }
             Some(_) => {}
             None => return Err(IoError(libc::ETIMEDOUT)),
         }
     }
+    outcome
 }
 
 /// Tokens at and above this are [`run_blocking`]'s; a completion with one of them that nobody waits for is to be ignored.

@@ -157,6 +157,10 @@ fn advise(volume: &VolumeInfo, store: Option<&ControlError>) -> (String, String)
             "the log is more than three quarters full: the store is behind",
             "varve doctor".to_owned(),
         ),
+        _ if volume.copies_lost > 0 => to(
+            "hot copies of it are valid no more (the device itself is as safe as before)",
+            "hcp -l".to_owned(),
+        ),
         _ if !volume.memory_locked => to(
             "memory is not locked: slow under memory pressure",
             "varve doctor".to_owned(),

@@ -1,7 +1,7 @@
 //! Making hot copies: what each needs, then one cut for all of them, with their file systems frozen for that moment.
 
 use super::files::CopyMemoryFile;
-use super::{identity, unknown};
+use super::{explain, identity, unknown};
 use crate::driver::Message;
 use crate::freeze::{DEADLINE, Frozen, mounts_of};
 use crate::manager::{ANSWER_WAIT, Manager, START_WAIT, Slot, error};
@@ -68,7 +68,10 @@ impl Manager {
                 }
             })?);
         }
-        self.cut_all(&sources, &mut cuts, freeze)?;
+        if let Err(failed) = self.cut_all(&sources, &mut cuts, freeze) {
+            self.take_back(&cuts);
+            return Err(failed);
+        }
         let mut infos = Vec::new();
         for (source, cut) in sources.iter().zip(&cuts) {
             if let Err(failed) = self.show_copy(&source.spec, &cut.set, &cut.spec) {
@@ -87,6 +90,22 @@ impl Manager {
             });
         }
         Ok(infos)
+    }
+
+    /// None of them is to be.
+    fn take_back(&self, cuts: &[CutCopy]) {
+        for cut in cuts {
+            let volume = cut.set.volume.clone();
+            let changed = self.change_copies(&volume, Some(&cut.set), |set| {
+                set.copies.retain(|copy| copy.name != cut.spec.name);
+                // Never used again: blocks may have been saved under it.
+                set.generation_last = set.generation_last.max(cut.spec.generation);
+            });
+            match changed {
+                Ok(set) => self.forget_copy(&set, &cut.spec),
+                Err(error) => eprintln!("blkfilter: {error}"),
+            }
+        }
     }
 
     fn source(&self, name: &str) -> Result<Source, ControlError> {
@@ -231,7 +250,7 @@ impl Manager {
         let now = std::time::SystemTime::now()
             .duration_since(std::time::UNIX_EPOCH)
             .map_or(0, |since| since.as_nanos() as i64);
-        let recorded = outcome.and_then(|(instants, held)| {
+        outcome.and_then(|(instants, held)| {
             for ((cut, source), (lsn, settled)) in cuts.iter_mut().zip(sources).zip(instants) {
                 cut.spec.created_ns = now;
                 cut.spec.lsn = lsn.0;
@@ -250,21 +269,28 @@ impl Manager {
                     let message = format!("volume {} did not land its writes in time", source.spec.name);
                     error("V020-late", message)
                 })?;
-                cut.set.generation_last = cut.spec.generation;
-                cut.set.copies.push(cut.spec.clone());
-                self.save_copies(&cut.set)?;
+                let (set, spec) = (cut.set.clone(), cut.spec.clone());
+                cut.set = self.change_copies(&source.spec.name, Some(&set), |set| {
+                    set.generation_last = spec.generation;
+                    set.copies.push(spec);
+                })?;
+                // Given up meanwhile: whoever made that known may not have found it in the record.
+                let status = self.ask(&source.spec.name, ANSWER_WAIT, Message::Status)?;
+                let lost = status
+                    .copies
+                    .iter()
+                    .find(|copy| copy.0 == cut.spec.generation)
+                    .and_then(|copy| copy.2);
+                if let Some(why) = lost {
+                    let message = format!(
+                        "the copy was given up while it was made ({why}): {}",
+                        explain(why)
+                    );
+                    return Err(error("H006-lost", message));
+                }
             }
             Ok(())
-        });
-        if recorded.is_err() {
-            for cut in cuts.iter_mut() {
-                cut.set.copies.retain(|copy| copy.name != cut.spec.name);
-                cut.set.generation_last = cut.spec.generation; // Never used again: blocks may have been saved under it.
-                let _ = self.save_copies(&cut.set);
-                self.forget_copy(&cut.set, &cut.spec);
-            }
-        }
-        recorded
+        })
     }
 
     fn freeze_sources(

@@ -81,6 +81,7 @@ impl SpoolFiles {
     ) -> io::Result<()> {
         let memory = self.map()?;
         memory.format(self.identity, self.id);
+        memory.complete();
         volume.attach_copies(HotCopies::new(memory, self.id, Vec::new()));
         medium.set(Disk::Spool, Some(self.spool));
         Ok(())
@@ -89,6 +90,27 @@ impl SpoolFiles {
     /// At a volume's start: goes on with what a dead process left in memory, or with what the spool holds of copies that had to last. Gives which
     /// copies did not outlive a reboot, and the highest generation that was ever used. Blocks.
     pub(crate) fn attach<P: Port>(
+        self,
+        volume: &mut Volume<Law>,
+        medium: &mut UringMedium<P>,
+        origin_in_doubt: bool,
+    ) -> (Vec<u32>, u32) {
+        let files: Vec<CopyMemory> = self
+            .copies
+            .iter()
+            .filter_map(|file| file.map().ok())
+            .collect();
+        let all: Vec<u32> = self.copies.iter().map(|copy| copy.generation).collect();
+        self.try_attach(volume, medium, origin_in_doubt)
+            .unwrap_or_else(|error| {
+                // Trouble with them never keeps the volume from starting; those that are shown must not go on as if nothing were.
+                eprintln!("blkfilter: its hot copies are lost: {error}");
+                files.iter().for_each(|copy| copy.lose(Lost::Failed));
+                (all, 0)
+            })
+    }
+
+    fn try_attach<P: Port>(
         self,
         volume: &mut Volume<Law>,
         medium: &mut UringMedium<P>,
@@ -121,11 +143,14 @@ impl SpoolFiles {
             match HotCopies::rebuild(medium, memory.clone(), self.id, copies) {
                 Ok((hot, generation)) => {
                     newest = newest.max(Some(generation));
+                    memory.complete();
                     hot
                 }
                 Err(error) => {
                     eprintln!("blkfilter: the spool of the hot copies cannot be read: {error}");
                     gone = self.copies.iter().map(|copy| copy.generation).collect();
+                    memory.format(self.identity, self.id);
+                    memory.complete();
                     HotCopies::new(memory, self.id, Vec::new())
                 }
             }

@@ -32,12 +32,17 @@ impl Manager {
         set: &CopySet,
         copy: &CopySpec,
     ) -> Result<(), ControlError> {
-        if !copy.lost.is_empty() {
-            return Ok(());
-        }
         let record = copy_record(&self.paths, &copy.name);
         let recover = ublk::recorded(&record);
-        let files = self.copy_files(spec, set, copy)?;
+        // One that is lost is shown only if a dead daemon showed it: whoever uses it gets errors, and can let go.
+        if !copy.lost.is_empty() && recover.is_none() {
+            return Ok(());
+        }
+        let files = if copy.lost.is_empty() {
+            Some(self.copy_files(spec, set, copy)?)
+        } else {
+            None
+        };
         let geometry = Geometry {
             bytes: spec.bytes,
             sector_bytes: spec.sector_bytes,
@@ -49,6 +54,9 @@ impl Manager {
         let stopper = Stopper::new(&waker);
         let (name, fallback) = (copy.name.clone(), stopper.clone());
         let factory: DeviceFactory = Box::new(move |port: RingPort| -> Box<dyn Device> {
+            let Some(files) = files else {
+                return Box::new(FailedDevice::new());
+            };
             match CopyDevice::new(&name, files, port, DEPTH) {
                 Ok(device) => Box::new(device),
                 Err(failed) => {

@@ -2,12 +2,14 @@
 
 use super::files::{CopyMemoryFile, SpoolFiles, copy_memory_path, open_spool, spool_memory_path};
 use super::{identity, lose};
-use crate::hot_copy::{CopyMemory, SpoolMemory};
+use crate::hot_copy::{CopyMemory, Lost, SpoolMemory};
 use crate::manager::Manager;
 use crate::origin;
+use crate::places::LATE_WAIT;
 use std::fs::File;
 use varve_control::{CopySet, CopySpec, VolumeSpec};
 use varve_format::{Lsn, VolumeId};
+use varve_log::Memory;
 
 impl Manager {
     /// Opens what a volume that starts needs for its hot copies. Trouble with them never keeps the volume from starting: then they are lost.
@@ -16,7 +18,7 @@ impl Manager {
         spec: &VolumeSpec,
         origin_file: &File,
     ) -> Option<SpoolFiles> {
-        let mut set = self.copy_set(&spec.name)?;
+        let set = self.copy_set(&spec.name)?;
         let opened = self.open_copies(spec, &set, origin_file);
         match opened {
             Ok(files) => files,
@@ -27,8 +29,10 @@ impl Manager {
                 } else {
                     "doubt"
                 };
-                lose(&mut set, why, |_| true);
-                if let Err(error) = self.save_copies(&set) {
+                // Those that are shown must not go on as if nothing were.
+                self.lose_in_memory(&set);
+                let marked = self.change_copies(&spec.name, None, |set| lose(set, why, |_| true));
+                if let Err(error) = marked {
                     eprintln!("blkfilter: {error}");
                 }
                 None
@@ -52,6 +56,15 @@ impl Manager {
             return Err("the device has changed its size".to_owned());
         }
         let text = |error: std::io::Error| error.to_string();
+        // At a boot disks and file systems come when they come.
+        let since = std::time::Instant::now();
+        let lasting = set
+            .copies
+            .iter()
+            .any(|copy| copy.persist && copy.lost.is_empty());
+        while lasting && !set.spool.exists() && since.elapsed() < LATE_WAIT {
+            std::thread::sleep(std::time::Duration::from_millis(100));
+        }
         let (volume, id) = ids(set).ok_or("their record is damaged")?;
         let spool = open_spool(set, volume, id)
             .map_err(|error| format!("{}: {error}", set.spool.display()))?;
@@ -72,6 +85,22 @@ impl Manager {
             identity,
             copies,
         }))
+    }
+
+    fn lose_in_memory(&self, set: &CopySet) {
+        let bytes = CopyMemory::bytes_needed(set.volume_bytes);
+        for copy in &set.copies {
+            let path = copy_memory_path(&self.paths, &set.volume_id, copy.generation);
+            let file = File::options().read(true).write(true).open(path);
+            let whole = file.and_then(|file| {
+                (file.metadata()?.len() >= bytes as u64)
+                    .then(|| Memory::of_file(&file, bytes))
+                    .transpose()
+            });
+            if let Ok(Some(memory)) = whole {
+                CopyMemory::new(memory, set.volume_bytes).lose(Lost::Failed);
+            }
+        }
     }
 
     pub(super) fn copy_memory(
@@ -98,22 +127,25 @@ impl Manager {
         newest: u32,
         history_end: Lsn,
     ) {
-        let Some(mut set) = self.copy_set(&spec.name) else {
-            return;
+        let changed = self.change_copies(&spec.name, None, |set| {
+            lose(set, "reboot", |copy| gone.contains(&copy.generation));
+            set.generation_last = set.generation_last.max(newest);
+            // A power cut may have taken the records before the cut: its number means another instant now.
+            for copy in set
+                .copies
+                .iter_mut()
+                .filter(|copy| copy.lsn > history_end.0)
+            {
+                copy.lsn = 0;
+            }
+        });
+        let set = match changed {
+            Ok(set) => set,
+            Err(error) => {
+                eprintln!("blkfilter: {error}");
+                return;
+            }
         };
-        lose(&mut set, "reboot", |copy| gone.contains(&copy.generation));
-        set.generation_last = set.generation_last.max(newest);
-        // A power cut may have taken the records before the cut: its number means another instant now.
-        for copy in set
-            .copies
-            .iter_mut()
-            .filter(|copy| copy.lsn > history_end.0)
-        {
-            copy.lsn = 0;
-        }
-        if let Err(error) = self.save_copies(&set) {
-            eprintln!("blkfilter: {error}");
-        }
         for copy in &set.copies {
             if self.shown_copies().contains_key(&copy.name) {
                 continue; // The volume was only restarted.

@@ -15,6 +15,8 @@ use varve_format::VolumeId;
 
 /// The smallest spool: what the writers that are under way may need at once.
 const EXTENTS_MIN: u64 = 64;
+/// By its first and last part a device is taken for one that holds data: the first is wiped at the end, the last is never written.
+const WIPED_BYTES: u64 = 1 << 20;
 /// The largest spool that is made unasked: 32 GiB; its index takes 144 MiB of memory.
 const EXTENTS_MAX: u64 = (32 << 30) / EXTENT_BYTES;
 
@@ -82,6 +84,19 @@ impl Manager {
             error("H008-store", message)
         };
         let file = make_spool(&set, volume, id).map_err(failed)?;
+        self.attach_spool(source, &set, file, id)
+            .inspect_err(|_| self.end_spool(&set))?;
+        Ok(set)
+    }
+
+    fn attach_spool(
+        &self,
+        source: &Source,
+        set: &CopySet,
+        file: File,
+        id: [u8; 16],
+    ) -> Result<(), ControlError> {
+        let (spec, extents) = (&source.spec, set.extents);
         let memory_bytes = SpoolMemory::bytes_needed(extents);
         let memory = origin::open_memory(&spool_memory_path(&self.paths, &spec.id), memory_bytes)
             .map_err(|e| {
@@ -101,8 +116,7 @@ impl Manager {
         self.ask(&spec.name, ANSWER_WAIT, |reply| {
             Message::AttachCopies(files, reply)
         })?
-        .map_err(|why| error("V016-memory", why))?;
-        Ok(set)
+        .map_err(|why| error("V016-memory", why))
     }
 
     /// The last copy is gone: the spool, too.
@@ -113,7 +127,7 @@ impl Manager {
                 _ => break,
             }
         }
-        if let Err(failed) = origin::wipe(&set.spool, 4096)
+        if let Err(failed) = origin::wipe(&set.spool, WIPED_BYTES)
             && failed.kind() != std::io::ErrorKind::NotFound
         {
             eprintln!("blkfilter: {}: {failed}", set.spool.display());
@@ -132,7 +146,7 @@ fn extents_for(
     let keep = |bytes: u64| bytes / 100 * u64::from(100 - wanted.quota.min(99));
     let room = if is_device {
         let geometry = origin::geometry(&File::open(place)?)?;
-        keep(geometry.bytes)
+        keep(geometry.bytes).min(geometry.bytes.saturating_sub(WIPED_BYTES))
     } else {
         let stat = nix::sys::statvfs::statvfs(place).map_err(std::io::Error::from)?;
         let all = stat.blocks() * stat.fragment_size();
@@ -142,7 +156,7 @@ fn extents_for(
     // A header for 63 blocks, and what extents lose at their ends.
     let whole_volume = (volume_bytes / EXTENT_BYTES) * 66 / 63 + EXTENTS_MIN;
     let extents = match wanted.store_bytes {
-        0 if is_device => most,
+        0 if is_device => most.min(EXTENTS_MAX),
         0 => (whole_volume / 5).clamp(EXTENTS_MIN, EXTENTS_MAX).min(most),
         bytes => bytes / EXTENT_BYTES,
     };

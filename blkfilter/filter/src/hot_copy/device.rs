@@ -354,8 +354,9 @@ impl CopyDevice {
             );
             let scratch = self.page.clone();
             scratch.write_with(|page| -> Result<(), Errno> {
-                let is_last = first + BITMAP_BLOCK_BYTES > self.files.volume_bytes;
-                if stop - at < BITMAP_BLOCK_BYTES && !(is_last && at == first && stop == end) {
+                let whole = at == first
+                    && (stop - first == BITMAP_BLOCK_BYTES || stop == self.files.volume_bytes);
+                if !whole {
                     self.read_block(block, page)?;
                 }
                 let target = &mut page[(at - first) as usize..(stop - first) as usize];

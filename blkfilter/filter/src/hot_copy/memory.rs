@@ -105,7 +105,7 @@ impl SpoolMemory {
             && pair(WORD_SPOOL) == words(spool)
     }
 
-    /// Makes it the memory of an empty spool.
+    /// Makes it the memory of an empty spool; nobody believes it before [`SpoolMemory::complete`].
     pub fn format(&self, identity: [u8; 16], spool: [u8; 16]) {
         self.memory.store(WORD_MAGIC, 0);
         for (at, bytes) in [(WORD_IDENTITY, identity), (WORD_SPOOL, spool)] {
@@ -122,6 +122,10 @@ impl SpoolMemory {
         for page in 0..self.pages {
             self.memory.store(self.entry_at(page), EMPTY);
         }
+    }
+
+    /// From here on it says all that the spool holds: a process that dies before leaves nothing that looks whole.
+    pub fn complete(&self) {
         self.memory.store(WORD_MAGIC, SPOOL_MAGIC);
     }
 
@@ -258,8 +262,10 @@ impl SpoolMemory {
         self.memory.store(WORD_UNLINKS, (count | 1) + 1);
     }
 
-    /// Links every entry anew: a process that was killed may have left one half linked. Nobody may be reading. Gives the highest generation.
+    /// Links every entry anew: a process that was killed may have left one half linked. Readers wait meanwhile. Gives the highest generation.
     pub fn relink(&self) -> u32 {
+        let count = self.memory.load(WORD_UNLINKS);
+        self.memory.store(WORD_UNLINKS, count | 1);
         let buffered = (0..BUFFERS).filter_map(|buffer| self.batch_in(buffer));
         let mut newest = buffered.map(|batch| batch.2).max().unwrap_or(0);
         self.clear_chains();
@@ -271,7 +277,7 @@ impl SpoolMemory {
                 newest = newest.max((entry & u64::from(SPOOL_GENERATIONS - 1)) as u32);
             }
         }
-        self.memory.store(WORD_UNLINKS, 0);
+        self.memory.store(WORD_UNLINKS, (count | 1) + 1);
         newest
     }
 

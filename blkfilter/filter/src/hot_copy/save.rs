@@ -13,6 +13,9 @@ const TOKEN_SAVE_READ: u64 = TOKEN_HOT;
 /// No write waits longer for the spool than so many times `log_wait_max`: then the copies are given up.
 const COPY_WAITS: u64 = 4;
 
+/// Nor so many times that for its turn, with a disk that answers but is slow.
+const COPY_QUEUES: u64 = 4;
+
 /// Where a write stands with the hot copies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Saving {
@@ -38,18 +41,19 @@ impl<R: Rules> Volume<R> {
         };
         let now = medium.now().monotonic_ns;
         let wait_max = COPY_WAITS * self.config.log_wait_max_ns;
+        if let Mark::Wanted(since) = hot.mark {
+            let since = if since == 0 { now } else { since };
+            hot.mark = Mark::Wanted(since);
+            if R::MARK_BEFORE_LOSING_COPIES && now.saturating_sub(since) < wait_max {
+                return Saving::Waits;
+            }
+        }
         let Some(newest) = hot.newest() else {
-            return match hot.mark {
-                Mark::Wanted(since)
-                    if R::MARK_BEFORE_LOSING_COPIES && now.saturating_sub(since) < wait_max =>
-                {
-                    Saving::Waits
-                }
-                _ => Saving::Done,
-            };
+            return Saving::Done;
         };
         let (first, last) = (start / BITMAP_BLOCK_BYTES, end.div_ceil(BITMAP_BLOCK_BYTES));
         if (first..last).all(|block| newest.changed.contains(block)) {
+            self.table[id as usize].saving_since_ns = 0;
             return Saving::Done;
         }
         if kind == RequestKind::Discard {
@@ -58,9 +62,13 @@ impl<R: Rules> Volume<R> {
         let waiting_since = &mut self.table[id as usize].saving_since_ns;
         if *waiting_since == 0 {
             *waiting_since = now;
-        } else if now.saturating_sub(*waiting_since) >= wait_max && hot.is_late() {
-            hot.lose_all(Lost::Late, now);
-            return Saving::Waits;
+        } else {
+            let waited = now.saturating_sub(*waiting_since);
+            if waited >= wait_max && hot.is_late(now, wait_max) || waited >= COPY_QUEUES * wait_max
+            {
+                hot.lose_all(Lost::Late, now);
+                return Saving::Waits;
+            }
         }
         let mut block = first;
         while block < last {

@@ -62,6 +62,8 @@ struct Batch {
     capacity: usize,
     /// Reads that have not come back.
     reads: usize,
+    /// When its write or flush was submitted.
+    since_ns: u64,
     /// Entries that copies and writers know of, one bit each.
     published: u64,
     /// Blocks of the read that begins at an entry.
@@ -73,6 +75,7 @@ const NO_BATCH: Batch = Batch {
     count: 0,
     capacity: 0,
     reads: 0,
+    since_ns: 0,
     published: 0,
     runs: [0; SPOOL_BATCH_BLOCKS],
 };
@@ -145,6 +148,15 @@ impl HotCopies {
         };
         hot.take_over_batches();
         hot.find_free_extents();
+        // Given up by a process that died before anybody made it known.
+        for copy in &hot.copies {
+            if let Some(why) = copy.memory.lost() {
+                hot.alert = Some(why);
+                if copy.persist {
+                    hot.mark = Mark::Wanted(0);
+                }
+            }
+        }
         hot
     }
 
@@ -267,15 +279,12 @@ impl HotCopies {
         self.publish_what_need_not_last();
     }
 
-    /// Whether a write that waits, waits for the spool's disk.
-    pub(crate) fn is_late(&self) -> bool {
-        let on_its_way = |batch: &Batch| {
-            matches!(
-                batch.stage,
-                Stage::Writing | Stage::Written | Stage::Flushing
-            )
-        };
-        self.batches.iter().any(on_its_way)
+    /// Whether the spool's disk does not answer within `limit_ns`.
+    pub(crate) fn is_late(&self, now_ns: u64, limit_ns: u64) -> bool {
+        self.batches.iter().any(|batch| {
+            matches!(batch.stage, Stage::Writing | Stage::Flushing)
+                && now_ns.saturating_sub(batch.since_ns) >= limit_ns
+        })
     }
 
     /// Why copies were given up since this was asked last; whoever asks makes it known, and durable.
@@ -452,13 +461,29 @@ impl HotCopies {
                 .any(|batch| batch.stage == Stage::Written)
         {
             if must_last && flush {
-                for batch in &mut self.batches {
-                    if batch.stage == Stage::Written {
-                        batch.stage = Stage::Flushing;
+                // In the order of their sequence: whoever reads an extent after a power cut stops at the first batch that is not there.
+                let unwritten = (0..BUFFERS)
+                    .filter(|index| {
+                        matches!(self.batches[*index].stage, Stage::Closed | Stage::Writing)
+                    })
+                    .filter_map(|index| self.memory.batch_in(index))
+                    .map(|batch| batch.1)
+                    .min()
+                    .unwrap_or(u64::MAX);
+                for index in 0..BUFFERS {
+                    let sequence = self
+                        .memory
+                        .batch_in(index)
+                        .map_or(u64::MAX, |batch| batch.1);
+                    if self.batches[index].stage == Stage::Written && sequence < unwritten {
+                        self.batches[index].stage = Stage::Flushing;
+                        self.batches[index].since_ns = medium.now().monotonic_ns;
+                        self.flushing = true;
                     }
                 }
-                self.flushing = true;
-                medium.submit(Disk::Spool, TOKEN_SPOOL_FLUSH, Operation::Flush);
+                if self.flushing {
+                    medium.submit(Disk::Spool, TOKEN_SPOOL_FLUSH, Operation::Flush);
+                }
             } else {
                 self.finish(Stage::Written);
             }
@@ -489,6 +514,7 @@ impl HotCopies {
             .slice(0, BITMAP_BLOCK_BYTES as usize)
             .write_with(|target| header.write_to(target));
         self.batches[index].stage = Stage::Writing;
+        self.batches[index].since_ns = medium.now().monotonic_ns;
         let operation = Operation::Write {
             offset: SPOOL_EXTENTS_AT + page * BITMAP_BLOCK_BYTES,
             buffer: bytes,
@@ -500,6 +526,17 @@ impl HotCopies {
         self.batches[index].stage = Stage::Written;
         if result.is_err() {
             self.lose_all(Lost::Failed, now_ns);
+            // A hole: nothing behind it in its extent would be found after a power cut.
+            match self.filling {
+                Some(filling) if self.batches[filling].count == 0 => {
+                    self.memory.end_batch(filling);
+                    self.batches[filling] = NO_BATCH;
+                    self.filling = None;
+                }
+                Some(filling) => self.close(filling),
+                None => {}
+            }
+            self.tail.0 = self.tail.1;
         }
     }
 
