@@ -86,7 +86,7 @@ in_guests! {
     copies_of_btrfs: |kernel| scenario(kernel, &["copies-fs", "btrfs", &sized(2, 6).to_string()]);
     killed_with_copies: |kernel| scenario(kernel, &["copies-killed", &if kernel.is_emulated() { sized(3, 10) } else { sized(6, 20) }.to_string()]);
     limits_and_bad_input: |kernel| everywhere(kernel, &["copies-limits"]);
-    copied_out: |kernel| everywhere(kernel, &["copies-out"]);
+    copied_out: |kernel| if large() { scenario(kernel, &["copies-out"]) };
     four_devices_at_one_instant: |kernel| scenario(kernel, &["copies-group", &sized(5, 30).to_string()]);
     disks_break_under_copies: |kernel| scenario(kernel, &["copies-faults"]);
     copies_that_must_last_survive_a_power_cut: power_cut;
