@@ -5,6 +5,7 @@
     reason = "in tests a surprise should end the test"
 )]
 
+pub mod crashing;
 pub mod guest;
 pub mod history;
 pub mod replay;

@@ -6,8 +6,9 @@
 )]
 
 use blkfilter::{AckPolicy, Law, Rules};
-use varve_log::{CrashPlan, Disk, DiskFault};
-use varve_tests::simulated::{Cut, Script, Simulated, crash_and_check, operations_of};
+use varve_log::{CrashPlan, Disk};
+use varve_tests::crashing::{self, crash_and_check, operations_of};
+use varve_tests::simulated::{Cut, Script, Simulated, VOLUME_BYTES};
 
 fn script(seed: u64) -> Script {
     let ack = if seed.is_multiple_of(4) {
@@ -83,24 +84,7 @@ fn is_caught<R: Rules>(seeds: std::ops::Range<u64>, plan: CrashPlan, lying: Opti
             log_faults: R::MARK_BEFORE_BYPASS != Law::MARK_BEFORE_BYPASS,
             ..script(seed)
         };
-        (1..=operations_of(script)).step_by(3).any(|crash_at| {
-            let outcome = std::panic::catch_unwind(|| {
-                let mut sim = Simulated::<R>::new(script);
-                if let Some(disk) = lying {
-                    sim.machine.borrow_mut().disk(disk).fault = DiskFault::IgnoreFlush;
-                }
-                sim.machine.borrow_mut().crash_at(crash_at);
-                if sim.start() && sim.run(script) {
-                    return Ok(());
-                }
-                sim.cut(Cut::Power(plan));
-                if !sim.start() || !sim.settle() {
-                    return Err("did not start".to_owned());
-                }
-                sim.check()
-            });
-            !matches!(outcome, Ok(Ok(())))
-        })
+        crashing::is_caught::<R>(script, Cut::Power(plan), lying, 3, |_| true)
     })
 }
 
@@ -194,9 +178,7 @@ fn clean_close_needs_no_reread_and_notices_a_foreign_write() {
     assert!(sim.start());
     assert_eq!(sim.state(), varve_format::VolumeState::Unverified);
     assert!(sim.settle());
-    let image = sim
-        .history()
-        .image(sim.history().end, varve_tests::simulated::VOLUME_BYTES);
+    let image = sim.history().image(sim.history().end, VOLUME_BYTES);
     assert_eq!(
         image[4096..4608],
         [0xee; 512],
@@ -243,9 +225,7 @@ fn compared_in_doubt(seed: u64, flush_first: bool) -> Result<(u64, u64), String>
         sim.flush_before_comparing = flush_first;
         sim.tamper(4096, &[0xee; 512]);
         // As if a block had been given the content it had long ago: the history does not differ, the disk may lose it.
-        let image = sim
-            .history()
-            .image(sim.history().end, varve_tests::simulated::VOLUME_BYTES);
+        let image = sim.history().image(sim.history().end, VOLUME_BYTES);
         sim.tamper(32768, &[0xdd; 4096]);
         sim.scribble(32768, &image[32768..36864]);
         sim.forget_flushed();

@@ -6,8 +6,9 @@
 )]
 
 use blkfilter::{AckPolicy, Law, Rules};
-use varve_log::{CrashPlan, Disk, DiskFault};
-use varve_tests::simulated::{Cut, Script, Simulated, crash_and_check, operations_of};
+use varve_log::{CrashPlan, Disk};
+use varve_tests::crashing::{self, crash_and_check, operations_of};
+use varve_tests::simulated::{Cut, Script, Simulated};
 
 fn script(seed: u64) -> Script {
     Script {
@@ -87,24 +88,8 @@ fn is_caught<R: Rules>(plan: Option<CrashPlan>, lying: Option<Disk>) -> bool {
             log_faults: !R::MARK_BEFORE_LOSING_COPIES,
             ..script(seed)
         };
-        (1..=operations_of(script)).step_by(7).any(|crash_at| {
-            let outcome = std::panic::catch_unwind(|| {
-                let mut sim = Simulated::<R>::new(script);
-                if let Some(disk) = lying {
-                    sim.machine.borrow_mut().disk(disk).fault = DiskFault::IgnoreFlush;
-                }
-                sim.machine.borrow_mut().crash_at(crash_at);
-                if sim.start() && sim.run(script) {
-                    return sim.check();
-                }
-                sim.cut(plan.map_or(Cut::Kill, Cut::Power));
-                if !sim.start() || !sim.settle() {
-                    return Err("did not start".to_owned());
-                }
-                sim.check()
-            });
-            matches!(outcome, Ok(Err(broken)) if broken.starts_with("copy "))
-        })
+        let cut = plan.map_or(Cut::Kill, Cut::Power);
+        crashing::is_caught::<R>(script, cut, lying, 7, |broken| broken.starts_with("copy "))
     })
 }
 

@@ -23,12 +23,6 @@ pub struct CopySet {
     pub extents: u64,
     /// No copy had a higher generation.
     pub generation_last: u32,
-    /// Why the copies are valid no more; empty: they are. Durable before anything is overwritten that they lack.
-    #[serde(default)]
-    pub lost: String,
-    /// The boot in which copies that need not last were made.
-    #[serde(default)]
-    pub boot: String,
     /// The copies.
     #[serde(default)]
     pub copies: Vec<CopySpec>,
@@ -52,13 +46,13 @@ pub struct CopySpec {
     pub persist: bool,
     /// It can be written to.
     pub writable: bool,
-    /// Cut with its volume's writes still valid, but lost since: why.
+    /// Why it is valid no more; empty: it is. Durable before anything is overwritten that a copy lacks which must last.
     #[serde(default)]
     pub lost: String,
 }
 
 impl CopySet {
-    /// The sets of all volumes. What cannot be read is said and left out.
+    /// The set of a volume, if it has one. What cannot be read is said and left out.
     #[must_use]
     pub fn load(paths: &Paths, volume: &str) -> Option<CopySet> {
         let path = paths.copy_sets().join(format!("{volume}.toml"));

@@ -56,10 +56,17 @@ fn try_claim(path: &Path) -> io::Result<File> {
 }
 
 fn open_direct(path: &Path, flags: i32) -> io::Result<File> {
-    let open = |direct: i32| {
-        OpenOptions::new()
-            .read(true)
-            .write(true)
+    open_past_cache(OpenOptions::new().read(true).write(true), path, flags)
+}
+
+/// Opens something for reading past the page cache, without a claim.
+pub(crate) fn open_for_reading(path: &Path) -> io::Result<File> {
+    open_past_cache(OpenOptions::new().read(true), path, 0)
+}
+
+fn open_past_cache(options: &mut OpenOptions, path: &Path, flags: i32) -> io::Result<File> {
+    let mut open = |direct: i32| {
+        options
             .custom_flags(flags | direct | libc::O_CLOEXEC)
             .open(path)
     };

@@ -190,20 +190,6 @@ pub(crate) fn claim_spool(path: &Path, wait: bool) -> io::Result<File> {
     origin::claim_origin(path, wait)
 }
 
-/// Opens something for reading past the page cache, without a claim.
-pub(crate) fn open_for_copy(path: &Path) -> io::Result<File> {
-    let open = |flags: i32| {
-        OpenOptions::new()
-            .read(true)
-            .custom_flags(flags | libc::O_CLOEXEC)
-            .open(path)
-    };
-    match open(libc::O_DIRECT) {
-        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => open(0),
-        result => result,
-    }
-}
-
 /// Makes a spool: a preallocated file, or a device that holds nothing. Durable when it returns.
 pub(crate) fn make_spool(set: &CopySet, volume: VolumeId, id: [u8; 16]) -> io::Result<File> {
     let bytes = SPOOL_EXTENTS_AT + set.extents * EXTENT_BYTES;

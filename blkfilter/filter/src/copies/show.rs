@@ -1,6 +1,6 @@
 //! Hot copies as block devices: shown on threads of their own, taken over from a dead daemon, taken away.
 
-use super::files::{copy_memory_path, copy_record, open_for_copy, overlay_path, spool_memory_path};
+use super::files::{copy_memory_path, copy_record, overlay_path, spool_memory_path};
 use crate::driver::FailedDevice;
 use crate::hot_copy::{CopyDevice, CopyFiles, CopyMemory, SpoolMemory};
 use crate::manager::{Manager, START_WAIT, error, is_busy};
@@ -124,8 +124,8 @@ impl Manager {
             Ok::<File, std::io::Error>(file)
         });
         Ok(CopyFiles {
-            origin: open_for_copy(&spec.device)?,
-            spool: open_for_copy(&set.spool)?,
+            origin: origin::open_for_reading(&spec.device)?,
+            spool: origin::open_for_reading(&set.spool)?,
             overlay: overlay.transpose()?,
             spool_memory: origin::open_memory(
                 &spool_memory_path(&self.paths, &spec.id),

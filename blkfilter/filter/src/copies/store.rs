@@ -73,7 +73,6 @@ impl Manager {
             spool,
             spool_id: VolumeId(id).to_string(),
             extents,
-            boot: origin::boot_id(),
             ..CopySet::default()
         };
         let failed = |e: std::io::Error| {
