@@ -9,6 +9,7 @@ pub mod crashing;
 pub mod guest;
 pub mod history;
 pub mod replay;
+pub mod sample;
 pub mod scenario;
 pub mod simulated;
 pub mod simulated_copies;

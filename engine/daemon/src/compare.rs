@@ -6,7 +6,6 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::Duration;
 use varve_control::{ControlError, Instant, Reporter, StoreReply};
-use varve_format::RecordKind;
 use varve_log::open_for_reading;
 use varve_restore::{RestoreError, differences};
 use varve_store::Check;
@@ -23,27 +22,7 @@ impl Service {
         self.with_store(&info.id, |store| {
             let (from, to) = (self.resolve(store, from)?, self.resolve(store, to)?);
             let (from, to) = (from.min(to), from.max(to));
-            let mut ranges: Vec<(u64, u64)> = store
-                .segments()
-                .flat_map(|segment| segment.entries.iter())
-                .filter(|entry| {
-                    (from.0..to.0).contains(&entry.lsn.get())
-                        && entry.kind().is_ok_and(RecordKind::changes_image)
-                })
-                .map(|entry| (entry.offset.get(), entry.offset.get() + entry.length.get()))
-                .collect();
-            ranges.sort_unstable();
-            let mut merged: Vec<(u64, u64)> = Vec::new();
-            for (start, end) in ranges {
-                match merged.last_mut() {
-                    Some(last) if start <= last.1 => last.1 = last.1.max(end),
-                    _ => merged.push((start, end)),
-                }
-            }
-            let ranges: Vec<(u64, u64)> = merged
-                .into_iter()
-                .map(|(start, end)| (start, end - start))
-                .collect();
+            let ranges = store.changed(from, to).map_err(|e| store_error(&e))?;
             let bytes = ranges.iter().map(|range| range.1).sum();
             Ok(StoreReply::Ranges { ranges, bytes })
         })

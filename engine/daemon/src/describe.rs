@@ -1,39 +1,20 @@
 //! A store's timeline in words and numbers.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use varve_control::{CheckInfo, PointInfo, VolumeHistory};
-use varve_format::{Lsn, RecordKind, WallTime};
-use varve_store::{Nearest, VolumeStore};
+use varve_format::{Lsn, WallTime};
+use varve_store::{Nearest, StoreError, VolumeStore};
 
-pub(crate) fn read_name(store: &VolumeStore, point: &varve_store::Event) -> Option<String> {
-    let segment = store
-        .segments()
-        .find(|segment| segment.footer.sequence.get() == point.segment)?;
-    let mut name = vec![0u8; point.entry.length.get().min(255) as usize];
-    File::open(&segment.path)
-        .ok()?
-        .read_exact_at(&mut name, point.entry.payload.get())
-        .ok()?;
-    String::from_utf8(name).ok()
-}
-
-pub(crate) fn history(store: &VolumeStore) -> VolumeHistory {
+pub(crate) fn history(store: &VolumeStore) -> Result<VolumeHistory, StoreError> {
     let timeline = store.timeline();
     let mut answer = VolumeHistory {
         records: timeline.records(),
         stored_bytes: store.stored_bytes(),
-        payload_bytes: store
-            .segments()
-            .flat_map(|s| s.entries.iter())
-            .filter(|e| e.kind == RecordKind::Write as u8)
-            .map(|e| e.length.get())
-            .sum(),
+        payload_bytes: store.segments().map(|segment| segment.payload_bytes).sum(),
         ..VolumeHistory::default()
     };
     if let (Some(first), Some(last)) = (timeline.first(), timeline.last()) {
-        (answer.first_lsn, answer.first_ns) = (first.0, timeline.time_of(first).0);
-        (answer.last_lsn, answer.last_ns) = (last.0, timeline.time_of(last).0);
+        (answer.first_lsn, answer.first_ns) = (first.0, store.time_of(first)?.0);
+        (answer.last_lsn, answer.last_ns) = (last.0, store.time_of(last)?.0);
     }
     answer.closed = timeline
         .closed()
@@ -57,7 +38,8 @@ pub(crate) fn history(store: &VolumeStore) -> VolumeHistory {
         .points
         .iter()
         .map(|point| PointInfo {
-            name: read_name(store, point).unwrap_or_default(),
+            // A name that cannot be read does not hide the others.
+            name: store.point_name(point).unwrap_or_default(),
             lsn: point.lsn.0,
             time_ns: point.time.0,
         })
@@ -67,7 +49,7 @@ pub(crate) fn history(store: &VolumeStore) -> VolumeHistory {
         lsn: check.lsn,
         differing_bytes: check.differing_bytes,
     });
-    answer
+    Ok(answer)
 }
 
 pub(crate) fn span_name(kind: varve_format::SpanKind) -> &'static str {

@@ -1,6 +1,6 @@
 //! What `varved` does: follows the logs, answers questions about the past.
 
-use crate::describe::{clock, describe, history, read_name, span_name};
+use crate::describe::{clock, describe, history, span_name};
 use crate::export::Exports;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
@@ -296,7 +296,8 @@ impl Service {
             })?,
             Instant::Lsn(lsn) => Lsn(*lsn),
             Instant::Time(ns) => {
-                let first = timeline.first().map(|lsn| timeline.time_of(lsn));
+                let first = timeline.first().map(|lsn| store.time_of(lsn));
+                let first = first.transpose().map_err(|e| store_error(&e))?;
                 if first.is_some_and(|first| WallTime(*ns) < first) {
                     return Err(error(
                         "I002-before",
@@ -312,20 +313,21 @@ impl Service {
                         "that is in the future; `now` is the newest instant",
                     ));
                 }
-                if let Some(nearest) = timeline.gap_at(WallTime(*ns)) {
+                let gap = store.gap_at(WallTime(*ns)).map_err(|e| store_error(&e))?;
+                if let Some(nearest) = gap {
                     return Err(error(
                         "I006-gap",
                         describe("that time", "in a gap without single writes", &nearest),
                     ));
                 }
-                timeline.at_time(WallTime(*ns))
+                store.at_time(WallTime(*ns)).map_err(|e| store_error(&e))?
             }
             Instant::Point(name) => {
                 let point = timeline
                     .points
                     .iter()
                     .rev()
-                    .find(|point| read_name(store, point).as_deref() == Some(name));
+                    .find(|point| store.point_name(point).is_ok_and(|found| found == *name));
                 point.map(|point| point.lsn).ok_or_else(|| {
                     error(
                         "I003-point",
@@ -334,7 +336,8 @@ impl Service {
                 })?
             }
         };
-        timeline.check(wanted).map_err(|nearest| {
+        let checked = store.check(wanted).map_err(|e| store_error(&e))?;
+        checked.map_err(|nearest| {
             let why = nearest.reason.map_or("outside the history", span_name);
             error(
                 "I004-closed",
@@ -354,8 +357,9 @@ impl Service {
             StoreOp::History { volume } => {
                 let info = self.refresh(&volume)?;
                 self.with_store(&info.id, |store| {
+                    let history = history(store).map_err(|e| store_error(&e))?;
                     Ok(StoreReply::History {
-                        history: Box::new(history(store)),
+                        history: Box::new(history),
                     })
                 })
             }
@@ -365,7 +369,7 @@ impl Service {
                     let lsn = self.resolve(store, &instant)?;
                     Ok(StoreReply::Resolved {
                         lsn: lsn.0,
-                        time_ns: store.timeline().time_of(lsn).0,
+                        time_ns: store.time_of(lsn).map_err(|e| store_error(&e))?.0,
                     })
                 })
             }
@@ -433,7 +437,8 @@ impl Service {
         self.with_store(&info.id, |store| {
             let lsn = self.resolve(store, instant)?;
             let image = Image::open(store, lsn).map_err(|e| store_error(&e))?;
-            Ok((image, store.timeline().time_of(lsn).0))
+            let time = store.time_of(lsn).map_err(|e| store_error(&e))?;
+            Ok((image, time.0))
         })
     }
 }

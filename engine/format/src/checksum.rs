@@ -9,16 +9,17 @@ pub fn crc32c(bytes: &[u8]) -> u32 {
     crc_fast::checksum(CrcAlgorithm::Crc32Iscsi, bytes) as u32
 }
 
+/// CRC-32C of several parts, one behind the other.
+pub(crate) fn crc32c_of<const N: usize>(parts: [&[u8]; N]) -> u32 {
+    let mut digest = Digest::new(CrcAlgorithm::Crc32Iscsi);
+    parts.into_iter().for_each(|part| digest.update(part));
+    digest.finalize() as u32
+}
+
 /// CRC-32C of a payload followed by its epoch and LSN: right bytes under a wrong or stale header do not match.
 #[must_use]
 pub fn payload_crc(epoch: EpochId, lsn: Lsn, payload: &[u8]) -> u32 {
-    let mut salt = [0u8; 24];
-    salt[..16].copy_from_slice(&epoch.0);
-    salt[16..].copy_from_slice(&lsn.0.to_le_bytes());
-    let mut digest = Digest::new(CrcAlgorithm::Crc32Iscsi);
-    digest.update(payload);
-    digest.update(&salt);
-    digest.finalize() as u32
+    crc32c_of([payload, &epoch.0, &lsn.0.to_le_bytes()])
 }
 
 /// The first 128 bits of a BLAKE3 hash: names a batch in its successor's header.

@@ -1,8 +1,8 @@
 //! Byte tables of every structure, for `FORMAT.md` and `varve dump --layout`; a test compares the two.
 
 use crate::{
-    BatchHeader, Record, RunEntry, RunHeader, SavedBlock, SegmentFooter, SegmentHeader, SpoolBatch,
-    SpoolHead, StateSlot,
+    BatchHeader, FrameEntry, MapExtent, MapHeader, MapPageHead, Record, RunEntry, RunHeader,
+    SavedBlock, SegmentFooter, SegmentHeader, SettledHeader, SpoolBatch, SpoolHead, StateSlot,
 };
 use std::fmt::Write;
 use std::mem::offset_of;
@@ -133,6 +133,19 @@ pub fn markdown() -> String {
             sequence,
             entry_count,
             entries_crc,
+            events_crc,
+            event_count,
+            epoch,
+            lsn_start,
+            lsn_end,
+            previous_lsn_end,
+            time_start,
+            time_end,
+            data_bytes,
+            root,
+            volume_bytes,
+            payload_bytes,
+            sector_bytes,
             reserved
         ]
     );
@@ -152,6 +165,71 @@ pub fn markdown() -> String {
             detail,
             reserved
         ]
+    );
+    table!(
+        out,
+        "Map header",
+        MapHeader,
+        [
+            crc,
+            magic,
+            version,
+            compat,
+            incompat,
+            volume,
+            level,
+            fences_crc,
+            group,
+            segment_count,
+            extent_count,
+            page_count,
+            bitmap_bytes,
+            bitmap_crc,
+            reserved
+        ]
+    );
+    table!(out, "Map page", MapPageHead, [crc, page, tag]);
+    table!(
+        out,
+        "Map extent",
+        MapExtent,
+        [
+            offset,
+            length,
+            lsn,
+            segment,
+            payload,
+            payload_crc,
+            payload_bytes,
+            skip,
+            kind,
+            reserved
+        ]
+    );
+    table!(
+        out,
+        "Settled segment header",
+        SettledHeader,
+        [
+            crc,
+            magic,
+            version,
+            compat,
+            incompat,
+            volume,
+            sequence,
+            data_bytes,
+            kept_blocks,
+            tables_at,
+            tables_crc,
+            reserved
+        ]
+    );
+    table!(
+        out,
+        "Frame entry",
+        FrameEntry,
+        [offset, length, crc, codec, reserved]
     );
     table!(
         out,

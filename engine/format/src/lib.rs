@@ -1,6 +1,6 @@
-//! Varve's bytes on disk: what a record, a batch, a segment, an index run, a state file and a spool look like.
+//! Varve's bytes on disk: what a record, a batch, a segment (sealed, settled), a run, a map, a state file and a spool look like.
 //!
-//!   records ──▶ batch (4 KiB header + payload) ──▶ segment (header, batches…) ──▶ sealed file (… + footer) + run
+//!   records ──▶ batch (4 KiB header + payload) ──▶ segment (header, batches…) ──▶ sealed file (… + footer) + run ──▶ settled file; maps
 //!
 //! Everything here is a plain little-endian struct with its checksum first. Reading is total: any byte string gives
 //! either a checked value or a named [`FormatError`]; nothing panics and no length is trusted before it is bounded.
@@ -12,9 +12,11 @@ mod checksum;
 mod error;
 mod ids;
 pub mod layout;
+mod map;
 mod record;
 mod run;
 mod segment;
+mod settled;
 mod spool;
 mod state;
 
@@ -26,11 +28,19 @@ pub use checkpoint::{CHECKPOINT_BYTES_MAX, Checkpoint, OPEN_REGIONS_MAX, VolumeS
 pub use checksum::{Hash128, crc32c, payload_crc};
 pub use error::FormatError;
 pub use ids::{EpochId, Lsn, SegmentSequence, VolumeId, WallTime};
+pub use map::{
+    MAP_EXTENT_BYTES, MAP_FAN, MAP_GRANULE_BYTES, MAP_PAGE_BYTES, MAP_PAGE_EXTENTS, MAP_UNIT_BYTES,
+    MapExtent, MapHeader, MapPageHead, encode_map_page, map_tag, parse_map_page,
+};
 pub use record::{
     RECORD_BYTES, RECORD_PAYLOAD_BYTES_MAX, Record, RecordFlags, RecordKind, SpanKind,
 };
 pub use run::{RUN_ENTRY_BYTES, RunEntry, RunHeader};
 pub use segment::{SEGMENT_FOOTER_BYTES, SEGMENT_HEADER_BYTES, SegmentFooter, SegmentHeader};
+pub use settled::{
+    BLOCK_IS_ZERO, Codec, FRAME_BLOCKS, FRAME_BYTES, FRAME_ENTRY_BYTES, FrameEntry,
+    SETTLED_BYTES_MAX, SettledHeader, frame_crc, parse_settled_tables,
+};
 pub use spool::{
     SPOOL_BATCH_BLOCKS, SPOOL_EXTENT_PAGES, SPOOL_EXTENTS_AT, SPOOL_GENERATIONS, SavedBlock,
     SavedKind, SpoolBatch, SpoolHead,

@@ -2,9 +2,9 @@
 
 use crate::{
     BATCH_HEADER_BYTES, BatchHeader, BatchPosition, BatchView, Checkpoint, EpochId, Fingerprint,
-    FormatError, Hash128, Lsn, Record, RecordKind, RunHeader, SavedBlock, SavedKind, SegmentFooter,
-    SegmentHeader, SegmentSequence, SpanKind, SpoolBatch, SpoolHead, StateKind, StateSlot,
-    VolumeId, VolumeState, WallTime, layout, payload_crc,
+    FormatError, Hash128, Lsn, MapHeader, Record, RecordKind, RunHeader, SavedBlock, SavedKind,
+    SegmentFooter, SegmentHeader, SegmentSequence, SettledHeader, SpanKind, SpoolBatch, SpoolHead,
+    StateKind, StateSlot, VolumeId, VolumeState, WallTime, layout, payload_crc,
 };
 use proptest::prelude::{any, prop, proptest};
 use zerocopy::IntoBytes;
@@ -141,7 +141,10 @@ proptest! {
         let _ = SegmentFooter::parse(&bytes);
         let _ = StateSlot::parse(&bytes);
         let _ = Checkpoint::parse(&bytes);
-        let _ = RunHeader::parse(&bytes);
+        let _ = RunHeader::parse(&bytes, bytes.len() as u64);
+        let _ = MapHeader::parse(&bytes, bytes.len() as u64);
+        let _ = crate::parse_map_page(&bytes, 0, 0, 3);
+        let _ = SettledHeader::parse(&bytes, bytes.len() as u64);
     }
 
     /// With a right checksum the fields themselves are hostile.

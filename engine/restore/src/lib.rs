@@ -54,6 +54,7 @@ pub fn differences(
         let length = (total - at).min(STEP_BYTES);
         for range in image
             .ranges(at, length)
+            .map_err(RestoreError::Store)?
             .into_iter()
             .filter(|range| range.kind != RangeKind::Undefined)
         {
@@ -96,7 +97,7 @@ pub fn equal_blocks(
             .map_err(RestoreError::Device)?;
         let ours = &mut ours[..(known - at) as usize];
         image.read(at, ours).map_err(RestoreError::Store)?;
-        let ranges = image.ranges(at, known - at);
+        let ranges = image.ranges(at, known - at).map_err(RestoreError::Store)?;
         let undefined: Vec<_> = ranges
             .iter()
             .filter(|range| range.kind == RangeKind::Undefined)

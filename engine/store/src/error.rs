@@ -32,7 +32,20 @@ pub enum StoreError {
         offset: u64,
         /// Bytes.
         length: u64,
+        /// What is wrong.
+        why: String,
     },
+    /// A frame of a settled segment is not what was stored.
+    Frame {
+        /// The segment.
+        segment: SegmentSequence,
+        /// Number of the frame.
+        frame: u64,
+    },
+    /// A segment is not what it was when it was sealed.
+    Root(SegmentSequence),
+    /// What was written cannot be read back as it was.
+    Proof(PathBuf),
 }
 
 impl StoreError {
@@ -48,6 +61,9 @@ impl StoreError {
             StoreError::Missing(_) => "S004-missing",
             StoreError::LogDamaged(..) => "S005-log-damaged",
             StoreError::Payload { .. } => "S006-payload",
+            StoreError::Frame { .. } => "S009-frame",
+            StoreError::Root(_) => "S010-root",
+            StoreError::Proof(_) => "S011-proof",
         }
     }
 
@@ -105,10 +121,25 @@ impl fmt::Display for StoreError {
                 lsn,
                 offset,
                 length,
+                why,
             } => write!(
                 f,
-                "segment {segment}, LSN {lsn}: bytes {offset} to {} of the volume are damaged from this instant until they were next written",
+                "segment {segment}, LSN {lsn}: bytes {offset} to {} of the volume are damaged from this instant until they were next written ({why}). \
+                 `varve scrub` lists all damage",
                 offset + length
+            ),
+            StoreError::Frame { segment, frame } => {
+                write!(f, "segment {segment}: frame {frame} is damaged")
+            }
+            StoreError::Root(segment) => write!(
+                f,
+                "segment {segment} is not what it was when it was sealed; it is left as it is. `varve scrub` says what is lost"
+            ),
+            StoreError::Proof(path) => write!(
+                f,
+                "{}: what was written there does not come back from the disk as it was; nothing was replaced. Look at `dmesg`: the disk or its \
+                 cabling is failing",
+                path.display()
             ),
         }
     }

@@ -1,18 +1,22 @@
 //! An image: a volume as of an LSN, read like a disk. Every byte is checked against its record's CRC before it is given out.
 //!
-//! For now the extents are built by going through the runs once (about two million entries a second); a later index replaces that behind
-//! the same interface.
+//! It opens by asking which maps cover the history below the LSN (see `maps`), and reads the records of at most eight segments. What a range is, it
+//! asks layer by layer, newest first, until nothing of the range is left. Segment files are opened when they are read from.
 
+use crate::cache::Cache;
+use crate::maps::Layer;
+use crate::segment_file::{FrameCache, SegmentFile};
+use crate::volume::Segments;
 use crate::{StoreError, VolumeStore};
-use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::fs::File;
-use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
-use std::sync::Mutex;
-use varve_format::{EpochId, Lsn, RecordKind, RunEntry, SegmentSequence, payload_crc};
+use std::sync::Arc;
+use varve_format::{Lsn, MAP_UNIT_BYTES, MapExtent, RecordKind, SegmentSequence, payload_crc};
 
-/// Payloads kept in memory: 64 × 64 KiB.
-const CACHE_PAYLOADS: usize = 64;
+/// Payloads kept in memory: 64 × at most 64 KiB = 4 MiB.
+const PAYLOADS_KEPT: usize = 64;
+/// Frames kept in memory: 64 × 128 KiB = 8 MiB.
+const FRAMES_KEPT: usize = 64;
+/// Segment files kept open. A settled one of 64 MiB has tables of about 80 KiB: 5 MiB.
+const FILES_KEPT: usize = 64;
 
 /// What a range of an image is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,71 +40,35 @@ pub struct ImageRange {
     pub kind: RangeKind,
 }
 
-#[derive(Clone, Copy)]
-struct Extent {
-    end: u64,
-    segment: u32,
-    entry: RunEntry,
-}
-
-struct Source {
-    file: File,
-    epoch: EpochId,
-    sequence: SegmentSequence,
-}
-
-#[derive(Default)]
-struct Cache {
-    payloads: HashMap<u64, Vec<u8>>,
-    order: VecDeque<u64>,
-}
-
 /// A volume as of an LSN.
 pub struct Image {
     bytes: u64,
     sector_bytes: u32,
     lsn: Lsn,
-    extents: BTreeMap<u64, Extent>,
-    sources: Vec<Source>,
-    cache: Mutex<Cache>,
+    layers: Vec<Layer>,
+    segments: Segments,
+    files: Cache<u64, Arc<SegmentFile>>,
+    payloads: Cache<u64, Arc<[u8]>>,
+    frames: FrameCache,
+    /// While it is there, nobody may delete the history.
+    _lease: Arc<()>,
 }
 
 impl Image {
-    /// Opens the image at `lsn`. The caller has asked the timeline whether it resolves. Files stay open: the image outlives changes of the store.
+    /// Opens the image at `lsn`. The caller has asked the timeline whether it resolves. It outlives changes of the store.
     pub fn open(store: &VolumeStore, lsn: Lsn) -> Result<Image, StoreError> {
-        let (bytes, sector_bytes) = store.shape(lsn)?;
-        let mut image = Image {
+        let (bytes, sector_bytes) = store.shape(lsn);
+        Ok(Image {
             bytes,
             sector_bytes,
             lsn,
-            extents: BTreeMap::new(),
-            sources: Vec::new(),
-            cache: Mutex::new(Cache::default()),
-        };
-        for segment in store
-            .segments()
-            .filter(|segment| Lsn(segment.footer.lsn_start.get()) < lsn)
-        {
-            let path: &PathBuf = &segment.path;
-            let file = File::open(path).map_err(StoreError::io(path))?;
-            let index = image.sources.len() as u32;
-            let sequence = SegmentSequence(segment.footer.sequence.get());
-            image.sources.push(Source {
-                file,
-                epoch: EpochId(segment.footer.epoch),
-                sequence,
-            });
-            for entry in segment
-                .entries
-                .iter()
-                .take_while(|entry| Lsn(entry.lsn.get()) < lsn)
-            {
-                if entry.kind().is_ok_and(RecordKind::changes_image) {
-                    image.lay(index, *entry);
-                }
-            }
-        }
-        Ok(image)
+            layers: store.layers(Lsn(0), lsn)?,
+            segments: store.shared_segments(),
+            files: Cache::new(FILES_KEPT),
+            payloads: Cache::new(PAYLOADS_KEPT),
+            frames: Cache::new(FRAMES_KEPT),
+            _lease: store.lease(),
+        })
     }
 
     /// Size in bytes.
@@ -121,174 +89,123 @@ impl Image {
         self.lsn
     }
 
-    /// Lays a record over what is there.
-    fn lay(&mut self, segment: u32, entry: RunEntry) {
-        let (start, end) = (entry.offset.get(), entry.offset.get() + entry.length.get());
-        if start == end {
-            return;
-        }
-        if let Some((&at, &before)) = self.extents.range(..start).next_back()
-            && before.end > start
-        {
-            self.extents.insert(
-                at,
-                Extent {
-                    end: start,
-                    ..before
-                },
-            );
-            if before.end > end {
-                self.extents.insert(end, before);
-            }
-        }
-        while let Some((&at, &covered)) = self.extents.range(start..end).next() {
-            self.extents.remove(&at);
-            if covered.end > end {
-                self.extents.insert(end, covered);
-            }
-        }
-        self.extents.insert(
-            start,
-            Extent {
-                end,
-                segment,
-                entry,
-            },
-        );
+    /// Layers that a read asks at most.
+    #[must_use]
+    pub fn layer_count(&self) -> usize {
+        self.layers.len()
     }
 
     /// The ranges of `[offset, offset + length)`, without holes: what no record tells of is zero.
-    #[must_use]
-    pub fn ranges(&self, offset: u64, length: u64) -> Vec<ImageRange> {
-        let mut found = Vec::new();
-        self.each(offset, length, |range, _| {
-            found.push(range);
-            Ok(())
-        })
-        .unwrap_or_default();
-        found
-    }
-
-    fn each(
-        &self,
-        offset: u64,
-        length: u64,
-        mut visit: impl FnMut(ImageRange, Option<&Extent>) -> Result<(), StoreError>,
-    ) -> Result<(), StoreError> {
-        let end = offset + length;
+    pub fn ranges(&self, offset: u64, length: u64) -> Result<Vec<ImageRange>, StoreError> {
+        let mut ranges = Vec::new();
         let mut at = offset;
-        let first = self
-            .extents
-            .range(..=offset)
-            .next_back()
-            .filter(|(_, extent)| extent.end > offset)
-            .map_or(offset, |(start, _)| *start);
-        for (&start, extent) in self.extents.range(first..end) {
-            if start > at {
-                visit(
-                    ImageRange {
-                        offset: at,
-                        length: start - at,
-                        kind: RangeKind::Zero,
-                    },
-                    None,
-                )?;
-                at = start;
+        let mut push = |from: u64, to: u64, kind| {
+            if to > from {
+                ranges.push(ImageRange {
+                    offset: from,
+                    length: to - from,
+                    kind,
+                });
             }
-            let stop = extent.end.min(end);
-            let kind = match extent.entry.kind() {
-                Ok(RecordKind::Write) => RangeKind::Data,
-                Ok(RecordKind::Zero) => RangeKind::Zero,
+        };
+        for extent in self.extents(offset, length)? {
+            push(at, extent.offset.get(), RangeKind::Zero);
+            let kind = match extent.kind {
+                kind if kind == RecordKind::Write as u8 => RangeKind::Data,
+                kind if kind == RecordKind::Zero as u8 => RangeKind::Zero,
                 _ => RangeKind::Undefined,
             };
-            visit(
-                ImageRange {
-                    offset: at,
-                    length: stop - at,
-                    kind,
-                },
-                Some(extent),
-            )?;
-            at = stop;
+            push(extent.offset.get(), extent.end(), kind);
+            at = extent.end();
         }
-        if at < end {
-            visit(
-                ImageRange {
-                    offset: at,
-                    length: end - at,
-                    kind: RangeKind::Zero,
-                },
-                None,
-            )?;
+        push(at, offset + length, RangeKind::Zero);
+        Ok(ranges)
+    }
+
+    /// What records have left of `[offset, offset + length)`: in order, without overlaps.
+    fn extents(&self, offset: u64, length: u64) -> Result<Vec<MapExtent>, StoreError> {
+        let mut found = Vec::new();
+        if length == 0 {
+            return Ok(found);
         }
-        Ok(())
+        let mut open = vec![(offset, offset + length)];
+        for layer in &self.layers {
+            let mut left = Vec::new();
+            for (start, end) in open {
+                let first = found.len();
+                layer.find(start, end, &mut found)?;
+                let mut at = start;
+                for extent in &found[first..] {
+                    if extent.offset.get() > at {
+                        left.push((at, extent.offset.get()));
+                    }
+                    at = extent.end();
+                }
+                if end > at {
+                    left.push((at, end));
+                }
+            }
+            open = left;
+            if open.is_empty() {
+                break;
+            }
+        }
+        found.sort_unstable_by_key(|extent| extent.offset.get());
+        Ok(found)
     }
 
     /// Reads `target.len()` bytes from `offset`.
     pub fn read(&self, offset: u64, target: &mut [u8]) -> Result<(), StoreError> {
-        let length = target.len() as u64;
-        self.each(offset, length, |range, extent| {
-            let start = (range.offset - offset) as usize;
-            let part = &mut target[start..start + range.length as usize];
-            match (range.kind, extent) {
-                (RangeKind::Data, Some(extent)) => self.read_extent(extent, range.offset, part),
-                _ => {
-                    part.fill(0);
-                    Ok(())
-                }
+        let mut at = 0;
+        for extent in self.extents(offset, target.len() as u64)? {
+            let start = (extent.offset.get() - offset) as usize;
+            let end = start + extent.length.get() as usize;
+            target[at..start].fill(0);
+            match extent.is_write() {
+                true => self.read_extent(&extent, &mut target[start..end])?,
+                false => target[start..end].fill(0),
             }
-        })
+            at = end;
+        }
+        target[at..].fill(0);
+        Ok(())
     }
 
-    fn read_extent(
-        &self,
-        extent: &Extent,
-        offset: u64,
-        target: &mut [u8],
-    ) -> Result<(), StoreError> {
-        let entry = &extent.entry;
-        let skip = (offset - entry.offset.get()) as usize;
-        let mut cache = self
-            .cache
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
-        let lsn = entry.lsn.get();
-        if !cache.payloads.contains_key(&lsn) {
-            let payload = self.load(extent)?;
-            if cache.order.len() >= CACHE_PAYLOADS
-                && let Some(oldest) = cache.order.pop_front()
-            {
-                cache.payloads.remove(&oldest);
-            }
-            cache.order.push_back(lsn);
-            cache.payloads.insert(lsn, payload);
-        }
-        if let Some(payload) = cache.payloads.get(&lsn) {
-            target.copy_from_slice(&payload[skip..skip + target.len()]);
-        }
+    fn read_extent(&self, extent: &MapExtent, target: &mut [u8]) -> Result<(), StoreError> {
+        let payload = self.payloads.get(extent.lsn.get(), || self.load(extent))?;
+        let skip = (u64::from(extent.skip.get()) * MAP_UNIT_BYTES) as usize;
+        // The format promises that an extent lies within its payload.
+        target.copy_from_slice(&payload[skip..skip + target.len()]);
         Ok(())
     }
 
     /// Reads a record's whole payload and checks it.
-    fn load(&self, extent: &Extent) -> Result<Vec<u8>, StoreError> {
-        let (entry, source) = (&extent.entry, &self.sources[extent.segment as usize]);
-        let damaged = || StoreError::Payload {
-            segment: source.sequence,
-            lsn: entry.lsn.get(),
-            offset: entry.offset.get(),
-            length: entry.length.get(),
+    fn load(&self, extent: &MapExtent) -> Result<Arc<[u8]>, StoreError> {
+        let sequence = SegmentSequence(extent.segment.get());
+        let lost = |why: String| StoreError::Payload {
+            segment: sequence,
+            lsn: extent.lsn.get(),
+            offset: extent.offset.get(),
+            length: extent.length.get(),
+            why,
         };
-        if entry.length.get() > varve_format::RECORD_PAYLOAD_BYTES_MAX {
-            return Err(damaged());
+        let segment = self
+            .segments
+            .get(&sequence)
+            .ok_or_else(|| lost("the segment is missing".to_owned()))?;
+        let open = || SegmentFile::open(segment).map(Arc::new);
+        let file = self
+            .files
+            .get(sequence.0, open)
+            .map_err(|error| lost(error.to_string()))?;
+        let mut payload = vec![0u8; extent.payload_bytes.get() as usize];
+        let at = u64::from(extent.payload.get()) * MAP_UNIT_BYTES;
+        file.read(at, &mut payload, &self.frames)
+            .map_err(|error| lost(error.to_string()))?;
+        let crc = payload_crc(file.epoch(), Lsn(extent.lsn.get()), &payload);
+        if crc != extent.payload_crc.get() {
+            return Err(lost("its checksum does not match".to_owned()));
         }
-        let mut payload = vec![0u8; entry.length.get() as usize];
-        source
-            .file
-            .read_exact_at(&mut payload, entry.payload.get())
-            .map_err(|_| damaged())?;
-        if payload_crc(source.epoch, Lsn(entry.lsn.get()), &payload) != entry.payload_crc.get() {
-            return Err(damaged());
-        }
-        Ok(payload)
+        Ok(payload.into())
     }
 }

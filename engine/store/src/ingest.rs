@@ -1,14 +1,16 @@
 //! Takes sealed segments out of the log ring: checked record by record, copied, indexed, made durable, named.
 //!
-//! Crash at any step: a `.new` file is removed at the next open and the segment is taken again; the log recycles it only after its name is durable.
+//! Crash, step by step (the store's disk keeps what was flushed, nothing else): before the segment has its name, a `.new` file is removed at the next
+//! open and the segment is taken again, because the log recycles it only after all of this. After it, before the run has its name: the run is made
+//! again from the segment. A run without a segment is never left by a crash: it says that a segment was lost.
 
-use crate::{StoreError, StoredSegment, VolumeStore};
+use crate::segment::{run_path, segment_path};
+use crate::{StoreError, StoredSegment, VolumeStore, durable, run_file};
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
-use varve_format::{Lsn, RecordKind, RunEntry, RunHeader, SegmentFooter, SegmentSequence};
+use varve_format::{Lsn, RunEntry, SEGMENT_FOOTER_BYTES, SegmentFooter, SegmentSequence};
 use varve_log::{ReadAt, RingSegment, SegmentError, SegmentReader, read_headers};
-use zerocopy::IntoBytes;
 
 /// What an ingest has done.
 #[derive(Clone, Debug, Default)]
@@ -104,7 +106,7 @@ fn take(
             }
             Err(error) => return Err(damaged(error.to_string())),
         };
-    let mut entries = Vec::new();
+    let mut entries: Vec<RunEntry> = Vec::new();
     let (mut time_start, mut time_end) = (segment.header.wall_time(), segment.header.wall_time());
     while reader.tail().2 < lsn_limit {
         match reader.advance() {
@@ -123,12 +125,10 @@ fn take(
             }
             Err(_) => break,
         }
-        collect(&reader, &mut entries).map_err(|error| damaged(error.to_string()))?;
-        if let (Some(first), Some(last)) = (entries.first(), entries.last()) {
-            let (first, last): (&RunEntry, &RunEntry) = (first, last);
-            time_start = varve_format::WallTime(first.wall_time.get());
-            time_end = varve_format::WallTime(last.wall_time.get());
-        }
+        run_file::collect(&reader, &mut entries).map_err(|error| damaged(error.to_string()))?;
+    }
+    if let (Some(first), Some(last)) = (entries.first(), entries.last()) {
+        (time_start, time_end) = (first.time(), last.time());
     }
     let (data_bytes, _, lsn_end) = reader.tail();
     if follows && lsn_end < lsn_limit {
@@ -146,59 +146,19 @@ fn take(
     footer.time_end = time_end.0.into();
     footer.data_bytes = data_bytes.into();
     footer.previous_lsn_end = segment.header.previous_lsn_end;
-    let path = store.segment_path(sequence);
-    footer.root = copy(log, segment.base, data_bytes, &path, footer)?;
-    write_run(&store.run_path(sequence), &footer, &entries)?;
-    rename(&path.with_extension("new"), &path)?;
-    Ok(Some(StoredSegment {
-        footer,
-        path,
-        entries,
-    }))
-}
-
-fn collect<R: ReadAt>(
-    reader: &SegmentReader<R>,
-    entries: &mut Vec<RunEntry>,
-) -> Result<(), varve_format::FormatError> {
-    reader.each_record(|found| {
-        if matches!(found.kind, RecordKind::Intent | RecordKind::Stable) {
-            return;
-        }
-        let (offset, length) = match found.kind {
-            // A span's or gap's argument, in the place of an offset.
-            RecordKind::SpanBegin | RecordKind::SpanEnd | RecordKind::Gap => {
-                (found.record.argument.get(), 0)
-            }
-            RecordKind::Point => (0, found.payload.len() as u64),
-            _ => (found.record.offset.get(), found.record.length.get()),
-        };
-        entries.push(RunEntry {
-            lsn: found.lsn.0.into(),
-            offset: offset.into(),
-            length: length.into(),
-            wall_time: found.time.0.into(),
-            payload: found.payload_at.into(),
-            payload_crc: found.record.payload_crc,
-            kind: found.kind as u8,
-            flags: found.record.flags,
-            detail: found.record.detail,
-            reserved: 0,
-        });
-    })
-}
-
-/// Reads the index of a segment file that lost its run.
-pub(crate) fn index_file(path: &Path, footer: &SegmentFooter) -> Result<Vec<RunEntry>, StoreError> {
-    let file = File::open(path).map_err(StoreError::io(path))?;
-    let mut reader =
-        SegmentReader::open(file, 0, footer.data_bytes.get()).map_err(StoreError::segment(path))?;
-    let mut entries = Vec::new();
-    while reader.advance().map_err(StoreError::segment(path))? {
-        collect(&reader, &mut entries)
-            .map_err(|error| StoreError::Damaged(path.to_path_buf(), error))?;
-    }
-    Ok(entries)
+    let path = segment_path(store.directory(), sequence);
+    let run = run_path(store.directory(), sequence);
+    let new = durable::unfinished(&path);
+    footer.root = copy(log, segment.base, data_bytes, &new, footer)?;
+    durable::name(&new, &path)?;
+    let (head, events) = run_file::write(&run, &segment.header, &footer, &entries)?;
+    let stored_bytes = data_bytes + SEGMENT_FOOTER_BYTES as u64;
+    Ok(Some(StoredSegment::new(
+        store.directory(),
+        &head,
+        events,
+        stored_bytes,
+    )))
 }
 
 /// Copies the segment's bytes and its footer into a new file, durably. Returns the root.
@@ -206,11 +166,10 @@ fn copy(
     log: &mut dyn ReadAt,
     base: u64,
     data_bytes: u64,
-    path: &Path,
+    new: &Path,
     mut footer: SegmentFooter,
 ) -> Result<[u8; 32], StoreError> {
-    let new = path.with_extension("new");
-    let mut file = File::create(&new).map_err(StoreError::io(&new))?;
+    let mut file = File::create(new).map_err(StoreError::io(new))?;
     let mut hasher = blake3::Hasher::new();
     let mut buffer = vec![0u8; 1 << 20];
     let mut done = 0;
@@ -220,41 +179,12 @@ fn copy(
             .map_err(StoreError::io(Path::new("the log")))?;
         hasher.update(&buffer[..part]);
         file.write_all(&buffer[..part])
-            .map_err(StoreError::io(&new))?;
+            .map_err(StoreError::io(new))?;
         done += part as u64;
     }
     footer.root = *hasher.finalize().as_bytes();
     file.write_all(&footer.to_block())
-        .map_err(StoreError::io(&new))?;
-    file.sync_all().map_err(StoreError::io(&new))?;
+        .map_err(StoreError::io(new))?;
+    file.sync_all().map_err(StoreError::io(new))?;
     Ok(footer.root)
-}
-
-pub(crate) fn write_run(
-    path: &Path,
-    footer: &SegmentFooter,
-    entries: &[RunEntry],
-) -> Result<(), StoreError> {
-    let new = path.with_extension("new");
-    let bytes = entries.as_bytes();
-    let write = || {
-        let mut file = File::create(&new)?;
-        file.write_all(&RunHeader::encode(
-            footer.volume,
-            footer.sequence.get(),
-            bytes,
-        ))?;
-        file.write_all(bytes)?;
-        file.sync_all()
-    };
-    write().map_err(StoreError::io(&new))?;
-    rename(&new, path)
-}
-
-fn rename(new: &Path, path: &Path) -> Result<(), StoreError> {
-    std::fs::rename(new, path).map_err(StoreError::io(path))?;
-    let parent = path.parent().unwrap_or(path);
-    File::open(parent)
-        .and_then(|directory| directory.sync_all())
-        .map_err(StoreError::io(parent))
 }

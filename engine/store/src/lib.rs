@@ -1,24 +1,44 @@
-//! A volume's history at rest: immutable segments with an index run each, and images of any instant.
+//! A volume's history at rest: immutable segments with a run each, maps over many of them, and images of any instant.
 //!
-//!   log ring ──ingest──▶ segments/N.seg + runs/N.run ──▶ timeline (spans, gaps, points) ──▶ image at an LSN
+//!   log ring ──ingest──▶ segments/N.seg + runs/N.run ──settle──▶ segments/N.seg, compressed
+//!                                           └──merge──▶ maps/LEVEL-GROUP.map ──▶ image at an LSN
 //!
-//! Order: a run is durable before its segment gets its name; a segment is durable before the log is told to recycle it.
-//! Crash: a file without its final name is removed at the next open; a segment without a run gets a new one.
-//! Absent on purpose, for now: compression, retention, encryption (they come behind the same interface).
+//! Order: a segment is durable before its run, both before the log is told to recycle it; whatever replaces a file is proved before it gets the name.
+//! Crash: a file without its final name is removed at the next open; a segment without a run gets a new one; a map can always be made again.
+//! Absent on purpose, for now: retention, encryption (they come behind the same interface).
 
+mod cache;
+mod changed;
 mod check;
+mod compression;
+mod durable;
 mod error;
 mod image;
 mod ingest;
+mod map_file;
+mod map_merge;
+mod maps;
+mod replay;
+mod run_file;
+mod scrub;
+mod segment;
+mod segment_file;
+mod settle;
+mod structure;
 mod timeline;
 mod volume;
 
 pub use check::Check;
+pub use compression::Compression;
 pub use error::StoreError;
 pub use image::{Image, ImageRange, RangeKind};
 pub use ingest::{Ingested, ingest};
-pub use timeline::{Closed, Event, Nearest, Timeline};
-pub use volume::{StoredSegment, VolumeStore};
+pub use maps::MapJob;
+pub use scrub::{Damage, ScrubJob, Scrubbed};
+pub use segment::StoredSegment;
+pub use settle::{Proved, SettleJob, Settling};
+pub use timeline::{Closed, Event, Nearest, Outside, Timeline};
+pub use volume::{VolumeStore, volume_directory};
 
 #[cfg(test)]
 mod tests;

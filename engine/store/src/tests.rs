@@ -1,8 +1,9 @@
-//! Tests of the timeline: what does not resolve, and why. (Images and ingest are tested on real devices in `tests/tests/vm.rs`.)
+//! Tests of the timeline: what does not resolve, and why. (Images, settling and damage: `tests/tests/store.rs` and `damage.rs`.)
 
-use crate::{StoredSegment, Timeline};
-use std::path::PathBuf;
-use varve_format::{Lsn, RecordKind, RunEntry, SegmentFooter, SpanKind, WallTime};
+use crate::{Outside, StoredSegment, Timeline};
+use std::path::Path;
+use std::sync::Arc;
+use varve_format::{Lsn, RecordKind, RunEntry, RunHeader, SegmentFooter, SpanKind, WallTime};
 use zerocopy::FromZeros;
 
 /// A record at `lsn` with time `lsn` × 10.
@@ -22,11 +23,12 @@ fn segment(sequence: u64, previous_end: u64, end: u64, entries: Vec<RunEntry>) -
     footer.lsn_start = entries[0].lsn;
     footer.lsn_end = end.into();
     footer.previous_lsn_end = previous_end.into();
-    StoredSegment {
-        footer,
-        path: PathBuf::new(),
-        entries,
-    }
+    footer.time_start = entries[0].wall_time;
+    footer.time_end = entries[entries.len() - 1].wall_time;
+    let events: Vec<RunEntry> = entries.iter().filter(|e| e.is_event()).copied().collect();
+    let run = RunHeader::new(&footer, 1 << 20, 512, &entries, &events);
+    let nowhere: Arc<Path> = Path::new("nowhere").into();
+    StoredSegment::new(&nowhere, &run, events, 0)
 }
 
 /// Base copy from 2 to 4, writes up to 9.
@@ -43,7 +45,6 @@ fn instants_resolve_behind_the_first_copy_and_not_inside() {
     assert_eq!(timeline.first(), Some(Lsn(5)));
     assert!(timeline.check(Lsn(4)).is_err());
     assert_eq!(timeline.check(Lsn(10)).unwrap(), Lsn(10));
-    assert_eq!(timeline.at_time(WallTime(55)), Lsn(6));
 }
 
 #[test]
@@ -87,11 +88,19 @@ fn a_time_inside_a_gap_does_not_resolve_and_the_nearest_are_named() {
         ]
         .into_iter(),
     );
-    let nearest = timeline
-        .gap_at(WallTime(150))
-        .expect("a gap from 95 to 200");
-    assert_eq!(nearest.before.unwrap().0, Lsn(10));
-    assert_eq!(nearest.after.unwrap().0, Lsn(24));
+    assert_eq!(
+        timeline.gap_at(WallTime(150)),
+        Some((WallTime(95), Lsn(24))),
+        "a gap from 95 to 200; the catch-up ends at 23"
+    );
+    assert_eq!(
+        timeline.check(Lsn(22)),
+        Err(Outside {
+            before: Some(Lsn(21)),
+            after: Some(Lsn(24)),
+            reason: Some(SpanKind::CatchUp)
+        })
+    );
     assert!(timeline.gap_at(WallTime(90)).is_none());
 }
 
@@ -114,4 +123,28 @@ fn a_full_copy_that_began_before_a_hole_does_not_make_up_for_it() {
     let third = segment(3, 30, 40, vec![write(30), end, write(35)]);
     let timeline = Timeline::of([&beginning(), &third].into_iter());
     assert!(timeline.check(Lsn(36)).is_err() && timeline.is_incomplete());
+}
+
+#[test]
+fn a_timeline_that_grew_is_the_one_of_all_segments() {
+    let gap = entry(20, RecordKind::Gap, None, 95);
+    let begin = entry(21, RecordKind::SpanBegin, Some(SpanKind::CatchUp), 0);
+    let end = entry(30, RecordKind::SpanEnd, None, 21);
+    let write = |lsn| entry(lsn, RecordKind::Write, None, 0);
+    let segments = [
+        beginning(),
+        segment(2, 10, 24, vec![gap, begin, write(23)]),
+        segment(3, 24, 28, vec![write(25)]),
+        segment(4, 28, 33, vec![write(29), end, write(31)]),
+    ];
+    for count in 1..=segments.len() {
+        let mut grown = Timeline::default();
+        segments[..count].iter().for_each(|s| grown.add(s));
+        let whole = Timeline::of(segments[..count].iter());
+        assert_eq!(format!("{grown:?}"), format!("{whole:?}"));
+        let inside = grown.check(Lsn(26));
+        assert!(inside.is_err(), "inside the span, with {count} segments");
+    }
+    let whole = Timeline::of(segments.iter());
+    assert!(whole.check(Lsn(31)).is_ok() && whole.closed().len() == 2);
 }

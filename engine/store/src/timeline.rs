@@ -3,7 +3,7 @@
 //! L resolves if a span has ended below it and none is open at it. A span that an epoch leaves open stays open in the next one.
 
 use crate::StoredSegment;
-use varve_format::{Lsn, RecordKind, RunEntry, SpanKind, WallTime};
+use varve_format::{Lsn, RecordKind, RunEntry, SegmentSequence, SpanKind, WallTime};
 
 /// Something that happened, at an LSN and a time.
 #[derive(Clone, Debug)]
@@ -15,7 +15,7 @@ pub struct Event {
     /// For a point: where its name lies; for a gap: since when.
     pub entry: RunEntry,
     /// The segment.
-    pub segment: u64,
+    pub segment: SegmentSequence,
 }
 
 /// An interval in which no instant resolves: behind `from`, up to and with `to`.
@@ -36,6 +36,17 @@ pub struct Closed {
 }
 
 /// An instant that does not resolve, and the nearest that do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Outside {
+    /// Before.
+    pub before: Option<Lsn>,
+    /// After.
+    pub after: Option<Lsn>,
+    /// Why not.
+    pub reason: Option<SpanKind>,
+}
+
+/// The same with times.
 #[derive(Clone, Copy, Debug)]
 pub struct Nearest {
     /// Before, with its time.
@@ -46,93 +57,103 @@ pub struct Nearest {
     pub reason: Option<SpanKind>,
 }
 
-/// A volume's time.
+/// A volume's time. It grows by a segment at the cost of that segment's events.
 #[derive(Clone, Debug, Default)]
 pub struct Timeline {
-    /// LSN and time of every record that a run holds, in order.
-    records: Vec<(Lsn, WallTime)>,
     closed: Vec<Closed>,
     /// Recovery points, oldest first.
     pub points: Vec<Event>,
     /// Gaps, oldest first.
     pub gaps: Vec<Event>,
     end: Lsn,
+    end_time: WallTime,
+    records: u64,
+    /// A span that has not ended.
+    open: Option<(Lsn, WallTime, SpanKind)>,
+    /// The newest span copies everything.
+    full_copy: bool,
     /// A segment is missing, and no full copy has made up for it since.
     hole: bool,
 }
 
 impl Timeline {
-    /// Reads the time of all segments.
+    /// Reads the time of all segments, oldest first.
     #[must_use]
     pub fn of<'a>(segments: impl Iterator<Item = &'a StoredSegment>) -> Timeline {
         let mut timeline = Timeline::default();
-        let mut open: Option<(Lsn, WallTime, SpanKind)> = None;
-        let (mut hole, mut full_copy) = (false, false);
-        for segment in segments {
-            let before = Lsn(segment.footer.previous_lsn_end.get());
-            if timeline.end > Lsn(0) && before != timeline.end {
-                // A segment is missing: nothing resolves until everything was read again.
-                hole = true;
-                full_copy = false; // A copy that is under way lacks what was in it.
-                let since = timeline
-                    .records
-                    .last()
-                    .map_or(WallTime(0), |record| record.1);
-                open.get_or_insert((timeline.end, since, SpanKind::Verify));
-            }
-            timeline.end = Lsn(segment.footer.lsn_end.get());
-            for entry in &segment.entries {
-                let (lsn, time) = (Lsn(entry.lsn.get()), WallTime(entry.wall_time.get()));
-                timeline.records.push((lsn, time));
-                let event = || Event {
-                    lsn,
-                    time,
-                    entry: *entry,
-                    segment: segment.footer.sequence.get(),
-                };
-                match entry.kind() {
-                    Ok(RecordKind::Point) => timeline.points.push(event()),
-                    Ok(RecordKind::Gap) => timeline.gaps.push(event()),
-                    Ok(RecordKind::SpanBegin) => {
-                        // A new span takes over one that was never ended: from its beginning on nothing resolves.
-                        let kind = SpanKind::from_code(entry.detail).unwrap_or(SpanKind::Verify);
-                        full_copy = matches!(kind, SpanKind::BaseCopy | SpanKind::Verify);
-                        open = Some(
-                            open.map_or((lsn, time, kind), |(from, since, _)| (from, since, kind)),
-                        );
-                    }
-                    // Only a full copy makes up for a missing segment.
-                    Ok(RecordKind::SpanEnd) if hole && !full_copy => {}
-                    Ok(RecordKind::SpanEnd) => {
-                        hole = false;
-                        if let Some((from, from_time, kind)) = open.take() {
-                            timeline.closed.push(Closed {
-                                from,
-                                to: lsn,
-                                from_time,
-                                to_time: time,
-                                kind,
-                                open: false,
-                            });
-                        }
-                    }
-                    _ => {}
-                }
-            }
+        segments.for_each(|segment| timeline.add(segment));
+        timeline
+    }
+
+    /// Goes on with the next segment.
+    pub fn add(&mut self, segment: &StoredSegment) {
+        if self.open.is_some() {
+            self.closed.pop(); // As far as it was known until now.
         }
-        timeline.hole = hole;
-        if let Some((from, from_time, kind)) = open {
-            let to_time = timeline.records.last().map_or(from_time, |record| record.1);
-            timeline.closed.push(Closed {
+        if self.end > Lsn(0) && segment.previous_lsn_end != self.end {
+            // A segment is missing: nothing resolves until everything was read again.
+            self.hole = true;
+            self.full_copy = false; // A copy that is under way lacks what was in it.
+            let since = (self.end, self.end_time, SpanKind::Verify);
+            self.open.get_or_insert(since);
+        }
+        for entry in segment.events.iter() {
+            self.event(segment, entry);
+        }
+        self.end = segment.lsn_end;
+        self.records += segment.entry_count;
+        if segment.entry_count > 0 {
+            self.end_time = segment.time_end;
+        }
+        if let Some((from, from_time, kind)) = self.open {
+            self.closed.push(Closed {
                 from,
-                to: timeline.end,
+                to: self.end,
                 from_time,
-                to_time,
+                to_time: self.end_time,
                 kind,
                 open: true,
             });
         }
-        timeline
+    }
+
+    fn event(&mut self, segment: &StoredSegment, entry: &RunEntry) {
+        let (lsn, time) = (entry.lsn(), entry.time());
+        let event = || Event {
+            lsn,
+            time,
+            entry: *entry,
+            segment: segment.sequence,
+        };
+        match entry.kind() {
+            Ok(RecordKind::Point) => self.points.push(event()),
+            Ok(RecordKind::Gap) => self.gaps.push(event()),
+            Ok(RecordKind::SpanBegin) => {
+                // A new span takes over one that was never ended: from its beginning on nothing resolves.
+                let kind = SpanKind::from_code(entry.detail).unwrap_or(SpanKind::Verify);
+                self.full_copy = matches!(kind, SpanKind::BaseCopy | SpanKind::Verify);
+                let (from, since) = self
+                    .open
+                    .map_or((lsn, time), |(from, since, _)| (from, since));
+                self.open = Some((from, since, kind));
+            }
+            // Only a full copy makes up for a missing segment.
+            Ok(RecordKind::SpanEnd) if self.hole && !self.full_copy => {}
+            Ok(RecordKind::SpanEnd) => {
+                self.hole = false;
+                if let Some((from, from_time, kind)) = self.open.take() {
+                    self.closed.push(Closed {
+                        from,
+                        to: lsn,
+                        from_time,
+                        to_time: time,
+                        kind,
+                        open: false,
+                    });
+                }
+            }
+            _ => {}
+        }
     }
 
     /// Intervals in which nothing resolves, oldest first; the first is the base copy.
@@ -177,84 +198,53 @@ impl Timeline {
     /// Number of records.
     #[must_use]
     pub fn records(&self) -> u64 {
-        self.records.len() as u64
+        self.records
     }
 
-    /// Time of the last record below `lsn`.
+    /// Whether single writes are missing at `time`: since when, and the first LSN behind the gap.
     #[must_use]
-    pub fn time_of(&self, lsn: Lsn) -> WallTime {
-        let index = self.records.partition_point(|record| record.0 < lsn);
-        index
-            .checked_sub(1)
-            .and_then(|i| self.records.get(i))
-            .or_else(|| self.records.first())
-            .map_or(WallTime(0), |record| record.1)
-    }
-
-    /// The LSN whose image holds every record up to `time`.
-    #[must_use]
-    pub fn at_time(&self, time: WallTime) -> Lsn {
-        // Times never run backwards within an epoch; where the clock was set back between two, the later record counts.
-        let index = self.records.iter().rposition(|record| record.1 <= time);
-        index.map_or(Lsn(0), |i| self.records[i].0.plus(1))
-    }
-
-    /// Whether single writes are missing at `time`: the gap around it, with the nearest instants on both sides.
-    #[must_use]
-    pub fn gap_at(&self, time: WallTime) -> Option<Nearest> {
+    pub fn gap_at(&self, time: WallTime) -> Option<(WallTime, Lsn)> {
         let since = |gap: &Event| WallTime(gap.entry.offset.get() as i64);
         let gap = self
             .gaps
             .iter()
             .find(|gap| since(gap) < time && time < gap.time)?;
-        let before = self.at_time(since(gap));
         let after = self
             .closed
             .iter()
             .find(|closed| closed.to > gap.lsn && !closed.open)
             .map_or(gap.lsn.plus(1), |closed| closed.to.plus(1));
-        let with_time = |lsn: Lsn| (lsn, self.time_of(lsn));
-        Some(Nearest {
-            before: self.check(before).is_ok().then(|| with_time(before)),
-            after: self.check(after).is_ok().then(|| with_time(after)),
-            reason: None,
-        })
+        Some((since(gap), after))
     }
 
     /// Whether `lsn` resolves; if not, what does.
-    pub fn check(&self, lsn: Lsn) -> Result<Lsn, Nearest> {
-        let with_time = |lsn: Lsn| (lsn, self.time_of(lsn));
+    pub fn check(&self, lsn: Lsn) -> Result<Lsn, Outside> {
+        let outside = |before, after, reason| {
+            Err(Outside {
+                before,
+                after,
+                reason,
+            })
+        };
         let (Some(first), Some(last)) = (self.first(), self.last()) else {
-            return Err(Nearest {
-                before: None,
-                after: None,
-                reason: self.closed.first().map(|closed| closed.kind),
-            });
+            return outside(None, None, self.closed.first().map(|closed| closed.kind));
         };
         if lsn < first {
-            return Err(Nearest {
-                before: None,
-                after: Some(with_time(first)),
-                reason: None,
-            });
+            return outside(None, Some(first), None);
         }
         if lsn > self.end {
-            return Err(Nearest {
-                before: Some(with_time(last)),
-                after: None,
-                reason: None,
-            });
+            return outside(Some(last), None, None);
         }
         match self
             .closed
             .iter()
             .find(|closed| closed.from < lsn && lsn <= closed.to)
         {
-            Some(closed) => Err(Nearest {
-                before: (closed.from >= first).then(|| with_time(closed.from)),
-                after: (!closed.open).then(|| with_time(closed.to.plus(1))),
-                reason: Some(closed.kind),
-            }),
+            Some(closed) => outside(
+                (closed.from >= first).then_some(closed.from),
+                (!closed.open).then(|| closed.to.plus(1)),
+                Some(closed.kind),
+            ),
             None => Ok(lsn),
         }
     }

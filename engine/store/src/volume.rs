@@ -1,41 +1,41 @@
-//! The files of one volume's history: opened, locked, listed.
+//! The files of one volume's history: opened, locked, listed. In memory there is what the runs say of their segments, and which maps there are; no
+//! records.
+//!
+//! A run is what the store believes: if it is damaged it is made again from its segment, and if the segment is damaged its run still says what it
+//! held, so that exactly that cannot be read. Only where both are lost history has a hole.
 
-use crate::{StoreError, Timeline, ingest};
+use crate::maps::Maps;
+use crate::segment::{run_path, segment_path};
+use crate::segment_file::{SegmentBytes, SegmentFile};
+use crate::{Nearest, Outside, StoreError, StoredSegment, Timeline, durable, run_file};
 use nix::fcntl::{Flock, FlockArg};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use varve_format::{
-    Lsn, RunEntry, RunHeader, SEGMENT_FOOTER_BYTES, SegmentFooter, SegmentSequence, VolumeId,
-};
+use std::sync::Arc;
+use varve_format::{FormatError, Lsn, SegmentSequence, VolumeId, WallTime};
 
-/// A sealed segment at rest.
-#[derive(Clone, Debug)]
-pub struct StoredSegment {
-    /// Its footer.
-    pub footer: SegmentFooter,
-    /// Its file.
-    pub path: PathBuf,
-    /// Its records, without intents and checkpoints, in LSN order.
-    pub entries: Vec<RunEntry>,
-}
+/// Segments by number. Images that are open share it; it is copied when it changes while they do.
+pub(crate) type Segments = Arc<BTreeMap<SegmentSequence, Arc<StoredSegment>>>;
 
 /// One volume's history.
 pub struct VolumeStore {
-    directory: PathBuf,
+    directory: Arc<Path>,
     volume: VolumeId,
-    segments: BTreeMap<SegmentSequence, StoredSegment>,
+    segments: Segments,
+    pub(crate) maps: Maps,
     timeline: Timeline,
     damaged: Vec<String>,
+    /// Images that are open hold one, too.
+    in_use: Arc<()>,
     _lock: Flock<File>,
 }
 
 impl VolumeStore {
     /// Opens (or makes) a volume's history under `root`. A damaged file is set aside in [`VolumeStore::damaged`]; the rest stays readable.
     pub fn open(root: &Path, volume: VolumeId) -> Result<VolumeStore, StoreError> {
-        let directory = root.join("volumes").join(volume.to_string());
-        for part in ["segments", "runs"] {
+        let directory: Arc<Path> = volume_directory(root, volume).into();
+        for part in ["segments", "runs", "maps"] {
             let path = directory.join(part);
             std::fs::create_dir_all(&path).map_err(StoreError::io(&path))?;
         }
@@ -46,13 +46,15 @@ impl VolumeStore {
         // Not for writing: that would keep the file system from being remounted read-only.
         let file = File::open(&lock_path).map_err(StoreError::io(&lock_path))?;
         let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock)
-            .map_err(|_| StoreError::Locked(directory.clone()))?;
+            .map_err(|_| StoreError::Locked(directory.to_path_buf()))?;
         let mut store = VolumeStore {
+            maps: Maps::new(&directory, volume),
             directory,
             volume,
-            segments: BTreeMap::new(),
+            segments: Segments::default(),
             timeline: Timeline::default(),
             damaged: Vec::new(),
+            in_use: Arc::new(()),
             _lock: lock,
         };
         store.load()?;
@@ -60,78 +62,92 @@ impl VolumeStore {
     }
 
     fn load(&mut self) -> Result<(), StoreError> {
-        let folder = self.directory.join("segments");
-        let mut paths: Vec<PathBuf> = std::fs::read_dir(&folder)
-            .map_err(StoreError::io(&folder))?
-            .flatten()
-            .map(|entry| entry.path())
-            .collect();
-        paths.sort();
-        for path in paths {
-            if path.extension().is_some_and(|extension| extension == "new") {
-                std::fs::remove_file(&path).map_err(StoreError::io(&path))?;
-                continue;
+        let mut sequences = BTreeSet::new();
+        for (part, ending) in [("segments", "seg"), ("runs", "run")] {
+            for path in durable::list(&self.directory.join(part))? {
+                match sequence_of(&path, ending) {
+                    Some(sequence) => {
+                        sequences.insert(sequence);
+                    }
+                    None => self.damaged.push(format!(
+                        "{} is not a file of this store; it is left alone",
+                        path.display()
+                    )),
+                }
             }
-            match self.load_segment(&path) {
+        }
+        // A run behind the newest segment: its segment was lost, or is still in the log, and is then taken again.
+        let there = |sequence: &SegmentSequence| segment_path(&self.directory, *sequence).exists();
+        let newest = sequences.iter().rev().find(|sequence| there(sequence));
+        let newest = newest.copied();
+        let mut segments = BTreeMap::new();
+        for sequence in sequences.into_iter().filter(|s| Some(*s) <= newest) {
+            match self.load_segment(sequence) {
                 Ok(segment) => {
-                    self.segments
-                        .insert(SegmentSequence(segment.footer.sequence.get()), segment);
+                    segments.insert(sequence, Arc::new(segment));
                 }
                 Err(error) => self.damaged.push(error.to_string()),
             }
         }
-        self.rebuild_timeline();
+        self.segments = Arc::new(segments);
+        self.maps.load(&mut self.damaged)?;
+        self.timeline = Timeline::of(self.segments());
         Ok(())
     }
 
-    fn load_segment(&self, path: &Path) -> Result<StoredSegment, StoreError> {
-        let footer = read_footer(path)?;
-        if footer.volume != self.volume.0 {
-            return Err(StoreError::Damaged(
-                path.to_path_buf(),
-                varve_format::FormatError::Foreign("volume"),
-            ));
-        }
-        let run = self.run_path(SegmentSequence(footer.sequence.get()));
-        let entries = match read_run(&run, &footer) {
-            Ok(entries) => entries,
+    fn load_segment(&mut self, sequence: SegmentSequence) -> Result<StoredSegment, StoreError> {
+        let path = segment_path(&self.directory, sequence);
+        let run = run_path(&self.directory, sequence);
+        let stored_bytes = std::fs::metadata(&path).map(|found| found.len());
+        let (head, events) = match run_file::read_head(&run) {
+            Ok((head, _)) if head.volume != self.volume.0 || head.sequence() != sequence => {
+                let error = FormatError::Foreign("run of another volume or segment");
+                return Err(StoreError::Damaged(run, error));
+            }
+            Ok(found) => {
+                // Half a segment is noticed here; what else may be wrong with it when it is read.
+                if let Err(error) = &stored_bytes {
+                    let what = format!("{}: {error}. What it held cannot be read", path.display());
+                    self.damaged.push(what);
+                }
+                found
+            }
+            // Lost or damaged: the segment itself has everything.
             Err(_) => {
-                // Lost or damaged: the segment itself has everything.
-                let entries = ingest::index_file(path, &footer)?;
-                ingest::write_run(&run, &footer, &entries)?;
-                entries
+                let file = SegmentFile::open_path(&path)?;
+                let footer = *file.footer();
+                if footer.volume != self.volume.0 || file.sequence() != sequence {
+                    let error = FormatError::Foreign("segment of another volume or place");
+                    return Err(StoreError::Damaged(path, error));
+                }
+                let source = SegmentBytes::new(&file);
+                let (header, entries) = run_file::index(&path, source, footer.data_bytes.get())?;
+                run_file::write(&run, &header, &footer, &entries)?
             }
         };
-        Ok(StoredSegment {
-            footer,
-            path: path.to_path_buf(),
-            entries,
-        })
+        Ok(StoredSegment::new(
+            &self.directory,
+            &head,
+            events,
+            stored_bytes.unwrap_or(0),
+        ))
     }
 
     pub(crate) fn add(&mut self, segment: StoredSegment) {
-        self.segments
-            .insert(SegmentSequence(segment.footer.sequence.get()), segment);
-        self.rebuild_timeline();
+        self.timeline.add(&segment);
+        Arc::make_mut(&mut self.segments).insert(segment.sequence, Arc::new(segment));
     }
 
-    fn rebuild_timeline(&mut self) {
-        self.timeline = Timeline::of(self.segments.values());
+    /// Notes the new size of a segment whose file was replaced.
+    pub(crate) fn replaced(&mut self, sequence: SegmentSequence, stored_bytes: u64) {
+        if let Some(segment) = Arc::make_mut(&mut self.segments).get_mut(&sequence) {
+            let segment = Arc::make_mut(segment);
+            segment.stored_bytes = stored_bytes;
+            segment.settled = true;
+        }
     }
 
-    pub(crate) fn segment_path(&self, sequence: SegmentSequence) -> PathBuf {
-        self.directory
-            .join("segments")
-            .join(format!("{:020}.seg", sequence.0))
-    }
-
-    pub(crate) fn run_path(&self, sequence: SegmentSequence) -> PathBuf {
-        self.directory
-            .join("runs")
-            .join(format!("{:020}.run", sequence.0))
-    }
-
-    pub(crate) fn directory(&self) -> &Path {
+    pub(crate) fn directory(&self) -> &Arc<Path> {
         &self.directory
     }
 
@@ -143,7 +159,26 @@ impl VolumeStore {
 
     /// Segments in the order of their sequence.
     pub fn segments(&self) -> impl DoubleEndedIterator<Item = &StoredSegment> {
-        self.segments.values()
+        self.segments.values().map(|segment| &**segment)
+    }
+
+    /// All of them, as they are now.
+    pub(crate) fn shared_segments(&self) -> Segments {
+        Arc::clone(&self.segments)
+    }
+
+    /// A segment by its number.
+    pub(crate) fn segment(&self, sequence: SegmentSequence) -> Option<&Arc<StoredSegment>> {
+        self.segments.get(&sequence)
+    }
+
+    /// Segments with these numbers.
+    pub(crate) fn segments_in(
+        &self,
+        sequences: std::ops::Range<u64>,
+    ) -> impl DoubleEndedIterator<Item = &StoredSegment> {
+        let range = SegmentSequence(sequences.start)..SegmentSequence(sequences.end);
+        self.segments.range(range).map(|(_, segment)| &**segment)
     }
 
     /// The newest segment.
@@ -164,68 +199,143 @@ impl VolumeStore {
         &self.damaged
     }
 
-    /// Bytes of all segment files.
+    /// Bytes of all files: segments, runs, maps.
     #[must_use]
     pub fn stored_bytes(&self) -> u64 {
-        self.segments
-            .values()
-            .map(|s| s.footer.data_bytes.get() + SEGMENT_FOOTER_BYTES as u64)
-            .sum()
+        let entry = varve_format::RUN_ENTRY_BYTES as u64;
+        let segment = |segment: &StoredSegment| {
+            let entries = segment.entry_count + segment.events.len() as u64;
+            segment.stored_bytes + varve_format::BLOCK_BYTES + entries * entry
+        };
+        self.segments().map(segment).sum::<u64>() + self.maps.stored_bytes()
+    }
+
+    /// Bytes of the segments that are not compressed yet.
+    #[must_use]
+    pub fn unsettled_bytes(&self) -> u64 {
+        let sealed = self.segments().filter(|segment| !segment.settled);
+        sealed.map(|segment| segment.stored_bytes).sum()
+    }
+
+    /// Whether images of this history are open.
+    #[must_use]
+    pub fn is_in_use(&self) -> bool {
+        Arc::strong_count(&self.in_use) > 1
+    }
+
+    pub(crate) fn lease(&self) -> Arc<()> {
+        Arc::clone(&self.in_use)
     }
 
     /// Size of the volume at `lsn` and its logical sector, in bytes: they change only where a new epoch begins, with a segment of its own.
-    pub fn shape(&self, lsn: Lsn) -> Result<(u64, u32), StoreError> {
-        let before = |segment: &&StoredSegment| Lsn(segment.footer.lsn_start.get()) < lsn;
-        let newest = self.segments.values().rev().find(before);
-        let Some(segment) = newest.or_else(|| self.segments.values().next()) else {
-            return Ok((0, 512));
+    #[must_use]
+    pub fn shape(&self, lsn: Lsn) -> (u64, u32) {
+        let newest = self
+            .segments()
+            .rev()
+            .find(|segment| segment.lsn_start < lsn);
+        newest
+            .or_else(|| self.segments().next())
+            .map_or((0, 512), |segment| {
+                (segment.volume_bytes, segment.sector_bytes)
+            })
+    }
+
+    /// Time of the last record below `lsn`; of the first one if there is none.
+    pub fn time_of(&self, lsn: Lsn) -> Result<WallTime, StoreError> {
+        let told = |segment: &&StoredSegment| segment.entry_count > 0;
+        let mut below = self.segments().rev().filter(told);
+        let Some(segment) = below.find(|segment| segment.lsn_start < lsn) else {
+            let first = self.segments().find(told);
+            return Ok(first.map_or(WallTime(0), |segment| segment.time_start));
         };
-        let file = File::open(&segment.path).map_err(StoreError::io(&segment.path))?;
-        let reader = varve_log::SegmentReader::open(file, 0, segment.footer.data_bytes.get())
-            .map_err(StoreError::segment(&segment.path))?;
-        let header = reader.header();
-        let sector_bytes = match header.sector_bytes.get() {
-            4096 => 4096,
-            _ => 512,
+        if segment.lsn_end <= lsn {
+            return Ok(segment.time_end);
+        }
+        let entries = segment.entries()?;
+        let index = entries.partition_point(|entry| entry.lsn() < lsn);
+        // The first record of a segment may have none before it here: then the segment before tells.
+        match index.checked_sub(1) {
+            Some(index) => Ok(entries[index].time()),
+            None => Ok(below
+                .next()
+                .map_or(segment.time_start, |before| before.time_end)),
+        }
+    }
+
+    /// The LSN whose image holds every record up to `time`.
+    pub fn at_time(&self, time: WallTime) -> Result<Lsn, StoreError> {
+        // Times never run backwards within an epoch; where the clock was set back between two, the later record counts.
+        let newest = self
+            .segments()
+            .rev()
+            .find(|segment| segment.entry_count > 0 && segment.time_start <= time);
+        let Some(segment) = newest else {
+            return Ok(Lsn(0));
         };
-        Ok((header.volume_bytes.get(), sector_bytes))
+        let entries = segment.entries()?;
+        let last = entries.iter().rev().find(|entry| entry.time() <= time);
+        Ok(last.map_or(segment.lsn_start, |entry| entry.lsn().plus(1)))
+    }
+
+    /// Whether `lsn` resolves; if not, what does.
+    pub fn check(&self, lsn: Lsn) -> Result<Result<Lsn, Nearest>, StoreError> {
+        match self.timeline.check(lsn) {
+            Ok(lsn) => Ok(Ok(lsn)),
+            Err(outside) => Ok(Err(self.with_times(&outside)?)),
+        }
+    }
+
+    /// Whether single writes are missing at `time`: the gap around it, with the nearest instants on both sides.
+    pub fn gap_at(&self, time: WallTime) -> Result<Option<Nearest>, StoreError> {
+        let Some((since, after)) = self.timeline.gap_at(time) else {
+            return Ok(None);
+        };
+        let resolves = |lsn: &Lsn| self.timeline.check(*lsn).is_ok();
+        let outside = Outside {
+            before: Some(self.at_time(since)?).filter(resolves),
+            after: Some(after).filter(resolves),
+            reason: None,
+        };
+        self.with_times(&outside).map(Some)
+    }
+
+    fn with_times(&self, outside: &Outside) -> Result<Nearest, StoreError> {
+        let with_time = |lsn: Option<Lsn>| {
+            lsn.map(|lsn| self.time_of(lsn).map(|time| (lsn, time)))
+                .transpose()
+        };
+        Ok(Nearest {
+            before: with_time(outside.before)?,
+            after: with_time(outside.after)?,
+            reason: outside.reason,
+        })
+    }
+
+    /// A point's name, out of its segment.
+    pub fn point_name(&self, point: &crate::Event) -> Result<String, StoreError> {
+        let segment = self
+            .segments
+            .get(&point.segment)
+            .ok_or(StoreError::Missing(point.segment))?;
+        let file = SegmentFile::open(segment)?;
+        let mut name = vec![0u8; point.entry.length.get().min(255) as usize];
+        let cache = crate::cache::Cache::new(1);
+        file.read(point.entry.payload.get(), &mut name, &cache)?;
+        Ok(String::from_utf8_lossy(&name).into_owned())
     }
 }
 
-fn read_footer(path: &Path) -> Result<SegmentFooter, StoreError> {
-    let file = File::open(path).map_err(StoreError::io(path))?;
-    let length = file.metadata().map_err(StoreError::io(path))?.len();
-    let mut block = vec![0u8; SEGMENT_FOOTER_BYTES];
-    let at = length.checked_sub(SEGMENT_FOOTER_BYTES as u64);
-    let at = at.ok_or_else(|| {
-        StoreError::Damaged(
-            path.to_path_buf(),
-            varve_format::FormatError::Truncated {
-                needed: SEGMENT_FOOTER_BYTES as u64,
-                found: length,
-            },
-        )
-    })?;
-    file.read_exact_at(&mut block, at)
-        .map_err(StoreError::io(path))?;
-    let footer = SegmentFooter::parse(&block)
-        .map_err(|error| StoreError::Damaged(path.to_path_buf(), error))?;
-    if footer.data_bytes.get() != at {
-        let error = varve_format::FormatError::Truncated {
-            needed: footer.data_bytes.get(),
-            found: at,
-        };
-        return Err(StoreError::Damaged(path.to_path_buf(), error));
-    }
-    Ok(footer)
+fn sequence_of(path: &Path, ending: &str) -> Option<SegmentSequence> {
+    let known = path.extension().is_some_and(|found| found == ending);
+    let name = path.file_stem()?.to_str()?;
+    let sequence = name.parse().ok().map(SegmentSequence)?;
+    // Only as it is written here: two names of one number would be two segments.
+    (known && name.len() == 20).then_some(sequence)
 }
 
-fn read_run(path: &Path, footer: &SegmentFooter) -> Result<Vec<RunEntry>, StoreError> {
-    let bytes = std::fs::read(path).map_err(StoreError::io(path))?;
-    let damaged = |error| StoreError::Damaged(path.to_path_buf(), error);
-    let (header, entries) = RunHeader::parse(&bytes).map_err(damaged)?;
-    if header.volume != footer.volume || header.sequence.get() != footer.sequence.get() {
-        return Err(damaged(varve_format::FormatError::Foreign("segment")));
-    }
-    Ok(entries.to_vec())
+/// Where the history of a volume lies under a store's root.
+#[must_use]
+pub fn volume_directory(root: &Path, volume: VolumeId) -> PathBuf {
+    root.join("volumes").join(volume.to_string())
 }

@@ -1,0 +1,224 @@
+//! A settled segment: a sealed one, compressed. Addresses stay: byte N of the sealed segment is byte N of the settled one, so runs, maps and the
+//! root go on meaning what they meant.
+//!
+//!   header block │ frames │ tables │ the sealed segment's footer block
+//!
+//! The segment is seen as blocks of 4 KiB. A block is zero, or a copy of an earlier one, or it is kept. Kept blocks, 32 in a row, make a frame;
+//! each frame is compressed by itself. The tables (frames, then one number for each block) have a checksum in the header.
+
+use crate::segment::check_head;
+use crate::{BLOCK_BYTES, FormatError, VERSION, crc32c};
+use zerocopy::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+/// Kept blocks in a frame: 128 KiB.
+pub const FRAME_BLOCKS: u64 = 32;
+/// Bytes of a whole frame before compression.
+pub const FRAME_BYTES: usize = (FRAME_BLOCKS * BLOCK_BYTES) as usize;
+/// In the block table: the block is zero.
+pub const BLOCK_IS_ZERO: u32 = u32::MAX;
+/// Largest segment that can be settled, in bytes: bounds what a reader allocates for its tables (1 MiB blocks, 4 MiB).
+pub const SETTLED_BYTES_MAX: u64 = 4 << 30;
+
+const MAGIC: [u8; 4] = *b"VSET";
+
+/// How a frame is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Codec {
+    /// As it is.
+    Plain = 0,
+    /// LZ4 block.
+    Lz4 = 1,
+    /// Zstandard frame.
+    Zstd = 2,
+}
+
+impl Codec {
+    /// Reads the code.
+    #[must_use]
+    pub fn from_code(code: u8) -> Option<Codec> {
+        [Codec::Plain, Codec::Lz4, Codec::Zstd]
+            .into_iter()
+            .find(|codec| *codec as u8 == code)
+    }
+}
+
+/// The first block of a settled segment.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+pub struct SettledHeader {
+    /// CRC-32C of everything after itself in this block.
+    pub crc: U32,
+    /// `VSET`.
+    pub magic: [u8; 4],
+    /// Format version.
+    pub version: U16,
+    /// Features that a reader may ignore.
+    pub compat: U16,
+    /// Features that a reader must know.
+    pub incompat: U32,
+    /// The volume.
+    pub volume: [u8; 16],
+    /// The segment.
+    pub sequence: U64,
+    /// Bytes of the sealed segment before its footer.
+    pub data_bytes: U64,
+    /// Kept blocks.
+    pub kept_blocks: U64,
+    /// Where the tables begin in this file; the frames lie between the header and them.
+    pub tables_at: U64,
+    /// CRC-32C of the tables.
+    pub tables_crc: U32,
+    /// Zero.
+    pub reserved: [u8; 4028],
+}
+const _: () = assert!(size_of::<SettledHeader>() == BLOCK_BYTES as usize);
+
+impl SettledHeader {
+    /// A header with magic and version set and everything else zero.
+    #[must_use]
+    pub fn empty() -> SettledHeader {
+        let mut header: SettledHeader = zerocopy::FromZeros::new_zeroed();
+        header.magic = MAGIC;
+        header.version = U16::new(VERSION);
+        header
+    }
+
+    /// The header's block with its checksum.
+    #[must_use]
+    pub fn to_block(mut self) -> [u8; BLOCK_BYTES as usize] {
+        self.crc = U32::new(crc32c(&self.as_bytes()[4..]));
+        let mut block = [0u8; BLOCK_BYTES as usize];
+        block.copy_from_slice(self.as_bytes());
+        block
+    }
+
+    /// Whether a file begins like a settled segment (and not like a sealed one).
+    #[must_use]
+    pub fn is_settled(block: &[u8]) -> bool {
+        block.get(4..8) == Some(&MAGIC[..])
+    }
+
+    /// Checks and copies a header out of its block. `file_bytes`: the whole file's, footer block included.
+    pub fn parse(block: &[u8], file_bytes: u64) -> Result<SettledHeader, FormatError> {
+        let (header, _) =
+            SettledHeader::read_from_prefix(block).map_err(|_| FormatError::Truncated {
+                needed: BLOCK_BYTES,
+                found: block.len() as u64,
+            })?;
+        check_head(
+            header.magic == MAGIC,
+            header.crc.get(),
+            header.as_bytes(),
+            header.version.get(),
+            header.incompat.get(),
+        )?;
+        if header.data_bytes.get() > SETTLED_BYTES_MAX
+            || !header.data_bytes.get().is_multiple_of(BLOCK_BYTES)
+            || header.kept_blocks.get() > header.block_count()
+        {
+            return Err(FormatError::Field("settled.data_bytes"));
+        }
+        let tables = header.frame_count() * FRAME_ENTRY_BYTES as u64 + header.block_count() * 4;
+        let needed = header
+            .tables_at
+            .get()
+            .checked_add(tables + BLOCK_BYTES)
+            .ok_or(FormatError::Field("settled.tables_at"))?;
+        if header.tables_at.get() < BLOCK_BYTES || needed != file_bytes {
+            return Err(FormatError::Truncated {
+                needed,
+                found: file_bytes,
+            });
+        }
+        Ok(header)
+    }
+
+    /// Blocks of the sealed segment.
+    #[must_use]
+    pub fn block_count(&self) -> u64 {
+        self.data_bytes.get() / BLOCK_BYTES
+    }
+
+    /// Frames.
+    #[must_use]
+    pub fn frame_count(&self) -> u64 {
+        self.kept_blocks.get().div_ceil(FRAME_BLOCKS)
+    }
+
+    /// Bytes of frame number `frame` before compression: whole but for the last one.
+    #[must_use]
+    pub fn frame_bytes(&self, frame: u64) -> usize {
+        let blocks = self.kept_blocks.get() - (frame * FRAME_BLOCKS).min(self.kept_blocks.get());
+        (blocks.min(FRAME_BLOCKS) * BLOCK_BYTES) as usize
+    }
+}
+
+/// Size of an entry of the frame table.
+pub const FRAME_ENTRY_BYTES: usize = 24;
+
+/// Where a frame lies.
+#[repr(C)]
+#[derive(
+    Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, PartialEq, Eq,
+)]
+pub struct FrameEntry {
+    /// First byte in the file.
+    pub offset: U64,
+    /// Stored bytes.
+    pub length: U32,
+    /// CRC-32C of the stored bytes, then segment (8 bytes) and frame number (8 bytes).
+    pub crc: U32,
+    /// [`Codec`].
+    pub codec: u8,
+    /// Zero.
+    pub reserved: [u8; 7],
+}
+const _: () = assert!(size_of::<FrameEntry>() == FRAME_ENTRY_BYTES);
+
+/// The checksum of a stored frame: a frame of another place does not match.
+#[must_use]
+pub fn frame_crc(stored: &[u8], sequence: u64, frame: u64) -> u32 {
+    crate::checksum::crc32c_of([
+        stored,
+        &sequence.to_le_bytes()[..],
+        &frame.to_le_bytes()[..],
+    ])
+}
+
+/// Checks the tables and gives (frames, blocks). Every number in them is bounded here: a reader may index by them.
+pub fn parse_settled_tables<'a>(
+    header: &SettledHeader,
+    bytes: &'a [u8],
+) -> Result<(&'a [FrameEntry], &'a [U32]), FormatError> {
+    if crc32c(bytes) != header.tables_crc.get() {
+        return Err(FormatError::Checksum);
+    }
+    let frames = header.frame_count() as usize * FRAME_ENTRY_BYTES;
+    let (frames, blocks) = bytes.split_at_checked(frames).ok_or({
+        FormatError::Truncated {
+            needed: frames as u64,
+            found: bytes.len() as u64,
+        }
+    })?;
+    let frames =
+        <[FrameEntry]>::ref_from_bytes(frames).map_err(|_| FormatError::Field("settled.frames"))?;
+    let blocks =
+        <[U32]>::ref_from_bytes(blocks).map_err(|_| FormatError::Field("settled.blocks"))?;
+    let kept = header.kept_blocks.get();
+    let in_frame = |block: &U32| block.get() == BLOCK_IS_ZERO || u64::from(block.get()) < kept;
+    if blocks.len() as u64 != header.block_count() || !blocks.iter().all(in_frame) {
+        return Err(FormatError::Field("settled.blocks"));
+    }
+    for (index, frame) in frames.iter().enumerate() {
+        let end = frame.offset.get().checked_add(frame.length.get().into());
+        let whole = frame.offset.get() >= BLOCK_BYTES
+            && end.is_some_and(|end| end <= header.tables_at.get())
+            && frame.length.get() as usize <= header.frame_bytes(index as u64);
+        if !whole || Codec::from_code(frame.codec).is_none() {
+            return Err(FormatError::Field("settled.frame"));
+        }
+    }
+    Ok((frames, blocks))
+}

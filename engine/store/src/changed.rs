@@ -1,0 +1,57 @@
+//! Which ranges were written between two instants, by records: a rewrite of the same bytes counts.
+
+use crate::map_file::MapCursor;
+use crate::maps::Layer;
+use crate::{StoreError, VolumeStore};
+use std::sync::Arc;
+use varve_format::Lsn;
+
+/// Ranges that are kept before neighbours are merged: bounds memory at about twice what the answer needs, and 16 MiB.
+const RANGES_BEFORE_MERGING: usize = 1 << 20;
+
+impl VolumeStore {
+    /// Ranges (first byte, length) that records of `[from, to)` changed; in order, neighbours merged.
+    pub fn changed(&self, from: Lsn, to: Lsn) -> Result<Vec<(u64, u64)>, StoreError> {
+        let mut ranges = Vec::new();
+        let mut limit = RANGES_BEFORE_MERGING;
+        let mut note = |start: u64, end: u64| {
+            ranges.push((start, end));
+            if ranges.len() >= limit {
+                merge(&mut ranges);
+                limit = RANGES_BEFORE_MERGING.max(ranges.len() * 2);
+            }
+        };
+        for layer in self.layers(from, to)? {
+            match layer {
+                Layer::Replayed(replay) => replay
+                    .extents()
+                    .for_each(|extent| note(extent.offset.get(), extent.end())),
+                Layer::Map(map) => {
+                    let mut cursor = MapCursor::new(Arc::clone(&map));
+                    while let Some(extent) = cursor.advance()? {
+                        note(extent.offset.get(), extent.end());
+                    }
+                }
+            }
+        }
+        merge(&mut ranges);
+        let length = |(start, end): (u64, u64)| (start, end - start);
+        Ok(ranges.into_iter().map(length).collect())
+    }
+}
+
+/// Sorts ranges (start, end) and joins those that touch.
+fn merge(ranges: &mut Vec<(u64, u64)>) {
+    ranges.sort_unstable();
+    let mut kept = 0;
+    for index in 0..ranges.len() {
+        let (start, end) = ranges[index];
+        if kept > 0 && start <= ranges[kept - 1].1 {
+            ranges[kept - 1].1 = ranges[kept - 1].1.max(end);
+        } else {
+            ranges[kept] = (start, end);
+            kept += 1;
+        }
+    }
+    ranges.truncate(kept);
+}

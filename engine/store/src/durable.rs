@@ -1,0 +1,59 @@
+//! A file is made whole and durable before it gets its name.
+//!
+//! Crash: before the rename a `.new` file is left, which the next open of the store removes; after it the whole file is there. The directory is
+//! flushed last: until then the old file, or none, may come back, never a half one.
+
+use crate::StoreError;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+/// What files are called until they are whole.
+pub(crate) const UNFINISHED: &str = "new";
+
+/// The name under which `path` is written.
+pub(crate) fn unfinished(path: &Path) -> PathBuf {
+    path.with_extension(UNFINISHED)
+}
+
+/// Makes `path` with what `write` puts into it.
+pub(crate) fn create<T>(
+    path: &Path,
+    write: impl FnOnce(&mut File) -> Result<T, StoreError>,
+) -> Result<T, StoreError> {
+    let new = unfinished(path);
+    let made = File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(&new);
+    let mut file = made.map_err(StoreError::io(&new))?;
+    let done = write(&mut file)?;
+    file.sync_all().map_err(StoreError::io(&new))?;
+    name(&new, path)?;
+    Ok(done)
+}
+
+/// Gives a whole and durable file its name.
+pub(crate) fn name(new: &Path, path: &Path) -> Result<(), StoreError> {
+    std::fs::rename(new, path).map_err(StoreError::io(path))?;
+    let parent = path.parent().unwrap_or(path);
+    File::open(parent)
+        .and_then(|directory| directory.sync_all())
+        .map_err(StoreError::io(parent))
+}
+
+/// The files of a directory, in order; what was left unfinished is removed.
+pub(crate) fn list(folder: &Path) -> Result<Vec<PathBuf>, StoreError> {
+    let mut paths = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(StoreError::io(folder))? {
+        let path = entry.map_err(StoreError::io(folder))?.path();
+        if path.extension().is_some_and(|end| end == UNFINISHED) {
+            std::fs::remove_file(&path).map_err(StoreError::io(&path))?;
+        } else {
+            paths.push(path);
+        }
+    }
+    paths.sort();
+    Ok(paths)
+}

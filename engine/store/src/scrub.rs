@@ -1,0 +1,348 @@
+//! Scrubbing: everything is read again and checked, and for each damage it is said which instants and which blocks are lost. Only what can be made
+//! again from something whole is changed: runs and maps.
+//!
+//! A segment is whole if every batch of it parses, follows its predecessor and matches its checksums, its bytes have the root that they were sealed
+//! with, and its records are those of its run. If it is not, each of the run's records is tried by itself: what can be read is not lost.
+
+use crate::cache::Cache;
+use crate::map_file::{MapCursor, MapFile};
+use crate::segment_file::{SegmentBytes, SegmentFile};
+use crate::volume::Segments;
+use crate::{StoreError, StoredSegment, VolumeStore, run_file};
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::sync::Arc;
+use varve_format::{Hash128, Lsn, RunEntry, SegmentSequence, WallTime, payload_crc};
+use varve_log::ReadAt;
+
+/// Something that is not what it was.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Damage {
+    /// In words.
+    pub what: String,
+    /// The segment, if it is one.
+    pub segment: Option<SegmentSequence>,
+    /// Bytes of the volume that cannot be read: (first, length). Empty: everything that was recorded can still be read.
+    pub blocks: Vec<(u64, u64)>,
+    /// First instant that lacks them, and its time.
+    pub from: Option<(Lsn, WallTime)>,
+    /// First instant that has all of them again, because they were written anew; none if the newest lacks them, too.
+    pub until: Option<(Lsn, WallTime)>,
+}
+
+impl Damage {
+    /// Damage that no block is lost by, or that cannot be said of any.
+    pub(crate) fn without_place(what: &String) -> Damage {
+        Damage {
+            what: what.clone(),
+            segment: None,
+            blocks: Vec::new(),
+            from: None,
+            until: None,
+        }
+    }
+}
+
+/// What a scrub has found.
+#[derive(Clone, Debug, Default)]
+pub struct Scrubbed {
+    /// Segments that were read.
+    pub segments: u64,
+    /// Bytes of files that were read.
+    pub bytes: u64,
+    /// Bytes of history that they hold.
+    pub history_bytes: u64,
+    /// What is wrong.
+    pub damage: Vec<Damage>,
+    /// Maps that are damaged, and are to be made again.
+    pub maps: Vec<PathBuf>,
+    /// Segments that are whole, and whose runs are not.
+    pub runs: Vec<SegmentSequence>,
+}
+
+/// A scrub of what there is now. It needs no lock of the store.
+pub struct ScrubJob {
+    pub(crate) segments: Segments,
+    pub(crate) maps: Vec<Arc<MapFile>>,
+    pub(crate) known: Vec<String>,
+}
+
+impl VolumeStore {
+    /// A scrub of what there is now.
+    #[must_use]
+    pub fn scrub(&self) -> ScrubJob {
+        ScrubJob {
+            segments: self.shared_segments(),
+            maps: self.maps.all().cloned().collect(),
+            known: self.damaged().to_vec(),
+        }
+    }
+
+    /// Makes good what can be made again: damaged maps are given up (the next [`VolumeStore::next_map`] names them), damaged runs are written anew.
+    pub fn mend(&mut self, scrubbed: &Scrubbed) -> Result<(), StoreError> {
+        for path in &scrubbed.maps {
+            self.maps.discard(path);
+        }
+        for segment in scrubbed.runs.iter().filter_map(|s| self.segment(*s)) {
+            let (file, path) = (SegmentFile::open(segment)?, segment.path());
+            let source = SegmentBytes::new(&file);
+            let (header, entries) = run_file::index(&path, source, segment.data_bytes)?;
+            run_file::write(&segment.run_path(), &header, file.footer(), &entries)?;
+        }
+        Ok(())
+    }
+}
+
+impl ScrubJob {
+    /// Bytes of files that it will read, about.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        let segments = self.segments.values().map(|segment| segment.stored_bytes);
+        segments.sum::<u64>() + self.maps.iter().map(|map| map.file_bytes()).sum::<u64>()
+    }
+
+    /// Runs it from segment `from` on. `progress` hears after each file which segment is next and what was found until now, and says whether to go on.
+    pub fn run(
+        &self,
+        from: SegmentSequence,
+        mut progress: impl FnMut(SegmentSequence, &Scrubbed) -> ControlFlow<()>,
+    ) -> Scrubbed {
+        let mut found = Scrubbed::default();
+        let mut previous: Option<(Arc<StoredSegment>, Option<Hash128>)> = None;
+        for (sequence, segment) in self.segments.range(from..) {
+            let hash = self.segment(segment, previous.as_ref(), &mut found);
+            previous = Some((Arc::clone(segment), hash));
+            if progress(SegmentSequence(sequence.0 + 1), &found).is_break() {
+                return found;
+            }
+        }
+        for map in &self.maps {
+            if let Err(error) = check_map(map) {
+                found.maps.push(map.path().to_path_buf());
+                let what = format!("{error}. It is made again");
+                found.damage.push(Damage::without_place(&what));
+            }
+            found.bytes += map.file_bytes();
+            if progress(SegmentSequence(u64::MAX), &found).is_break() {
+                return found;
+            }
+        }
+        // What was found when the store was opened. What is lost with it, is said above where its run is there.
+        let opened = self.known.iter().map(Damage::without_place);
+        found.damage.extend(opened);
+        found
+    }
+
+    /// Reads a segment; gives the hash of its last batch.
+    fn segment(
+        &self,
+        segment: &StoredSegment,
+        previous: Option<&(Arc<StoredSegment>, Option<Hash128>)>,
+        found: &mut Scrubbed,
+    ) -> Option<Hash128> {
+        found.segments += 1;
+        found.bytes += segment.stored_bytes;
+        found.history_bytes += segment.data_bytes;
+        let follows = |(before, hash): &(Arc<StoredSegment>, Option<Hash128>)| Follows {
+            lsn_end: before.lsn_end,
+            next: before.sequence.0 + 1 == segment.sequence.0,
+            hash: (before.epoch == segment.epoch).then_some(*hash).flatten(),
+        };
+        match whole(segment, previous.map(follows)) {
+            Ok((hash, entries)) => {
+                if let Some(why) = run_is_wrong(segment, &entries) {
+                    let what = format!("{why}. It is made again from its segment");
+                    found.damage.push(Damage::without_place(&what));
+                    found.runs.push(segment.sequence);
+                }
+                Some(hash)
+            }
+            Err(why) => {
+                found.damage.push(self.damage(segment, why));
+                None
+            }
+        }
+    }
+
+    /// What a damaged segment has lost.
+    pub(crate) fn damage(&self, segment: &StoredSegment, why: String) -> Damage {
+        let mut damage = Damage {
+            what: format!("{}: {why}", segment.path().display()),
+            segment: Some(segment.sequence),
+            blocks: Vec::new(),
+            from: None,
+            until: None,
+        };
+        let entries = match segment.entries() {
+            Ok(entries) => entries,
+            Err(error) => {
+                damage.what += &format!("; its run, too: {error}");
+                damage.blocks = vec![(0, segment.volume_bytes)];
+                damage.from = Some((segment.lsn_start, segment.time_start));
+                return damage;
+            }
+        };
+        let lost = lost_records(segment, &entries);
+        if let Some(first) = lost.first() {
+            damage.from = Some((first.lsn().plus(1), first.time()));
+        }
+        damage.blocks = lost
+            .iter()
+            .map(|entry| (entry.offset.get(), entry.length.get()))
+            .collect();
+        damage.until = self.written_again(segment, &entries, &lost);
+        damage
+    }
+
+    /// When everything of `lost` had been written anew.
+    fn written_again(
+        &self,
+        segment: &StoredSegment,
+        entries: &[RunEntry],
+        lost: &[RunEntry],
+    ) -> Option<(Lsn, WallTime)> {
+        let last = lost.last()?;
+        let mut left: Vec<(u64, u64)> = lost
+            .iter()
+            .map(|entry| (entry.offset.get(), entry.offset.get() + entry.length.get()))
+            .collect();
+        let later = self
+            .segments
+            .range(SegmentSequence(segment.sequence.0 + 1)..);
+        let later = later.map(|(_, segment)| segment.entries().unwrap_or_default());
+        for entries in std::iter::once(entries.to_vec()).chain(later) {
+            for entry in entries.iter().filter(|entry| entry.lsn() > last.lsn()) {
+                if entry.changes_image() {
+                    cover(&mut left, entry.offset.get(), entry.length.get());
+                }
+                if left.is_empty() {
+                    return Some((entry.lsn().plus(1), entry.time()));
+                }
+            }
+        }
+        None
+    }
+}
+
+/// Takes `[offset, offset + length)` out of ranges (start, end).
+fn cover(left: &mut Vec<(u64, u64)>, offset: u64, length: u64) {
+    let (from, to) = (offset, offset + length);
+    let parts = std::mem::take(left).into_iter().flat_map(|(start, end)| {
+        let before = (start, end.min(from));
+        let behind = (start.max(to), end);
+        [before, behind].into_iter().filter(|(s, e)| s < e)
+    });
+    *left = parts.collect();
+}
+
+/// Records of a damaged segment whose payload cannot be read.
+fn lost_records(segment: &StoredSegment, entries: &[RunEntry]) -> Vec<RunEntry> {
+    let file = SegmentFile::open(segment).ok();
+    let cache = Cache::new(4);
+    let is_lost = |entry: &&RunEntry| {
+        if entry.kind != varve_format::RecordKind::Write as u8 {
+            return false;
+        }
+        let Some(file) = &file else {
+            return true;
+        };
+        let bytes = entry
+            .length
+            .get()
+            .min(varve_format::RECORD_PAYLOAD_BYTES_MAX);
+        let mut payload = vec![0u8; bytes as usize];
+        let read = file.read(entry.payload.get(), &mut payload, &cache);
+        let crc = payload_crc(segment.epoch, entry.lsn(), &payload);
+        read.is_err() || crc != entry.payload_crc.get()
+    };
+    entries.iter().filter(is_lost).copied().collect()
+}
+
+/// What is wrong with the run of a segment that is whole.
+fn run_is_wrong(segment: &StoredSegment, entries: &[RunEntry]) -> Option<String> {
+    let path = segment.run_path();
+    match run_file::read_entries(&path).and_then(|run| Ok((run, run_file::read_head(&path)?))) {
+        Ok((run, _)) if run == entries => None,
+        Ok(_) => Some(format!(
+            "{}: it says something else than its segment",
+            path.display()
+        )),
+        Err(error) => Some(error.to_string()),
+    }
+}
+
+/// What the segment before says.
+struct Follows {
+    lsn_end: Lsn,
+    next: bool,
+    hash: Option<Hash128>,
+}
+
+/// Reads a segment from one end to the other. Gives the hash of its last batch and what its run must be, or what is wrong.
+fn whole(
+    segment: &StoredSegment,
+    previous: Option<Follows>,
+) -> Result<(Hash128, Vec<RunEntry>), String> {
+    let path = segment.path();
+    let file = SegmentFile::open(segment).map_err(|error| error.to_string())?;
+    let mut source = Hashing {
+        source: SegmentBytes::new(&file),
+        hasher: blake3::Hasher::new(),
+        hashed: 0,
+    };
+    let (header, entries, hash) =
+        run_file::index_with_hash(&path, &mut source as &mut dyn ReadAt, segment.data_bytes)
+            .map_err(|error| error.to_string())?;
+    let root = *source.hasher.finalize().as_bytes();
+    if source.hashed != segment.data_bytes || root != segment.root {
+        return Err("its bytes do not have the root that they were sealed with".to_owned());
+    }
+    if let Some(before) = previous {
+        if before.next && before.lsn_end.0 != header.previous_lsn_end.get() {
+            return Err(format!(
+                "it says that history ended at LSN {} before it, the segment before ends at {}",
+                header.previous_lsn_end.get(),
+                before.lsn_end
+            ));
+        }
+        if before.next
+            && before
+                .hash
+                .is_some_and(|hash| hash != header.previous_hash())
+        {
+            return Err("it does not follow the segment before it".to_owned());
+        }
+    }
+    // Frames that hold nothing but padding are read, too.
+    for frame in 0..file.frame_count() {
+        if file.blocks_of_frame(frame).is_empty() {
+            file.read_frame(frame).map_err(|error| error.to_string())?;
+        }
+    }
+    Ok((hash, entries))
+}
+
+/// Hashes what is read one behind the other.
+struct Hashing<'a> {
+    source: SegmentBytes<'a>,
+    hasher: blake3::Hasher,
+    hashed: u64,
+}
+
+impl ReadAt for Hashing<'_> {
+    fn read_at(&mut self, offset: u64, bytes: &mut [u8]) -> std::io::Result<()> {
+        self.source.read_at(offset, bytes)?;
+        if offset == self.hashed {
+            self.hasher.update(bytes);
+            self.hashed += bytes.len() as u64;
+        }
+        Ok(())
+    }
+}
+
+/// A map's head, and every page of it.
+fn check_map(map: &MapFile) -> Result<(), StoreError> {
+    let mut cursor = MapCursor::new(Arc::new(map.reopen()?));
+    while cursor.advance()?.is_some() {}
+    Ok(())
+}

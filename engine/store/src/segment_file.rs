@@ -1,0 +1,245 @@
+//! A segment's file, sealed or settled, read by the addresses of the sealed one.
+
+use crate::cache::Cache;
+use crate::{StoreError, StoredSegment, compression};
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use varve_format::{
+    BLOCK_BYTES, BLOCK_IS_ZERO, EpochId, FRAME_BLOCKS, FormatError, FrameEntry,
+    SEGMENT_FOOTER_BYTES, SegmentFooter, SegmentSequence, SettledHeader, frame_crc,
+    parse_settled_tables,
+};
+use varve_log::ReadAt;
+
+/// Frames that were decompressed, by segment and number. 128 KiB each.
+pub(crate) type FrameCache = Cache<(u64, u64), Arc<[u8]>>;
+
+struct Settled {
+    header: SettledHeader,
+    frames: Vec<FrameEntry>,
+    blocks: Vec<u32>,
+}
+
+/// An open segment file. It stays readable when the file gets another one's place.
+pub(crate) struct SegmentFile {
+    file: File,
+    path: PathBuf,
+    footer: SegmentFooter,
+    settled: Option<Settled>,
+}
+
+impl SegmentFile {
+    /// Opens a segment's file and checks that it is the one that the store knows.
+    pub(crate) fn open(segment: &StoredSegment) -> Result<SegmentFile, StoreError> {
+        let path = segment.path();
+        let opened = SegmentFile::open_path(&path)?;
+        let footer = &opened.footer;
+        let same = footer.root == segment.root
+            && footer.epoch == segment.epoch.0
+            && footer.sequence.get() == segment.sequence.0
+            && footer.data_bytes.get() == segment.data_bytes;
+        if !same || footer.volume != segment.volume.0 {
+            return Err(StoreError::Damaged(path, FormatError::Foreign("segment")));
+        }
+        Ok(opened)
+    }
+
+    /// Opens a file by its own words.
+    pub(crate) fn open_path(path: &Path) -> Result<SegmentFile, StoreError> {
+        let file = File::open(path).map_err(StoreError::io(path))?;
+        SegmentFile::of(file, path)
+    }
+
+    /// The same of an open file.
+    pub(crate) fn of(file: File, path: &Path) -> Result<SegmentFile, StoreError> {
+        let damaged = |error| StoreError::Damaged(path.to_path_buf(), error);
+        let length = file.metadata().map_err(StoreError::io(path))?.len();
+        let truncated = |needed| FormatError::Truncated {
+            needed,
+            found: length,
+        };
+        if length < BLOCK_BYTES + SEGMENT_FOOTER_BYTES as u64 {
+            return Err(damaged(truncated(
+                BLOCK_BYTES + SEGMENT_FOOTER_BYTES as u64,
+            )));
+        }
+        let mut block = vec![0u8; SEGMENT_FOOTER_BYTES];
+        let footer_at = length - SEGMENT_FOOTER_BYTES as u64;
+        file.read_exact_at(&mut block, footer_at)
+            .map_err(StoreError::io(path))?;
+        let footer = SegmentFooter::parse(&block).map_err(damaged)?;
+        file.read_exact_at(&mut block, 0)
+            .map_err(StoreError::io(path))?;
+        if !SettledHeader::is_settled(&block) {
+            if footer.data_bytes.get() != footer_at {
+                let needed = footer.data_bytes.get() + SEGMENT_FOOTER_BYTES as u64;
+                return Err(damaged(truncated(needed)));
+            }
+            return Ok(SegmentFile {
+                file,
+                path: path.to_path_buf(),
+                footer,
+                settled: None,
+            });
+        }
+        let header = SettledHeader::parse(&block, length).map_err(damaged)?;
+        if header.volume != footer.volume
+            || header.sequence != footer.sequence
+            || header.data_bytes != footer.data_bytes
+        {
+            return Err(damaged(FormatError::Foreign("segment")));
+        }
+        let tables_at = header.tables_at.get();
+        let mut tables = vec![0u8; (footer_at - tables_at) as usize];
+        file.read_exact_at(&mut tables, tables_at)
+            .map_err(StoreError::io(path))?;
+        let (frames, blocks) = parse_settled_tables(&header, &tables).map_err(damaged)?;
+        let settled = Settled {
+            frames: frames.to_vec(),
+            blocks: blocks.iter().map(|block| block.get()).collect(),
+            header,
+        };
+        Ok(SegmentFile {
+            file,
+            path: path.to_path_buf(),
+            footer,
+            settled: Some(settled),
+        })
+    }
+
+    pub(crate) fn footer(&self) -> &SegmentFooter {
+        &self.footer
+    }
+
+    pub(crate) fn epoch(&self) -> EpochId {
+        EpochId(self.footer.epoch)
+    }
+
+    pub(crate) fn sequence(&self) -> SegmentSequence {
+        SegmentSequence(self.footer.sequence.get())
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Frames of a settled one.
+    pub(crate) fn frame_count(&self) -> u64 {
+        self.settled
+            .as_ref()
+            .map_or(0, |settled| settled.frames.len() as u64)
+    }
+
+    /// Addresses of the blocks that a frame holds, in order.
+    pub(crate) fn blocks_of_frame(&self, frame: u64) -> Vec<u64> {
+        let Some(settled) = &self.settled else {
+            return Vec::new();
+        };
+        let blocks = settled.blocks.iter().enumerate();
+        blocks
+            .filter(|(_, kept)| {
+                **kept != BLOCK_IS_ZERO && u64::from(**kept) / FRAME_BLOCKS == frame
+            })
+            .map(|(index, _)| index as u64 * BLOCK_BYTES)
+            .collect()
+    }
+
+    /// Reads a frame past the cache, checks and decompresses it.
+    pub(crate) fn read_frame(&self, frame: u64) -> Result<Arc<[u8]>, StoreError> {
+        let damaged = || StoreError::Frame {
+            segment: self.sequence(),
+            frame,
+        };
+        let settled = self.settled.as_ref().ok_or_else(damaged)?;
+        let entry = settled.frames.get(frame as usize).ok_or_else(damaged)?;
+        let mut stored = vec![0u8; entry.length.get() as usize];
+        self.file
+            .read_exact_at(&mut stored, entry.offset.get())
+            .map_err(StoreError::io(&self.path))?;
+        if frame_crc(&stored, self.sequence().0, frame) != entry.crc.get() {
+            return Err(damaged());
+        }
+        let whole = settled.header.frame_bytes(frame);
+        compression::unpack(entry.codec, &stored, whole).ok_or_else(damaged)
+    }
+
+    /// Reads `bytes.len()` bytes from `offset` of the sealed segment.
+    pub(crate) fn read(
+        &self,
+        offset: u64,
+        bytes: &mut [u8],
+        cache: &FrameCache,
+    ) -> Result<(), StoreError> {
+        let end = offset.checked_add(bytes.len() as u64);
+        if end.is_none_or(|end| end > self.footer.data_bytes.get()) {
+            let error = FormatError::Truncated {
+                needed: end.unwrap_or(u64::MAX),
+                found: self.footer.data_bytes.get(),
+            };
+            return Err(StoreError::Damaged(self.path.clone(), error));
+        }
+        let Some(settled) = &self.settled else {
+            return self
+                .file
+                .read_exact_at(bytes, offset)
+                .map_err(StoreError::io(&self.path));
+        };
+        let mut last: Option<(u64, Arc<[u8]>)> = None;
+        let mut done = 0;
+        while done < bytes.len() {
+            let at = offset + done as u64;
+            let within = (at % BLOCK_BYTES) as usize;
+            let part = (BLOCK_BYTES as usize - within).min(bytes.len() - done);
+            let target = &mut bytes[done..done + part];
+            done += part;
+            let kept = settled.blocks[(at / BLOCK_BYTES) as usize];
+            if kept == BLOCK_IS_ZERO {
+                target.fill(0);
+                continue;
+            }
+            let (frame, index) = (
+                u64::from(kept) / FRAME_BLOCKS,
+                u64::from(kept) % FRAME_BLOCKS,
+            );
+            if last.as_ref().is_none_or(|(number, _)| *number != frame) {
+                let key = (self.sequence().0, frame);
+                last = Some((frame, cache.get(key, || self.read_frame(frame))?));
+            }
+            if let Some((_, content)) = &last {
+                let from = (index * BLOCK_BYTES) as usize + within;
+                target.copy_from_slice(&content[from..from + part]);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A segment file read from one end to the other.
+pub(crate) struct SegmentBytes<'a> {
+    file: &'a SegmentFile,
+    cache: FrameCache,
+}
+
+impl<'a> SegmentBytes<'a> {
+    pub(crate) fn new(file: &'a SegmentFile) -> SegmentBytes<'a> {
+        SegmentBytes {
+            file,
+            // The frame at hand, and some that later blocks may be copies of.
+            cache: Cache::new(16),
+        }
+    }
+}
+
+impl ReadAt for SegmentBytes<'_> {
+    fn read_at(&mut self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        self.file
+            .read(offset, bytes, &self.cache)
+            .map_err(|error| match error {
+                StoreError::Io(_, error) => error,
+                other => io::Error::new(io::ErrorKind::InvalidData, other),
+            })
+    }
+}

@@ -1,0 +1,40 @@
+//! The quick check: whether every file is there, is what its name says, and follows the one before it. Data is not read; that is what a scrub is for.
+
+use crate::scrub::{Damage, ScrubJob};
+use crate::segment_file::SegmentFile;
+use crate::{StoreError, StoredSegment, run_file};
+use varve_format::Lsn;
+
+impl ScrubJob {
+    /// Looks at headers, footers, tables, runs and maps.
+    #[must_use]
+    pub fn structure(&self) -> Vec<Damage> {
+        let mut damage: Vec<Damage> = self.known.iter().map(Damage::without_place).collect();
+        let mut before: Option<(u64, Lsn)> = None;
+        for segment in self.segments.values() {
+            if let Err(error) = head_of(segment) {
+                damage.push(self.damage(segment, error.to_string()));
+            }
+            let (next, end) = before.unwrap_or((segment.sequence.0, segment.previous_lsn_end));
+            if segment.sequence.0 != next || segment.previous_lsn_end != end {
+                damage.push(Damage::without_place(&format!(
+                    "history has a hole before segment {}: it goes on behind LSN {}, what is there before it ends at {end}",
+                    segment.sequence, segment.previous_lsn_end
+                )));
+            }
+            before = Some((segment.sequence.0 + 1, segment.lsn_end));
+        }
+        for map in &self.maps {
+            if let Err(error) = map.reopen() {
+                damage.push(Damage::without_place(&error.to_string()));
+            }
+        }
+        damage
+    }
+}
+
+fn head_of(segment: &StoredSegment) -> Result<(), StoreError> {
+    SegmentFile::open(segment)?;
+    run_file::read_entries(&segment.run_path())?;
+    run_file::read_head(&segment.run_path()).map(|_| ())
+}

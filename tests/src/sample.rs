@@ -1,0 +1,335 @@
+//! Histories for tests of the store: made by the real log writer, taken by the real ingest, without a device. Their images are known by a second way.
+//!
+//! The ring lies in memory and completes at once: what a crash does to a log is another test's business.
+
+use std::collections::VecDeque;
+use std::path::Path;
+use varve_format::{
+    Checkpoint, EpochId, Hash128, Lsn, Record, RecordKind, SegmentSequence, SpanKind, VolumeId,
+    VolumeState, WallTime,
+};
+use varve_log::{
+    BatchBuffer, Completion, Disk, LogGeometry, LogWriter, Medium, Memory, Now, Operation, ReadAt,
+    SLOT_BYTES, SegmentOpening,
+};
+use varve_store::{VolumeStore, ingest};
+
+/// The volume of all samples.
+pub const VOLUME: VolumeId = VolumeId([5; 16]);
+const SEGMENT_COUNT: u64 = 4;
+const SLOTS: usize = 16;
+
+/// A log disk in memory.
+struct Ring {
+    content: Vec<u8>,
+    done: VecDeque<Completion>,
+    time_ns: u64,
+}
+
+impl Medium for Ring {
+    fn submit(&mut self, _: Disk, token: u64, operation: Operation) {
+        if let Operation::Write { offset, buffer } = operation {
+            let at = offset as usize;
+            buffer.read_with(|bytes| self.content[at..at + bytes.len()].copy_from_slice(bytes));
+        }
+        let result = Ok(());
+        self.done.push_back(Completion { token, result });
+    }
+    fn poll(&mut self, _: bool) -> Option<Completion> {
+        self.done.pop_front()
+    }
+    fn now(&self) -> Now {
+        Now {
+            monotonic_ns: self.time_ns,
+            wall: WallTime(self.time_ns as i64),
+        }
+    }
+    fn random_id(&mut self) -> [u8; 16] {
+        [1; 16]
+    }
+}
+
+/// What a record did, for the second way.
+#[derive(Clone, Debug)]
+struct Step {
+    lsn: Lsn,
+    offset: u64,
+    payload: Vec<u8>,
+    zeroed: u64,
+}
+
+/// Records a history into a store.
+pub struct Sample {
+    /// The store.
+    pub store: VolumeStore,
+    volume_bytes: u64,
+    segment_bytes: u64,
+    ring: Ring,
+    writer: LogWriter,
+    /// Payload of the open batch.
+    pending: u64,
+    steps: Vec<Step>,
+    remembers: bool,
+    random: u64,
+}
+
+impl Sample {
+    /// A new history of a volume, in a store under `root`. `remembers`: keeps everything for [`Sample::image`], too.
+    ///
+    /// # Panics
+    /// If the store cannot be made.
+    #[must_use]
+    pub fn new(root: &Path, volume_bytes: u64, segment_bytes: u64, remembers: bool) -> Sample {
+        let geometry = LogGeometry {
+            volume: VOLUME,
+            segment_bytes,
+            segment_count: SEGMENT_COUNT,
+            volume_bytes,
+            sector_bytes: 512,
+            region_bytes: 1 << 20,
+        };
+        let memory = Memory::anonymous(SLOTS * SLOT_BYTES).unwrap();
+        let mut ring = Ring {
+            content: vec![0; (segment_bytes * SEGMENT_COUNT) as usize],
+            done: VecDeque::new(),
+            time_ns: 1_000_000_000,
+        };
+        let buffer = BatchBuffer::new(&memory, 0, SLOTS, 512);
+        let mut writer = LogWriter::new(geometry, buffer, 1 << 40).unwrap();
+        let opening = SegmentOpening {
+            epoch: EpochId([3; 16]),
+            parent_epoch: EpochId([0; 16]),
+            sequence: SegmentSequence(1),
+            lsn_start: Lsn(1),
+            previous_lsn_end: Lsn(1),
+            previous_bytes: 0,
+            previous_hash: Hash128::default(),
+        };
+        writer.begin_epoch(&mut ring, opening, SegmentSequence(1), &checkpoint());
+        let mut sample = Sample {
+            store: VolumeStore::open(root, VOLUME).unwrap(),
+            volume_bytes,
+            segment_bytes,
+            ring,
+            writer,
+            pending: 0,
+            steps: Vec::new(),
+            remembers,
+            random: 0x2545_f491_4f6c_dd1d,
+        };
+        let begin = sample.span(RecordKind::SpanBegin, 0);
+        sample.span(RecordKind::SpanEnd, begin.0);
+        sample
+    }
+
+    /// A number that nobody can tell the next of.
+    pub fn random(&mut self) -> u64 {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        self.random
+    }
+
+    fn span(&mut self, kind: RecordKind, argument: u64) -> Lsn {
+        let mut record = Record::new(kind, 0, 0, argument);
+        record.detail = SpanKind::BaseCopy as u8;
+        self.append(record, &[])
+    }
+
+    fn append(&mut self, record: Record, payload: &[u8]) -> Lsn {
+        self.ring.time_ns += 1000;
+        // A batch must fit into a segment, behind its header and with its own.
+        if self.pending + payload.len() as u64 + 4 * 4096 > self.segment_bytes {
+            self.writer.want_durable(self.writer.next_lsn());
+            while self.writer.durable_lsn() < self.writer.next_lsn() {
+                self.turn();
+            }
+            self.pending = 0;
+        }
+        self.pending += payload.len() as u64;
+        while !self.writer.has_room(1, payload.len(), false) {
+            self.turn();
+        }
+        let now = self.ring.now();
+        let copy = |bytes: &mut [u8]| bytes.copy_from_slice(payload);
+        let (lsn, chunk) = self.writer.append(now, record, payload.len(), copy);
+        // The origin has it.
+        self.writer.buffer().mark_done(chunk);
+        lsn
+    }
+
+    /// One turn of the log: writes what is closed, rolls a full segment, and lets the store take it.
+    fn turn(&mut self) {
+        self.ring.time_ns += 2_000_000;
+        self.writer.pump(&mut self.ring);
+        while let Some(done) = self.ring.poll(false) {
+            self.writer.complete(done.token, done.result);
+        }
+        if self.writer.wants_roll() {
+            self.writer.roll(&mut self.ring, &checkpoint());
+            self.take();
+        }
+    }
+
+    fn take(&mut self) {
+        let mut log: &[u8] = &self.ring.content;
+        let below = self.writer.status().sequence;
+        let done = ingest(
+            &mut self.store,
+            &mut log as &mut dyn ReadAt,
+            self.segment_bytes,
+            SEGMENT_COUNT,
+            below,
+        )
+        .unwrap();
+        assert!(done.problems.is_empty(), "{:?}", done.problems);
+        self.writer.release_below(done.below);
+    }
+
+    /// Records a write.
+    pub fn write(&mut self, offset: u64, payload: Vec<u8>) -> Lsn {
+        assert!(offset + payload.len() as u64 <= self.volume_bytes);
+        let record = Record::new(RecordKind::Write, offset, payload.len() as u64, 0);
+        let lsn = self.append(record, &payload);
+        if self.remembers {
+            self.steps.push(Step {
+                lsn,
+                offset,
+                payload,
+                zeroed: 0,
+            });
+        }
+        lsn
+    }
+
+    /// Records a zeroing, or a discard.
+    pub fn zero(&mut self, kind: RecordKind, offset: u64, length: u64) -> Lsn {
+        let lsn = self.append(Record::new(kind, offset, length, 0), &[]);
+        if self.remembers {
+            self.steps.push(Step {
+                lsn,
+                offset,
+                payload: Vec::new(),
+                zeroed: length,
+            });
+        }
+        lsn
+    }
+
+    /// Records a point.
+    pub fn point(&mut self, name: &str) -> Lsn {
+        self.append(Record::new(RecordKind::Point, 0, 0, 0), name.as_bytes())
+    }
+
+    /// Seals what is open; the store has everything then.
+    pub fn seal(&mut self) -> Lsn {
+        let end = self.writer.next_lsn();
+        self.writer.want_seal();
+        while self.store.timeline().end() < end {
+            self.turn();
+        }
+        end
+    }
+
+    /// Writes of all sizes over all places, zeroings, discards, rewrites: `records` of them, then a seal.
+    pub fn mixed(&mut self, records: u64) -> Lsn {
+        let sectors = self.volume_bytes / 512;
+        for _ in 0..records {
+            let (what, place) = (self.random() % 100, self.random());
+            let length = match self.random() % 4 {
+                0 => 512 * (1 + self.random() % 16),
+                1 => 4096 * (1 + self.random() % 16),
+                _ => 4096,
+            };
+            let offset = match self.random() % 3 {
+                0 => place % sectors * 512,
+                // A hot corner, so that much is overwritten.
+                1 => place % (sectors / 16) * 512,
+                _ => place % (sectors / 8) * 4096,
+            };
+            let length = length.min(self.volume_bytes - offset);
+            let length = length.min(self.segment_bytes / 4 / 512 * 512);
+            match what {
+                0..3 => {
+                    let length = (length * 20).min(self.volume_bytes - offset);
+                    self.zero(RecordKind::Zero, offset, length);
+                }
+                3..5 => {
+                    self.zero(RecordKind::Discard, offset, length);
+                }
+                _ => {
+                    let payload = self.content(length as usize);
+                    self.write(offset, payload);
+                }
+            }
+        }
+        self.seal()
+    }
+
+    /// Content as disks have it: some zero, some text, some noise, some of it seen before.
+    fn content(&mut self, length: usize) -> Vec<u8> {
+        let seed = self.random();
+        match seed % 4 {
+            0 => vec![0; length],
+            1 => vec![(seed >> 8) as u8 % 7; length],
+            2 => format!("line {} of a log file\n", seed % 5000)
+                .bytes()
+                .cycle()
+                .take(length)
+                .collect(),
+            _ => {
+                let mut bytes = vec![0u8; length];
+                for part in bytes.chunks_mut(8) {
+                    let word = self.random().to_le_bytes();
+                    part.copy_from_slice(&word[..part.len()]);
+                }
+                bytes
+            }
+        }
+    }
+
+    /// The volume as of `lsn`, by applying every record to zeroes.
+    #[must_use]
+    pub fn image(&self, lsn: Lsn) -> Vec<u8> {
+        assert!(self.remembers);
+        let mut image = vec![0u8; self.volume_bytes as usize];
+        for step in self.steps.iter().take_while(|step| step.lsn < lsn) {
+            let at = step.offset as usize;
+            image[at..at + step.zeroed as usize].fill(0);
+            image[at..at + step.payload.len()].copy_from_slice(&step.payload);
+        }
+        image
+    }
+
+    /// Makes every map that is missing; gives their number.
+    pub fn map_all(&mut self) -> u64 {
+        let mut made = 0;
+        while let Some(job) = self.store.next_map() {
+            job.run().unwrap();
+            self.store.add_map(&job).unwrap();
+            made += 1;
+        }
+        made
+    }
+
+    /// Settles every segment.
+    pub fn settle_all(&mut self, compression: varve_store::Compression) -> u64 {
+        let mut settled = 0;
+        while let Some(job) = self.store.next_to_settle(compression, &|_| false) {
+            let proved = job.compress().unwrap().prove().unwrap();
+            self.store.replace(&proved).unwrap();
+            settled += 1;
+        }
+        settled
+    }
+}
+
+fn checkpoint() -> Checkpoint {
+    Checkpoint {
+        stable_lsn: Lsn(1),
+        span: None,
+        copy_cursor: u64::MAX,
+        state: VolumeState::Protected,
+        regions: Vec::new(),
+    }
+}

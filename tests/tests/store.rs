@@ -1,0 +1,553 @@
+//! The store: images out of maps and out of settled segments equal what was recorded, and whatever happens to a file is noticed, located and bounded.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "in tests a surprise should end the test"
+)]
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use varve_format::{Lsn, RecordKind, SegmentSequence, WallTime};
+use varve_store::{Compression, Image, RangeKind, Scrubbed, VolumeStore, volume_directory};
+use varve_tests::sample::{Sample, VOLUME};
+
+const VOLUME_BYTES: u64 = 4 << 20;
+const SEGMENT_BYTES: u64 = 96 << 10;
+const ALL: [Compression; 3] = [Compression::None, Compression::Lz4, Compression::Zstd(3)];
+
+fn files(root: &Path, kind: &str) -> Vec<PathBuf> {
+    let folder = volume_directory(root, VOLUME).join(kind);
+    let entries = std::fs::read_dir(folder).unwrap();
+    let mut files: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
+    files.sort();
+    files
+}
+
+fn read(store: &VolumeStore, lsn: Lsn) -> Vec<u8> {
+    let image = Image::open(store, lsn).unwrap();
+    let mut bytes = vec![0; image.bytes() as usize];
+    image.read(0, &mut bytes).unwrap();
+    bytes
+}
+
+fn scrub(store: &VolumeStore) -> Scrubbed {
+    store.scrub().run(SegmentSequence(0), |_, _| {
+        std::ops::ControlFlow::Continue(())
+    })
+}
+
+/// Compares images at instants of all kinds with what was recorded.
+fn compare(sample: &mut Sample, instants: u64) {
+    let end = sample.store.timeline().end();
+    let boundaries: Vec<Lsn> = sample.store.segments().map(|s| s.lsn_end).collect();
+    for round in 0..instants {
+        let lsn = match round % 3 {
+            0 => Lsn(3 + sample.random() % (end.0 - 2)),
+            1 => boundaries[sample.random() as usize % boundaries.len()],
+            _ => Lsn(end.0 - sample.random() % 200),
+        };
+        assert!(read(&sample.store, lsn) == sample.image(lsn), "LSN {lsn}");
+    }
+}
+
+#[test]
+fn images_out_of_maps_equal_what_was_recorded() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut sample = Sample::new(directory.path(), VOLUME_BYTES, SEGMENT_BYTES, true);
+    for round in 0..4 {
+        sample.mixed(1500);
+        compare(&mut sample, 6); // Some maps are there, some are not.
+        let made = sample.map_all();
+        assert!(made > 0, "round {round} made no map");
+    }
+    compare(&mut sample, 30);
+    let segments = sample.store.segments().count() as u64;
+    assert!(
+        segments > 100,
+        "{segments} segments: no map of a high level"
+    );
+    let end = sample.store.timeline().end();
+    let layers = Image::open(&sample.store, end).unwrap().layer_count() as u64;
+    // Seven maps of each of the levels 1 to 3, and what is replayed.
+    assert!(
+        layers <= 7 * 3 + 1,
+        "{layers} layers for {segments} segments"
+    );
+    let levels: Vec<PathBuf> = files(directory.path(), "maps");
+    assert!(
+        levels
+            .iter()
+            .any(|path| path.to_string_lossy().contains("/02-"))
+    );
+    // The same after opening anew, and without any map.
+    let Sample { store, .. } = sample;
+    let wanted = read(&store, end);
+    drop(store);
+    let store = VolumeStore::open(directory.path(), VOLUME).unwrap();
+    assert!(store.next_map().is_none() && read(&store, end) == wanted);
+    drop(store);
+    levels
+        .iter()
+        .for_each(|path| std::fs::remove_file(path).unwrap());
+    let store = VolumeStore::open(directory.path(), VOLUME).unwrap();
+    assert!(read(&store, end) == wanted && store.next_map().is_some());
+}
+
+#[test]
+fn an_image_says_what_is_data_zero_and_undefined() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut sample = Sample::new(directory.path(), VOLUME_BYTES, SEGMENT_BYTES, true);
+    sample.write(8192, vec![7; 4096]);
+    sample.zero(RecordKind::Zero, 10240, 4096);
+    sample.zero(RecordKind::Discard, 20480, 512);
+    let end = sample.seal();
+    let image = Image::open(&sample.store, end).unwrap();
+    let kinds: Vec<(u64, u64, RangeKind)> = image
+        .ranges(4096, 20480)
+        .unwrap()
+        .into_iter()
+        .map(|range| (range.offset, range.length, range.kind))
+        .collect();
+    let wanted = [
+        (4096, 4096, RangeKind::Zero),
+        (8192, 2048, RangeKind::Data),
+        (10240, 4096, RangeKind::Zero),
+        (14336, 6144, RangeKind::Zero),
+        (20480, 512, RangeKind::Undefined),
+        (20992, 3584, RangeKind::Zero),
+    ];
+    assert_eq!(kinds, wanted);
+}
+
+#[test]
+fn times_resolve_to_the_record_that_was_the_last() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut sample = Sample::new(directory.path(), VOLUME_BYTES, SEGMENT_BYTES, true);
+    sample.point("before");
+    let end = sample.mixed(2000);
+    let store = &sample.store;
+    let mut times: BTreeMap<WallTime, Lsn> = BTreeMap::new();
+    let mut previous = None;
+    for entry in store.segments().flat_map(|s| s.entries().unwrap()) {
+        times.insert(entry.time(), entry.lsn().plus(1));
+        if let Some(before) = previous {
+            assert_eq!(store.time_of(entry.lsn()).unwrap(), before);
+        }
+        previous = Some(entry.time());
+    }
+    assert_eq!(store.time_of(end).unwrap(), previous.unwrap());
+    for (time, lsn) in &times {
+        assert_eq!(store.at_time(*time).unwrap(), *lsn);
+        let between = times.range(..WallTime(time.0 - 1)).next_back();
+        let before = store.at_time(WallTime(time.0 - 1)).unwrap();
+        assert_eq!(before, between.map_or(Lsn(0), |(_, lsn)| *lsn));
+    }
+    let point = store.timeline().points.first().unwrap();
+    assert_eq!(store.point_name(point).unwrap(), "before");
+}
+
+#[test]
+fn changed_ranges_are_those_of_the_records_between() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut sample = Sample::new(directory.path(), VOLUME_BYTES, SEGMENT_BYTES, true);
+    let end = sample.mixed(5000);
+    sample.map_all();
+    for _ in 0..40 {
+        let (a, b) = (sample.random() % end.0, sample.random() % (end.0 + 1));
+        let (from, to) = (Lsn(a.min(b)), Lsn(a.max(b)));
+        let mut sectors = vec![false; (VOLUME_BYTES / 512) as usize];
+        for segment in sample.store.segments() {
+            for entry in segment.entries().unwrap() {
+                if (from..to).contains(&entry.lsn()) && entry.changes_image() {
+                    let first = entry.offset.get() / 512;
+                    let last = first + entry.length.get() / 512;
+                    sectors[first as usize..last as usize].fill(true);
+                }
+            }
+        }
+        let mut found = vec![false; sectors.len()];
+        let mut behind = 0;
+        for (offset, length) in sample.store.changed(from, to).unwrap() {
+            assert!(offset > behind || offset == 0, "neighbours are joined");
+            behind = offset + length;
+            found[(offset / 512) as usize..(behind / 512) as usize].fill(true);
+        }
+        assert!(found == sectors, "from {from} to {to}");
+    }
+}
+
+#[test]
+fn settled_segments_give_the_same_images_in_less_space() {
+    for compression in ALL {
+        let directory = tempfile::tempdir().unwrap();
+        let mut sample = Sample::new(directory.path(), VOLUME_BYTES, SEGMENT_BYTES, true);
+        let end = sample.mixed(2500);
+        sample.map_all();
+        let before = sample.store.stored_bytes();
+        // Open before, read after: what it has open stays, what it opens later is settled.
+        let image = Image::open(&sample.store, end).unwrap();
+        let mut half = vec![0; VOLUME_BYTES as usize / 2];
+        image.read(0, &mut half).unwrap();
+        let settled = sample.settle_all(compression);
+        assert_eq!(settled, sample.store.segments().count() as u64);
+        assert_eq!(sample.store.unsettled_bytes(), 0);
+        let mut whole = vec![0; VOLUME_BYTES as usize];
+        image.read(0, &mut whole).unwrap();
+        assert!(
+            whole == sample.image(end),
+            "{compression}: an image that was open"
+        );
+        compare(&mut sample, 12);
+        let after = sample.store.stored_bytes();
+        println!("{compression}: {before} bytes, settled {after}");
+        let limit = if compression == Compression::None {
+            90
+        } else {
+            70
+        };
+        assert!(
+            after * 100 < before * limit,
+            "{compression}: {after} of {before}"
+        );
+        let found = scrub(&sample.store);
+        assert!(found.damage.is_empty(), "{compression}: {:?}", found.damage);
+        // And after opening anew; a lost run is made again from the settled segment.
+        let runs = files(directory.path(), "runs");
+        let wanted = sample.image(end);
+        drop(image);
+        drop(sample);
+        std::fs::remove_file(&runs[3]).unwrap();
+        let store = VolumeStore::open(directory.path(), VOLUME).unwrap();
+        assert!(store.damaged().is_empty(), "{:?}", store.damaged());
+        assert!(read(&store, end) == wanted);
+        assert!(store.segments().all(|segment| segment.settled));
+        assert!(scrub(&store).damage.is_empty());
+    }
+}
+
+#[test]
+fn repetitions_and_zeroes_are_stored_once() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut sample = Sample::new(directory.path(), VOLUME_BYTES, 2 << 20, true);
+    let mut noise = vec![0u8; 4096];
+    for byte in &mut noise {
+        *byte = sample.random() as u8;
+    }
+    for block in 0..200 {
+        sample.write(block * 8192, noise.clone());
+        sample.write(block * 8192 + 4096, vec![0; 4096]);
+    }
+    let end = sample.seal();
+    sample.settle_all(Compression::None);
+    let segment = sample.store.segments().next().unwrap();
+    // 200 blocks of noise became one; headers of batches are what is left.
+    assert!(segment.stored_bytes < 100_000, "{}", segment.stored_bytes);
+    assert!(segment.data_bytes > 1_600_000, "{}", segment.data_bytes);
+    assert!(read(&sample.store, end) == sample.image(end));
+}
+
+/// A small history in every form: sealed, settled, with maps.
+fn small(root: &Path, settled: bool) -> Sample {
+    let mut sample = Sample::new(root, 1 << 20, 32 << 10, true);
+    sample.mixed(220);
+    sample.map_all();
+    if settled {
+        sample.settle_all(Compression::Zstd(3));
+    }
+    assert!(sample.store.segments().count() > 16);
+    sample
+}
+
+fn flip(path: &Path, bit: u64) {
+    let mut bytes = std::fs::read(path).unwrap();
+    bytes[(bit / 8) as usize] ^= 1 << (bit % 8);
+    std::fs::write(path, bytes).unwrap();
+}
+
+/// Every byte of the structures of a segment, its run and a map: one bit of each is flipped, and a scrub says so. Data is untouched, so everything
+/// can still be read, or is named as lost.
+#[test]
+fn every_flipped_byte_of_a_file_is_found_by_a_scrub() {
+    for settled in [false, true] {
+        let directory = tempfile::tempdir().unwrap();
+        let sample = small(directory.path(), settled);
+        let end = sample.store.timeline().end();
+        let wanted = sample.image(end);
+        let store = sample.store;
+        let job = store.scrub();
+        for kind in ["segments", "runs", "maps"] {
+            let victim = &files(directory.path(), kind)[2];
+            let length = std::fs::metadata(victim).unwrap().len();
+            for byte in 0..length {
+                // Every bit of the places where structures are, a part of the long rest.
+                let sparse = byte % 4096 >= 192 && byte % 211 != 0;
+                if sparse {
+                    continue;
+                }
+                let bit = byte * 8 + byte % 8;
+                flip(victim, bit);
+                let found = job.run(SegmentSequence(0), |_, _| {
+                    std::ops::ControlFlow::Continue(())
+                });
+                assert!(
+                    !found.damage.is_empty(),
+                    "{kind} (settled: {settled}): bit {bit} of {length} bytes was not found"
+                );
+                flip(victim, bit);
+            }
+        }
+        assert!(scrub(&store).damage.is_empty(), "all bits are back");
+        assert!(read(&store, end) == wanted);
+    }
+}
+
+/// Random flips anywhere: found, and the blocks that are named are the only ones that cannot be read.
+#[test]
+fn damage_is_located_and_the_rest_stays_readable() {
+    for settled in [false, true] {
+        let directory = tempfile::tempdir().unwrap();
+        let mut sample = small(directory.path(), settled);
+        let end = sample.store.timeline().end();
+        let segments = files(directory.path(), "segments");
+        let mut lost_something = 0;
+        for round in 0..250 {
+            let victim = &segments[sample.random() as usize % segments.len()];
+            let bits = std::fs::metadata(victim).unwrap().len() * 8;
+            let bit = sample.random() % bits;
+            flip(victim, bit);
+            let found = scrub(&sample.store);
+            assert!(
+                !found.damage.is_empty(),
+                "round {round}: bit {bit} not found"
+            );
+            let lost: Vec<(u64, u64)> =
+                found.damage.iter().flat_map(|d| d.blocks.clone()).collect();
+            let first = found.damage.iter().filter_map(|d| d.from).min();
+            lost_something += u32::from(!lost.is_empty());
+            // At its end, and at an instant at which the damage begins, if there is one.
+            for lsn in [Some(end), first.map(|(lsn, _)| lsn)].into_iter().flatten() {
+                let image = Image::open(&sample.store, lsn).unwrap();
+                let wanted = sample.image(lsn);
+                for sector in 0..image.bytes() / 512 {
+                    let (offset, mut bytes) = (sector * 512, [0u8; 512]);
+                    let named = lost
+                        .iter()
+                        .any(|(o, l)| offset < o + l && *o < offset + 512);
+                    match image.read(offset, &mut bytes) {
+                        Ok(()) => assert!(
+                            bytes == wanted[offset as usize..offset as usize + 512],
+                            "round {round}: wrong bytes were given out"
+                        ),
+                        Err(error) => assert!(named, "round {round}: not named: {error}"),
+                    }
+                }
+            }
+            if let (Some(first), Some(damage)) = (first, found.damage.first())
+                && !damage.blocks.is_empty()
+            {
+                assert_eq!(first.0, damage.from.unwrap().0);
+                let image = Image::open(&sample.store, first.0).unwrap();
+                let (offset, length) = damage.blocks[0];
+                let mut bytes = vec![0; length as usize];
+                let failed = image.read(offset, &mut bytes);
+                assert!(failed.is_err(), "round {round}: {damage:?} can be read");
+                if let Some((until, _)) = damage.until {
+                    let image = Image::open(&sample.store, until).unwrap();
+                    for (offset, length) in &damage.blocks {
+                        let mut bytes = vec![0; *length as usize];
+                        image.read(*offset, &mut bytes).unwrap();
+                    }
+                }
+            }
+            flip(victim, bit);
+        }
+        assert!(
+            lost_something > 30,
+            "{lost_something}: the flips hit nothing"
+        );
+    }
+}
+
+#[test]
+fn a_lost_segment_is_located_by_its_run_and_history_goes_on() {
+    let directory = tempfile::tempdir().unwrap();
+    let sample = small(directory.path(), false);
+    let end = sample.store.timeline().end();
+    let wanted = sample.image(end);
+    drop(sample);
+    let victim = &files(directory.path(), "segments")[4];
+    std::fs::remove_file(victim).unwrap();
+    let store = VolumeStore::open(directory.path(), VOLUME).unwrap();
+    assert_eq!(store.damaged().len(), 1, "{:?}", store.damaged());
+    assert!(
+        store.timeline().check(end).is_ok(),
+        "what is behind it is whole"
+    );
+    let lost: Vec<(u64, u64)> = scrub(&store).damage[0].blocks.clone();
+    assert!(!lost.is_empty());
+    let image = Image::open(&store, end).unwrap();
+    let mut failed = 0;
+    for sector in 0..image.bytes() / 512 {
+        let (offset, mut bytes) = (sector * 512, [0u8; 512]);
+        match image.read(offset, &mut bytes) {
+            Ok(()) => assert!(bytes == wanted[offset as usize..offset as usize + 512]),
+            Err(_) => {
+                failed += 1;
+                assert!(
+                    lost.iter()
+                        .any(|(o, l)| offset < o + l && *o < offset + 512)
+                );
+            }
+        }
+    }
+    assert!(
+        failed > 0,
+        "nothing of it was needed: the test says nothing"
+    );
+    assert!(store.scrub().structure().len() >= 1);
+}
+
+#[test]
+fn a_damaged_map_is_made_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let sample = small(directory.path(), false);
+    let end = sample.store.timeline().end();
+    let wanted = sample.image(end);
+    let mut store = sample.store;
+    // In a page: noticed when it is read, or by a scrub, which gives the map up.
+    let victim = files(directory.path(), "maps")[1].clone();
+    flip(&victim, 8 * 5000);
+    let found = scrub(&store);
+    assert_eq!(found.maps, [victim.clone()]);
+    store.mend(&found).unwrap();
+    assert!(!victim.exists());
+    assert!(read(&store, end) == wanted, "replayed instead");
+    let job = store.next_map().unwrap();
+    job.run().unwrap();
+    store.add_map(&job).unwrap();
+    assert!(victim.exists() && scrub(&store).damage.is_empty());
+    // In the header: noticed when the store opens.
+    drop(store);
+    flip(&victim, 8 * 100);
+    let store = VolumeStore::open(directory.path(), VOLUME).unwrap();
+    assert_eq!(store.damaged().len(), 1);
+    assert!(!victim.exists() && read(&store, end) == wanted);
+}
+
+/// Writing fails at every step of settling and of making a map: nothing is lost, nothing half done is left, and it goes on when there is room.
+#[test]
+fn a_failing_disk_loses_nothing_at_any_step() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut sample = Sample::new(directory.path(), 1 << 20, 64 << 10, true);
+    let end = sample.mixed(300);
+    let wanted = sample.image(end);
+    let mut failures = 0;
+    let map_bytes = {
+        let job = sample.store.next_map().unwrap();
+        job.run().unwrap();
+        let made = files(directory.path(), "maps")[0].clone();
+        let bytes = std::fs::metadata(&made).unwrap().len();
+        std::fs::remove_file(made).unwrap();
+        bytes
+    };
+    for limit in (0..map_bytes).step_by(2048) {
+        let job = sample.store.next_map().unwrap();
+        assert!(with_file_limit(limit, || job.run()).is_err(), "at {limit}");
+        failures += 1;
+        assert!(read(&sample.store, end) == wanted);
+    }
+    for limit in (0..).step_by(1024) {
+        let job = sample
+            .store
+            .next_to_settle(Compression::Lz4, &|_| false)
+            .unwrap();
+        let path = files(directory.path(), "segments")[0].clone();
+        let before = std::fs::read(&path).unwrap();
+        match with_file_limit(limit, || job.compress()) {
+            Ok(settling) => {
+                sample.store.replace(&settling.prove().unwrap()).unwrap();
+                break;
+            }
+            Err(_) => {
+                failures += 1;
+                assert!(std::fs::read(&path).unwrap() == before);
+                let left = files(directory.path(), "segments");
+                assert!(left.iter().all(|path| path.extension().unwrap() == "seg"));
+            }
+        }
+    }
+    assert!(failures > 20, "only {failures} failures");
+    sample.map_all();
+    sample.settle_all(Compression::Lz4);
+    assert!(read(&sample.store, end) == wanted && scrub(&sample.store).damage.is_empty());
+}
+
+/// The process dies at any step: what it leaves is one of these, and the next open of the store makes it good.
+#[test]
+fn what_a_crash_leaves_is_cleared_away() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut sample = small(directory.path(), false);
+    let end = sample.store.timeline().end();
+    let wanted = sample.image(end);
+    // Compressed, perhaps even proved, and not renamed.
+    let job = sample
+        .store
+        .next_to_settle(Compression::Zstd(1), &|_| false)
+        .unwrap();
+    let _settling = job.compress().unwrap();
+    // Half a map, half a run.
+    let folder = volume_directory(directory.path(), VOLUME);
+    std::fs::write(folder.join("maps/01-00000000000000000009.new"), [7; 9000]).unwrap();
+    std::fs::write(folder.join("runs/00000000000000000002.new"), [7; 100]).unwrap();
+    // A segment has its name, its run does not.
+    std::fs::remove_file(&files(directory.path(), "runs")[5]).unwrap();
+    drop(sample);
+    let store = VolumeStore::open(directory.path(), VOLUME).unwrap();
+    assert!(store.damaged().is_empty(), "{:?}", store.damaged());
+    for kind in ["segments", "runs", "maps"] {
+        let left = files(directory.path(), kind);
+        assert!(
+            left.iter().all(|path| path.extension().unwrap() != "new"),
+            "{left:?}"
+        );
+    }
+    assert!(read(&store, end) == wanted && scrub(&store).damage.is_empty());
+}
+
+#[test]
+fn what_does_not_come_back_from_the_disk_replaces_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let sample = small(directory.path(), false);
+    let store = sample.store;
+    let job = store
+        .next_to_settle(Compression::Zstd(1), &|_| false)
+        .unwrap();
+    let path = files(directory.path(), "segments")[0].clone();
+    let sealed = std::fs::read(&path).unwrap();
+    let settling = job.compress().unwrap();
+    flip(&path.with_extension("new"), 8 * 4100);
+    let failed = settling.prove().err().unwrap();
+    assert_eq!(failed.code(), "S011-proof", "{failed}");
+    assert!(std::fs::read(&path).unwrap() == sealed && !path.with_extension("new").exists());
+    // A segment that was damaged before is not made to look whole.
+    flip(&path, 8 * 9000);
+    let job = store
+        .next_to_settle(Compression::Zstd(1), &|_| false)
+        .unwrap();
+    let failed = job.compress().unwrap().prove().err().unwrap();
+    assert_eq!(failed.code(), "S010-root", "{failed}");
+}
+
+/// Runs `work` while no file of this process can grow past `bytes`, as on a disk that fails from there on. (Each test is a process of its own.)
+fn with_file_limit<T>(bytes: u64, work: impl FnOnce() -> T) -> T {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    use nix::sys::signal::{SigSet, Signal};
+    let mut signals = SigSet::empty();
+    signals.add(Signal::SIGXFSZ);
+    signals.thread_block().unwrap();
+    let (_, hard) = getrlimit(Resource::RLIMIT_FSIZE).unwrap();
+    setrlimit(Resource::RLIMIT_FSIZE, bytes, hard).unwrap();
+    let done = work();
+    setrlimit(Resource::RLIMIT_FSIZE, hard, hard).unwrap();
+    done
+}
