@@ -404,7 +404,7 @@ fn a_lost_segment_is_located_by_its_run_and_history_goes_on() {
         failed > 0,
         "nothing of it was needed: the test says nothing"
     );
-    assert!(store.scrub().structure().len() >= 1);
+    assert!(!store.scrub().structure().is_empty());
 }
 
 #[test]
@@ -418,7 +418,7 @@ fn a_damaged_map_is_made_again() {
     let victim = files(directory.path(), "maps")[1].clone();
     flip(&victim, 8 * 5000);
     let found = scrub(&store);
-    assert_eq!(found.maps, [victim.clone()]);
+    assert_eq!(found.maps, std::slice::from_ref(&victim));
     store.mend(&found).unwrap();
     assert!(!victim.exists());
     assert!(read(&store, end) == wanted, "replayed instead");
@@ -486,7 +486,7 @@ fn a_failing_disk_loses_nothing_at_any_step() {
 #[test]
 fn what_a_crash_leaves_is_cleared_away() {
     let directory = tempfile::tempdir().unwrap();
-    let mut sample = small(directory.path(), false);
+    let sample = small(directory.path(), false);
     let end = sample.store.timeline().end();
     let wanted = sample.image(end);
     // Compressed, perhaps even proved, and not renamed.

@@ -62,6 +62,7 @@ in_guests! {
     killed_in_a_rewind_finishes_it: |kernel| everywhere(kernel, &["rewind-killed"]);
     lost_history_is_said_and_made_whole: |kernel| everywhere(kernel, &["holes"]);
     resized_device_is_followed: |kernel| everywhere(kernel, &["resize"]);
+    history_is_compressed_and_proved_by_itself: |kernel| everywhere(kernel, &["store-life"]);
 }
 
 #[test]
@@ -107,6 +108,11 @@ fn fallback_sectors_sizes_and_partitions() {
 #[test]
 fn fallback_lost_history_is_said_and_made_whole() {
     fallback(&["holes"]);
+}
+
+#[test]
+fn fallback_history_is_compressed_and_proved_by_itself() {
+    fallback(&["store-life"]);
 }
 
 #[test]

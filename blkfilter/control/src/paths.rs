@@ -31,6 +31,12 @@ impl Paths {
         self.at("etc/varve/volumes")
     }
 
+    /// What the store does by itself.
+    #[must_use]
+    pub fn store_policy(&self) -> PathBuf {
+        self.at("etc/varve/store.toml")
+    }
+
     /// What lasts of hot copies: one file per volume that has some.
     #[must_use]
     pub fn copy_sets(&self) -> PathBuf {

@@ -75,6 +75,18 @@ pub enum StoreOp {
         /// Only say what would be written.
         dry_run: bool,
     },
+    /// Read all of a volume's history again.
+    Scrub {
+        /// Name.
+        volume: String,
+        /// Not faster than this.
+        bytes_per_second: Option<u64>,
+    },
+    /// Look at the structure of a volume's history.
+    Check {
+        /// Name.
+        volume: String,
+    },
     /// Forget a volume's history.
     Forget {
         /// Volume ID.
@@ -113,6 +125,8 @@ pub struct VolumeHistory {
     pub stored_bytes: u64,
     /// Bytes of payload.
     pub payload_bytes: u64,
+    /// Of the bytes in the store, those that are still to be compressed.
+    pub unsettled_bytes: u64,
     /// Intervals in which no instant resolves: (from LSN, to LSN, from ns, to ns, why).
     pub closed: Vec<(u64, u64, i64, i64, String)>,
     /// Intervals without single writes: (from ns, to ns).
@@ -132,6 +146,21 @@ pub struct CheckInfo {
     pub lsn: u64,
     /// Bytes that differed.
     pub differing_bytes: u64,
+}
+
+/// Something in a store that is not what it was.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DamageInfo {
+    /// In words.
+    pub what: String,
+    /// The segment, if it is one.
+    pub segment: Option<u64>,
+    /// Bytes of the volume that cannot be read: (offset, length). Empty: nothing that was recorded is lost.
+    pub blocks: Vec<(u64, u64)>,
+    /// First instant that lacks them: LSN and time, ns.
+    pub from: Option<(u64, i64)>,
+    /// First instant that has them again; none if the newest lacks them, too.
+    pub until: Option<(u64, i64)>,
 }
 
 /// An answer.
@@ -172,6 +201,19 @@ pub enum StoreReply {
         ranges: Vec<(u64, u64)>,
         /// Their bytes.
         bytes: u64,
+    },
+    /// A scrub or a check has ended.
+    Scrubbed {
+        /// Segments that were looked at.
+        segments: u64,
+        /// Bytes of files that were read.
+        bytes: u64,
+        /// Bytes of history in them.
+        history_bytes: u64,
+        /// Where it began: an earlier one was broken off there.
+        from_segment: u64,
+        /// What is wrong.
+        damage: Vec<DamageInfo>,
     },
     /// A rewind was done (or computed).
     Rewound {

@@ -9,6 +9,7 @@ pub(crate) fn history(store: &VolumeStore) -> Result<VolumeHistory, StoreError> 
     let mut answer = VolumeHistory {
         records: timeline.records(),
         stored_bytes: store.stored_bytes(),
+        unsettled_bytes: store.unsettled_bytes(),
         payload_bytes: store.segments().map(|segment| segment.payload_bytes).sum(),
         ..VolumeHistory::default()
     };

@@ -1,11 +1,13 @@
 //! `varved`: the store's daemon. Takes sealed segments out of the logs, shows images of the past, rewinds. A Unix socket, never the network.
 
+mod background;
 mod compare;
 mod describe;
 mod export;
 mod image_device;
 mod overlay;
 mod rewind;
+mod scrub;
 mod service;
 mod verify;
 
@@ -46,8 +48,10 @@ fn main() -> ExitCode {
     let paths = Paths::new(root);
     let socket = paths.store_socket();
     let service = Arc::new(Service::new(paths));
-    let background = Arc::clone(&service);
-    std::thread::spawn(move || background.follow());
+    let follower = Arc::clone(&service);
+    std::thread::spawn(move || follower.follow());
+    let worker = Arc::clone(&service);
+    std::thread::spawn(move || background::run(worker));
     match varve_control::serve(&socket, move |op, _, reporter| service.answer(op, reporter)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

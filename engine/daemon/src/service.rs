@@ -189,6 +189,42 @@ impl Service {
         }
     }
 
+    pub(crate) fn paths(&self) -> &Paths {
+        &self.paths
+    }
+
+    /// The ID of a volume, by its file: the data path need not answer.
+    pub(crate) fn id_of(&self, name: &str) -> Result<String, ControlError> {
+        let spec = self.specs().into_iter().find(|spec| spec.name == name);
+        spec.map(|spec| spec.id).ok_or_else(|| {
+            error(
+                "V019-unknown",
+                format!("no volume is named {name}; `varve status` lists them"),
+            )
+        })
+    }
+
+    /// Opens the histories of all volumes. What cannot be opened is said when it is asked for.
+    pub(crate) fn open_all(&self) {
+        for spec in self.specs() {
+            let _ = self.with_store(&spec.id, |_| Ok(()));
+        }
+    }
+
+    /// Histories that are open, by ID.
+    pub(crate) fn open_ids(&self) -> Vec<String> {
+        self.stores().keys().cloned().collect()
+    }
+
+    /// Works with a history that is open; one that was forgotten is not made again.
+    pub(crate) fn if_open<T>(
+        &self,
+        id: &str,
+        work: impl FnOnce(&mut VolumeStore) -> T,
+    ) -> Option<T> {
+        self.stores().get_mut(id).map(work)
+    }
+
     pub(crate) fn with_store<T>(
         &self,
         id: &str,
@@ -407,7 +443,27 @@ impl Service {
                 instant,
                 dry_run,
             } => self.rewind(&volume, &instant, dry_run, reporter),
+            StoreOp::Scrub {
+                volume,
+                bytes_per_second,
+            } => self.scrub(&volume, bytes_per_second, reporter),
+            StoreOp::Check { volume } => self.check(&volume),
             StoreOp::Forget { id } => {
+                // An image opens its segments when they are read from.
+                let in_use = || self.if_open(&id, |store| store.is_in_use()) == Some(true);
+                for _ in 0..100 {
+                    if !in_use() {
+                        break;
+                    }
+                    // A comparison that has just lost its volume ends by itself.
+                    std::thread::sleep(Duration::from_millis(100));
+                }
+                if in_use() {
+                    return Err(error(
+                        "S013-in-use",
+                        "an instant of this history is mounted, exported or being compared; end that first (`varve exports`)",
+                    ));
+                }
                 self.stores().remove(&id);
                 let path = VolumeId::parse(&id)
                     .map(|volume| self.paths.store().join("volumes").join(volume.to_string()));

@@ -32,9 +32,9 @@ pub struct Damage {
 
 impl Damage {
     /// Damage that no block is lost by, or that cannot be said of any.
-    pub(crate) fn without_place(what: &String) -> Damage {
+    pub(crate) fn without_place(what: &str) -> Damage {
         Damage {
-            what: what.clone(),
+            what: what.to_owned(),
             segment: None,
             blocks: Vec::new(),
             from: None,
@@ -101,6 +101,19 @@ impl ScrubJob {
         segments.sum::<u64>() + self.maps.iter().map(|map| map.file_bytes()).sum::<u64>()
     }
 
+    /// Segments there are.
+    #[must_use]
+    pub fn segment_count(&self) -> u64 {
+        self.segments.len() as u64
+    }
+
+    /// Bytes of the segments below `from`.
+    #[must_use]
+    pub fn bytes_below(&self, from: SegmentSequence) -> u64 {
+        let segments = self.segments.range(..from);
+        segments.map(|(_, segment)| segment.stored_bytes).sum()
+    }
+
     /// Runs it from segment `from` on. `progress` hears after each file which segment is next and what was found until now, and says whether to go on.
     pub fn run(
         &self,
@@ -128,7 +141,7 @@ impl ScrubJob {
             }
         }
         // What was found when the store was opened. What is lost with it, is said above where its run is there.
-        let opened = self.known.iter().map(Damage::without_place);
+        let opened = self.known.iter().map(|what| Damage::without_place(what));
         found.damage.extend(opened);
         found
     }

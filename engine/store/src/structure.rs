@@ -9,7 +9,11 @@ impl ScrubJob {
     /// Looks at headers, footers, tables, runs and maps.
     #[must_use]
     pub fn structure(&self) -> Vec<Damage> {
-        let mut damage: Vec<Damage> = self.known.iter().map(Damage::without_place).collect();
+        let mut damage: Vec<Damage> = self
+            .known
+            .iter()
+            .map(|what| Damage::without_place(what))
+            .collect();
         let mut before: Option<(u64, Lsn)> = None;
         for segment in self.segments.values() {
             if let Err(error) = head_of(segment) {

@@ -6,6 +6,7 @@ mod fstab;
 mod manual;
 mod next_boot;
 mod past;
+mod proof;
 mod protect;
 mod status;
 
@@ -160,6 +161,19 @@ enum Command {
         #[command(flatten)]
         volume: Volume,
     },
+    /// Read all of the history again and prove it: what is damaged, which instants and blocks lack it. Goes on where it was broken off.
+    Scrub {
+        /// Not faster than this, in MiB a second.
+        #[arg(long, value_name = "MIB")]
+        rate: Option<u64>,
+        #[command(flatten)]
+        volume: Volume,
+    },
+    /// Look at the structure of the history, quickly: is every file there, and what it says it is?
+    Check {
+        #[command(flatten)]
+        volume: Volume,
+    },
     /// Print completions for a shell (`make install` puts them where shells look).
     Completions {
         /// bash, zsh, fish, …
@@ -265,6 +279,8 @@ fn run(context: &Context, command: Command) -> Result<ExitCode, ControlError> {
             past::diff(context, volume.name, &from, &to).map(done)
         }
         Command::Compare { volume } => past::compare(context, volume.name),
+        Command::Scrub { rate, volume } => proof::scrub(context, volume.name, rate),
+        Command::Check { volume } => proof::check(context, volume.name),
         Command::Completions { shell } => {
             manual::completions(shell);
             Ok(ExitCode::SUCCESS)

@@ -13,12 +13,12 @@ fn instant(text: &str) -> Result<Instant, ControlError> {
     parse_instant(text, &jiff::Zoned::now()).map_err(|why| ControlError::new("I005-instant", why))
 }
 
-fn unexpected() -> ControlError {
+pub(crate) fn unexpected() -> ControlError {
     ControlError::new("C005-answer", "varved gave an unexpected answer")
 }
 
 /// Times in the daemon's messages are seconds since 1970 (`@…`); people read clocks.
-fn ask(context: &Context, op: &StoreOp, what: &str) -> Result<StoreReply, ControlError> {
+pub(crate) fn ask(context: &Context, op: &StoreOp, what: &str) -> Result<StoreReply, ControlError> {
     let bar = context.output.bar(what);
     daemons::store(context)?
         .call_with(op, &[], bar)
@@ -136,10 +136,14 @@ pub fn history(context: &Context, volume: Option<String>) -> Result<(), ControlE
         );
         let seconds = ((history.last_ns - history.first_ns) as f64 / 1e9).max(1.0);
         println!(
-            "  {} records, {} written, {} stored; {:.1} records/s, {}/s",
+            "  {} records, {} written, {} stored{}; {:.1} records/s, {}/s",
             history.records,
             show_bytes(history.payload_bytes),
             show_bytes(history.stored_bytes),
+            match history.unsettled_bytes {
+                0 => String::new(),
+                bytes => format!(" ({} of it still to be compressed)", show_bytes(bytes)),
+            },
             history.records as f64 / seconds,
             show_bytes((history.payload_bytes as f64 / seconds) as u64)
         );

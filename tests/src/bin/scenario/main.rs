@@ -10,6 +10,7 @@ mod log_fault;
 mod origin;
 mod rewinds;
 mod shapes;
+mod store_life;
 
 use log_fault::Fault;
 use std::path::Path;
@@ -58,6 +59,7 @@ fn main() -> ExitCode {
         "rewind-load" => rewinds::load(&installation, device),
         "after-rewind-cut" => rewinds::after_cut(&installation),
         "holes" => holes::holes(&installation, device),
+        "store-life" => store_life::store_life(&installation, device),
         "copies" => copies::stamps(&installation, device, argument.parse().unwrap_or(20)),
         "copies-fs" => copies::file_system(&installation, device, argument, number),
         "copies-killed" => copies::killed(&installation, device, argument.parse().unwrap_or(6)),

@@ -1,0 +1,73 @@
+//! What the store does by itself: `etc/varve/store.toml`. Without the file everything has a sane default.
+
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+
+/// How the store treats what it holds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct StorePolicy {
+    /// `none`, `lz4`, `zstd` or `zstd:1` to `zstd:19`.
+    pub compression: String,
+    /// Percent of one processor that compressing and merging may take, 1 to 100.
+    pub background_percent: u32,
+}
+
+impl Default for StorePolicy {
+    fn default() -> StorePolicy {
+        StorePolicy {
+            compression: "zstd:3".to_owned(),
+            background_percent: 50,
+        }
+    }
+}
+
+impl StorePolicy {
+    /// Reads the policy; the default if there is no file. An error says what is wrong with which file.
+    pub fn load(path: &Path) -> Result<StorePolicy, String> {
+        let wrong = |why: &dyn std::fmt::Display| {
+            format!(
+                "{}: {why}; until it is mended the defaults count",
+                path.display()
+            )
+        };
+        let text = match std::fs::read_to_string(path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
+            Err(error) => return Err(wrong(&error)),
+        };
+        let policy: StorePolicy = toml::from_str(&text).map_err(|error| wrong(&error.message()))?;
+        if !(1..=100).contains(&policy.background_percent) {
+            return Err(wrong(&"background_percent must be 1 to 100"));
+        }
+        Ok(policy)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::StorePolicy;
+
+    #[test]
+    fn a_policy_has_defaults_and_refuses_what_it_does_not_know() {
+        let path = std::env::temp_dir().join(format!("varve-policy-{}", std::process::id()));
+        let load = |text: &str| {
+            std::fs::write(&path, text).unwrap();
+            StorePolicy::load(&path)
+        };
+        assert_eq!(load("").unwrap(), StorePolicy::default());
+        let policy = load("compression = \"lz4\"").unwrap();
+        assert_eq!(
+            (policy.compression.as_str(), policy.background_percent),
+            ("lz4", 50)
+        );
+        assert!(
+            load("compresion = \"lz4\"")
+                .unwrap_err()
+                .contains("compresion")
+        );
+        assert!(load("background_percent = 0").is_err());
+        std::fs::remove_file(&path).unwrap();
+        assert_eq!(StorePolicy::load(&path).unwrap(), StorePolicy::default());
+    }
+}

@@ -1,0 +1,185 @@
+//! What goes on behind the store's back: maps are made, segments are settled. One thread for all volumes, within its share of a processor, and without
+//! the store's lock but for the moment in which a finished file gets its place.
+//!
+//! Proving that a settled segment comes back from the disk as it was is a thread of its own: it reads while the next one is compressed.
+
+use crate::service::Service;
+use crossbeam_channel::{Receiver, Sender, bounded};
+use nix::sys::statvfs::statvfs;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use varve_control::StorePolicy;
+use varve_store::{Compression, MapJob, SettleJob, Settling, StoreError};
+
+/// How often it looks for work while there is none.
+const IDLE: Duration = Duration::from_secs(1);
+/// How long a volume is left alone after something failed.
+const BACK_OFF: Duration = Duration::from_secs(60);
+/// Room that settling leaves on the store's disk beside the segment that it writes: the logs must go on being drained.
+const ROOM_BYTES: u64 = 256 << 20;
+
+enum Work {
+    Map(MapJob),
+    Settle(SettleJob),
+}
+
+struct Background {
+    service: Arc<Service>,
+    /// Segments that could not be settled, by volume; tried again when the daemon starts.
+    given_up: BTreeMap<String, BTreeSet<u64>>,
+    /// Being proved.
+    under_way: BTreeSet<(String, u64)>,
+    resting: BTreeMap<String, Instant>,
+    proofs: Sender<(String, u64, Settling)>,
+    proved: Receiver<(String, u64, Option<StoreError>)>,
+    said: String,
+}
+
+/// Works until the process ends.
+pub(crate) fn run(service: Arc<Service>) {
+    // One being proved, one waiting: no more unproved files than that lie about.
+    let (proofs, jobs) = bounded::<(String, u64, Settling)>(1);
+    let (outcomes, proved) = bounded(16);
+    let prover = Arc::clone(&service);
+    std::thread::spawn(move || {
+        for (id, sequence, settling) in jobs {
+            let outcome = settling.prove().and_then(|done| {
+                prover
+                    .if_open(&id, |store| store.replace(&done))
+                    .unwrap_or(Ok(()))
+            });
+            let _ = outcomes.send((id, sequence, outcome.err()));
+        }
+    });
+    service.open_all();
+    let mut background = Background {
+        service,
+        given_up: BTreeMap::new(),
+        under_way: BTreeSet::new(),
+        resting: BTreeMap::new(),
+        proofs,
+        proved,
+        said: String::new(),
+    };
+    loop {
+        background.turn();
+    }
+}
+
+impl Background {
+    fn turn(&mut self) {
+        while let Ok((id, sequence, failed)) = self.proved.try_recv() {
+            self.under_way.remove(&(id.clone(), sequence));
+            if let Some(error) = failed {
+                self.failed(&id, Some(sequence), &error);
+            }
+        }
+        let path = self.service.paths().store_policy();
+        let policy = StorePolicy::load(&path).and_then(|policy| {
+            let compression = policy.compression.parse::<Compression>();
+            let named = compression.map_err(|why| format!("{}: {why}", path.display()))?;
+            Ok((named, policy.background_percent))
+        });
+        let (compression, percent) = policy.unwrap_or_else(|why| {
+            self.say(why);
+            let percent = StorePolicy::default().background_percent;
+            (Compression::default(), percent)
+        });
+        let began = Instant::now();
+        let mut worked = false;
+        for id in self.service.open_ids() {
+            worked |= self.one(&id, compression);
+        }
+        if worked {
+            let took = began.elapsed();
+            std::thread::sleep(took * (100 - percent) / percent);
+        } else {
+            std::thread::sleep(IDLE);
+        }
+    }
+
+    /// One piece of work for a volume, if there is any.
+    fn one(&mut self, id: &str, compression: Compression) -> bool {
+        if self
+            .resting
+            .get(id)
+            .is_some_and(|until| Instant::now() < *until)
+        {
+            return false;
+        }
+        let given_up = self.given_up.get(id);
+        let except = |sequence: u64| {
+            given_up.is_some_and(|given_up| given_up.contains(&sequence))
+                || self.under_way.contains(&(id.to_owned(), sequence))
+        };
+        let work = self.service.if_open(id, |store| match store.next_map() {
+            Some(job) => Some(Work::Map(job)),
+            None => store.next_to_settle(compression, &except).map(Work::Settle),
+        });
+        match work.flatten() {
+            None => false,
+            Some(Work::Map(job)) => {
+                self.map(id, &job);
+                true
+            }
+            Some(Work::Settle(job)) => self.settle(id, job),
+        }
+    }
+
+    fn map(&mut self, id: &str, job: &MapJob) {
+        let made = job.run().and_then(|()| {
+            self.service
+                .if_open(id, |store| store.add_map(job))
+                .unwrap_or(Ok(()))
+        });
+        if let Err(error) = made {
+            let damaged = matches!(error, StoreError::Damaged(..));
+            self.failed(id, None, &error);
+            if damaged {
+                self.service.if_open(id, |store| store.give_up_map(job));
+            }
+        }
+    }
+
+    fn settle(&mut self, id: &str, job: SettleJob) -> bool {
+        let (sequence, bytes) = (job.sequence(), job.data_bytes());
+        let room = statvfs(&self.service.paths().store()).map_or(u64::MAX, |disk| {
+            disk.blocks_available() * disk.fragment_size()
+        });
+        if room < bytes + ROOM_BYTES {
+            return false;
+        }
+        match job.compress() {
+            Ok(settling) => {
+                self.under_way.insert((id.to_owned(), sequence));
+                let _ = self.proofs.send((id.to_owned(), sequence, settling));
+            }
+            Err(error) => self.failed(id, Some(sequence), &error),
+        }
+        true
+    }
+
+    fn failed(&mut self, id: &str, sequence: Option<u64>, error: &StoreError) {
+        self.resting
+            .insert(id.to_owned(), Instant::now() + BACK_OFF);
+        if let (Some(sequence), StoreError::Root(_) | StoreError::Damaged(..)) = (sequence, error) {
+            self.given_up
+                .entry(id.to_owned())
+                .or_default()
+                .insert(sequence);
+        }
+        // A history that was just forgotten takes its files with it.
+        if self.service.if_open(id, |_| ()).is_some() {
+            self.say(format!("{id}: {error}"));
+        }
+    }
+
+    /// Says a thing once, not at every turn.
+    fn say(&mut self, what: String) {
+        if what != self.said {
+            eprintln!("varved: {what}");
+            self.said = what;
+        }
+    }
+}

@@ -1,0 +1,94 @@
+//! What the store does by itself: history is compressed while the volume is written, images stay what they were, damage is found and said.
+
+use crate::{Outcome, export, protect, stamper_on_zeroes};
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use varve_tests::scenario::{Installation, digest, pause, run};
+
+fn number(text: &str, field: &str) -> Option<u64> {
+    let rest = text.split(&format!("\"{field}\": ")).nth(1)?;
+    rest.split([',', '\n']).next()?.trim().parse().ok()
+}
+
+fn until_settled(varve: &Installation) -> Outcome {
+    for _ in 0..1200 {
+        let history = varve.varve(&["--json", "history"])?;
+        if number(&history, "unsettled_bytes") == Some(0) {
+            return Ok(());
+        }
+        pause(250);
+    }
+    Err(format!("it never was compressed\n{}", varve.messages()))
+}
+
+fn digest_of(varve: &Installation, instant: &str) -> Result<String, String> {
+    let image = export(varve, instant, false)?;
+    let found = digest(&image)?;
+    varve.varve(&["unexport", &image])?;
+    Ok(found)
+}
+
+fn segments(varve: &Installation) -> Result<Vec<PathBuf>, String> {
+    let list = format!(
+        "ls -S {}/var/lib/varve/store/volumes/*/segments/*.seg",
+        varve.root().display()
+    );
+    Ok(run("sh", &["-c", &list])?
+        .lines()
+        .map(PathBuf::from)
+        .collect())
+}
+
+/// Everything in one life.
+pub fn store_life(varve: &Installation, device: &str) -> Outcome {
+    let mapped = protect(varve, device)?;
+    varve.wait_protected()?;
+    let mut writer = stamper_on_zeroes(&mapped, 2048)?;
+    for step in 0..300 {
+        writer.write(step % 50 == 49)?;
+    }
+    varve.varve(&["mark", "early"])?;
+    let early = digest_of(varve, "early")?;
+    // Each look at the past seals a segment: enough of them for a map.
+    for round in 0..12 {
+        for step in 0..40 {
+            writer.write(step == 39)?;
+        }
+        varve.varve(&["mark", &format!("point-{round}")])?;
+        varve.varve(&["history"])?;
+    }
+    let later = digest_of(varve, "point-9")?;
+    until_settled(varve)?;
+    let maps = format!(
+        "ls {}/var/lib/varve/store/volumes/*/maps/*.map",
+        varve.root().display()
+    );
+    let maps = run("sh", &["-c", &maps])?;
+    println!("maps: {}", maps.lines().count());
+    if digest_of(varve, "early")? != early || digest_of(varve, "point-9")? != later {
+        return Err("an instant is another one since it was compressed".to_owned());
+    }
+    varve.compare()?;
+    print!("{}", varve.varve(&["scrub"])?);
+    print!("{}", varve.varve(&["check"])?);
+
+    // One bit of the largest segment.
+    let victim = segments(varve)?.into_iter().next().ok_or("no segment")?;
+    let file = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open(&victim);
+    let file = file.map_err(|e| format!("{}: {e}", victim.display()))?;
+    let mut byte = [0u8];
+    let mut flip = || {
+        file.read_exact_at(&mut byte, 6000)?;
+        file.write_all_at(&[byte[0] ^ 4], 6000)
+    };
+    flip().map_err(|e| e.to_string())?;
+    match varve.varve(&["scrub"]) {
+        Err(said) if said.contains("DAMAGED") => println!("{said}"),
+        other => return Err(format!("a flipped bit was not found: {other:?}")),
+    }
+    flip().map_err(|e| e.to_string())?;
+    varve.varve(&["scrub", "--rate", "1000"]).map(|_| ())
+}

@@ -1,0 +1,100 @@
+//! Is the history still what was recorded? `varve scrub` reads all of it, `varve check` its structure.
+
+use crate::past::{ask, unexpected};
+use crate::{Context, daemons};
+use std::process::ExitCode;
+use varve_cli::{show_bytes, show_time};
+use varve_control::{ControlError, DamageInfo, StoreOp, StoreReply};
+
+/// `varve scrub`.
+pub fn scrub(
+    context: &Context,
+    volume: Option<String>,
+    mib_per_second: Option<u64>,
+) -> Result<ExitCode, ControlError> {
+    let volume = daemons::volume(context, volume)?;
+    let op = StoreOp::Scrub {
+        volume: volume.clone(),
+        bytes_per_second: mib_per_second.map(|rate| rate << 20),
+    };
+    answer(context, &volume, &ask(context, &op, "reading the history")?)
+}
+
+/// `varve check`.
+pub fn check(context: &Context, volume: Option<String>) -> Result<ExitCode, ControlError> {
+    let volume = daemons::volume(context, volume)?;
+    let op = StoreOp::Check {
+        volume: volume.clone(),
+    };
+    answer(context, &volume, &ask(context, &op, "checking")?)
+}
+
+fn answer(context: &Context, volume: &str, reply: &StoreReply) -> Result<ExitCode, ControlError> {
+    let StoreReply::Scrubbed {
+        segments,
+        bytes,
+        history_bytes,
+        from_segment,
+        damage,
+    } = reply
+    else {
+        return Err(unexpected());
+    };
+    context.output.result(reply, || {
+        if *from_segment > 0 {
+            println!("{volume}: went on at segment {from_segment}, where the last scrub was broken off");
+        }
+        for found in damage {
+            show(found);
+        }
+        let read = match bytes {
+            0 => String::new(),
+            bytes => format!(", {} read, {} of history", show_bytes(*bytes), show_bytes(*history_bytes)),
+        };
+        if damage.is_empty() {
+            context
+                .output
+                .say(format!("{volume}: {segments} segments are whole{read}"));
+        } else {
+            println!("{volume}: {} damaged places in {segments} segments{read}", damage.len());
+            println!(
+                "  Everything else stays readable. If the device itself is well, `varve mark` now and look at the store's disk (`dmesg`); instants that \
+                 are named above lack the blocks that are named with them."
+            );
+        }
+    });
+    Ok(match damage.is_empty() {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::from(7),
+    })
+}
+
+fn show(damage: &DamageInfo) {
+    println!("DAMAGED  {}", damage.what);
+    let Some((lsn, time)) = damage.from else {
+        println!("         nothing that was recorded is lost by it");
+        return;
+    };
+    let until = damage.until.map_or_else(
+        || "to the newest".to_owned(),
+        |(lsn, time)| {
+            format!(
+                "to {} (lsn:{lsn}), when all of it had been written anew",
+                show_time(time)
+            )
+        },
+    );
+    println!(
+        "         instants from {} (lsn:{lsn}) {until}",
+        show_time(time)
+    );
+    for (offset, length) in damage.blocks.iter().take(20) {
+        println!("         lack bytes {offset} to {}", offset + length);
+    }
+    if damage.blocks.len() > 20 {
+        println!(
+            "         and {} further ranges (--json has all)",
+            damage.blocks.len() - 20
+        );
+    }
+}
