@@ -31,13 +31,13 @@ check: setup ## format, lints, tidy, unit tests
 	cargo nextest run --workspace --lib --bins -E 'not binary(/^vm/)'
 	cargo nextest run -p varve-tests --test tidy
 
-test: setup ## all tests, with the small numbers (as root; about twenty minutes after the build, with all kernels)
+test: setup ## all rooms, with the small numbers (as root; about twenty minutes after the build, with test kernels)
 	cargo build --workspace
 	$(NEXTEST)
 
-vm: setup ## the tests on real kernels with the large numbers
+vm: setup ## everything on every test kernel, with the large numbers (hours)
 	cargo build --workspace
-	VARVE_TEST_SIZE=large $(NEXTEST) -E 'binary(/^vm/)'
+	VARVE_TEST_SIZE=large $(NEXTEST) --profile vm -E 'binary(/^vm/)'
 
 bench: build ## figures as ratios: raw disk, plain loop, Varve (as root)
 	@tests/bench
