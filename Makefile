@@ -39,9 +39,10 @@ vm: setup ## everything on every test kernel, with the large numbers (hours)
 	cargo build --workspace
 	VARVE_TEST_SIZE=large $(NEXTEST) --profile vm -E 'binary(/^vm/)'
 
-bench: build ## figures as ratios: raw disk, plain loop, Varve (as root)
+bench: build ## figures as ratios: raw disk, plain loop, Varve; hot copies; the store (as root)
 	@tests/bench
 	@tests/bench-hcp
+	@tests/bench-store
 
 install: ## install into DESTDIR: programs, units, udev rules, manual pages, completions
 	install -d $(BIN) $(UNITS) $(RULES) $(MANUAL)/man1 $(MANUAL)/man8 $(COMPLETIONS)/bash-completion/completions $(COMPLETIONS)/zsh/site-functions

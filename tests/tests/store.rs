@@ -538,6 +538,35 @@ fn what_does_not_come_back_from_the_disk_replaces_nothing() {
     assert_eq!(failed.code(), "S010-root", "{failed}");
 }
 
+/// A reader in another language, written from FORMAT.md alone, restores the same images, out of sealed and out of settled segments.
+#[test]
+fn a_reader_written_from_the_format_alone_restores_any_instant() {
+    for settled in [None, Some(Compression::Lz4), Some(Compression::Zstd(3))] {
+        let directory = tempfile::tempdir().unwrap();
+        let mut sample = Sample::new(directory.path(), 256 << 10, 32 << 10, true);
+        let end = sample.mixed(70);
+        if let Some(compression) = settled {
+            sample.settle_all(compression);
+        }
+        for lsn in [end, Lsn(3 + sample.random() % (end.0 - 3)), Lsn(end.0 / 2)] {
+            let output = directory.path().join("image");
+            let reader = varve_tests::guest::repository().join("tests/reader.py");
+            let said = std::process::Command::new("python3")
+                .arg(reader)
+                .arg(volume_directory(directory.path(), VOLUME))
+                .arg(lsn.0.to_string())
+                .arg(&output)
+                .output()
+                .unwrap();
+            assert!(said.status.success(), "{said:?}");
+            assert!(
+                std::fs::read(&output).unwrap() == sample.image(lsn),
+                "LSN {lsn}"
+            );
+        }
+    }
+}
+
 /// Runs `work` while no file of this process can grow past `bytes`, as on a disk that fails from there on. (Each test is a process of its own.)
 fn with_file_limit<T>(bytes: u64, work: impl FnOnce() -> T) -> T {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};

@@ -3,7 +3,7 @@
 //!
 //!   header block │ frames │ tables │ the sealed segment's footer block
 //!
-//! The segment is seen as blocks of 4 KiB. A block is zero, or a copy of an earlier one, or it is kept. Kept blocks, 32 in a row, make a frame;
+//! The segment is seen as blocks of 4 KiB. A block is zero, or a copy of an earlier one, or it is kept. Kept blocks, 16 in a row, make a frame;
 //! each frame is compressed by itself. The tables (frames, then one number for each block) have a checksum in the header.
 
 use crate::segment::check_head;
@@ -11,8 +11,8 @@ use crate::{BLOCK_BYTES, FormatError, VERSION, crc32c};
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-/// Kept blocks in a frame: 128 KiB.
-pub const FRAME_BLOCKS: u64 = 32;
+/// Kept blocks in a frame: 64 KiB. A random read pays for a whole one.
+pub const FRAME_BLOCKS: u64 = 16;
 /// Bytes of a whole frame before compression.
 pub const FRAME_BYTES: usize = (FRAME_BLOCKS * BLOCK_BYTES) as usize;
 /// In the block table: the block is zero.

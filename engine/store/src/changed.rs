@@ -25,6 +25,7 @@ impl VolumeStore {
             match layer {
                 Layer::Replayed(replay) => replay
                     .extents()
+                    .iter()
                     .for_each(|extent| note(extent.offset.get(), extent.end())),
                 Layer::Map(map) => {
                     let mut cursor = MapCursor::new(Arc::clone(&map));

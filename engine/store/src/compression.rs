@@ -1,7 +1,7 @@
 //! Frames, packed and unpacked: Zstandard, LZ4, or as they are. What does not get smaller stays as it is.
 
+use std::cell::RefCell;
 use std::fmt;
-use std::sync::Arc;
 use varve_format::Codec;
 
 /// How to compress.
@@ -97,11 +97,20 @@ impl Packer {
 }
 
 /// Unpacks a frame that is `whole` bytes long. `None`: the bytes are not such a frame.
-pub(crate) fn unpack(codec: u8, stored: &[u8], whole: usize) -> Option<Arc<[u8]>> {
+pub(crate) fn unpack(codec: u8, stored: &[u8], whole: usize) -> Option<Vec<u8>> {
+    thread_local! {
+        // Making one costs as much as unpacking a frame.
+        static ZSTD: RefCell<Option<zstd::bulk::Decompressor<'static>>> = const { RefCell::new(None) };
+    }
     let frame = match Codec::from_code(codec)? {
         Codec::Plain => stored.to_vec(),
         Codec::Lz4 => lz4_flex::block::decompress(stored, whole).ok()?,
-        Codec::Zstd => zstd::bulk::decompress(stored, whole).ok()?,
+        Codec::Zstd => ZSTD.with_borrow_mut(|kept| {
+            if kept.is_none() {
+                *kept = zstd::bulk::Decompressor::new().ok();
+            }
+            kept.as_mut()?.decompress(stored, whole).ok()
+        })?,
     };
-    (frame.len() == whole).then(|| frame.into())
+    (frame.len() == whole).then_some(frame)
 }

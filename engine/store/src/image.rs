@@ -13,8 +13,8 @@ use varve_format::{Lsn, MAP_UNIT_BYTES, MapExtent, RecordKind, SegmentSequence, 
 
 /// Payloads kept in memory: 64 × at most 64 KiB = 4 MiB.
 const PAYLOADS_KEPT: usize = 64;
-/// Frames kept in memory: 64 × 128 KiB = 8 MiB.
-const FRAMES_KEPT: usize = 64;
+/// Frames kept in memory: 256 × 64 KiB = 16 MiB.
+const FRAMES_KEPT: usize = 256;
 /// Segment files kept open. A settled one of 64 MiB has tables of about 80 KiB: 5 MiB.
 const FILES_KEPT: usize = 64;
 
@@ -48,7 +48,7 @@ pub struct Image {
     layers: Vec<Layer>,
     segments: Segments,
     files: Cache<u64, Arc<SegmentFile>>,
-    payloads: Cache<u64, Arc<[u8]>>,
+    payloads: Cache<u64, Arc<Vec<u8>>>,
     frames: FrameCache,
     /// While it is there, nobody may delete the history.
     _lease: Arc<()>,
@@ -180,7 +180,7 @@ impl Image {
     }
 
     /// Reads a record's whole payload and checks it.
-    fn load(&self, extent: &MapExtent) -> Result<Arc<[u8]>, StoreError> {
+    fn load(&self, extent: &MapExtent) -> Result<Arc<Vec<u8>>, StoreError> {
         let sequence = SegmentSequence(extent.segment.get());
         let lost = |why: String| StoreError::Payload {
             segment: sequence,
@@ -206,6 +206,6 @@ impl Image {
         if crc != extent.payload_crc.get() {
             return Err(lost("its checksum does not match".to_owned()));
         }
-        Ok(payload.into())
+        Ok(Arc::new(payload))
     }
 }

@@ -114,12 +114,11 @@ fn write(
 pub(crate) fn write_replay(
     path: &Path,
     identity: &MapIdentity,
-    replay: Replay,
+    replay: &Replay,
 ) -> Result<(), StoreError> {
     write(path, identity, |writer| {
-        replay
-            .into_extents()
-            .try_for_each(|extent| writer.push(extent))
+        let mut extents = replay.extents().iter();
+        extents.try_for_each(|extent| writer.push(*extent))
     })
 }
 

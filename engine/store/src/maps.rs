@@ -131,11 +131,9 @@ impl MapJob {
     /// Makes it.
     pub fn run(&self) -> Result<(), StoreError> {
         if self.maps.is_empty() {
-            let mut replay = Replay::default();
-            for segment in &self.segments {
-                replay.lay_segment(segment, Lsn(0), Lsn(u64::MAX))?;
-            }
-            return write_replay(&self.path, &self.identity, replay);
+            let segments = self.segments.iter().map(|segment| &**segment);
+            let replay = Replay::of(segments, Lsn(0), Lsn(u64::MAX))?;
+            return write_replay(&self.path, &self.identity, &replay);
         }
         let cursors = self.maps.iter().map(|map| MapCursor::new(Arc::clone(map)));
         write_merged(&self.path, &self.identity, cursors.collect())
@@ -284,9 +282,6 @@ impl VolumeStore {
 
 /// Lays segments, given newest first, over each other.
 fn replayed(segments: &[&StoredSegment], from: Lsn, to: Lsn) -> Result<Option<Layer>, StoreError> {
-    let mut replay = Replay::default();
-    for segment in segments.iter().rev() {
-        replay.lay_segment(segment, from, to)?;
-    }
+    let replay = Replay::of(segments.iter().rev().copied(), from, to)?;
     Ok((!replay.is_empty()).then_some(Layer::Replayed(replay)))
 }

@@ -8,59 +8,41 @@ use varve_format::{
 };
 use zerocopy::FromZeros;
 
-/// Extents that do not overlap, by their first byte.
-#[derive(Default)]
+/// Extents that do not overlap, in the order of the volume.
 pub(crate) struct Replay {
-    extents: BTreeMap<u64, MapExtent>,
+    extents: Vec<MapExtent>,
 }
 
 impl Replay {
-    /// Lays a segment's records of `[from, to)` over what is there.
-    pub(crate) fn lay_segment(
-        &mut self,
-        segment: &StoredSegment,
+    /// Lays the segments' records of `[from, to)` over each other. Segments come oldest first.
+    pub(crate) fn of<'a>(
+        segments: impl Iterator<Item = &'a StoredSegment>,
         from: Lsn,
         to: Lsn,
-    ) -> Result<(), StoreError> {
-        let entries = segment.entries()?;
-        let wanted = entries.iter().skip_while(|entry| entry.lsn() < from);
-        for entry in wanted.take_while(|entry| entry.lsn() < to) {
-            if entry.changes_image() && entry.length.get() > 0 {
-                let extent = extent_of(entry, segment.sequence)
-                    .map_err(|error| StoreError::Damaged(segment.run_path(), error))?;
-                self.lay(extent);
+    ) -> Result<Replay, StoreError> {
+        let mut records = Vec::new();
+        for segment in segments {
+            let entries = segment.entries()?;
+            let wanted = entries.iter().skip_while(|entry| entry.lsn() < from);
+            for entry in wanted.take_while(|entry| entry.lsn() < to) {
+                if entry.changes_image() && entry.length.get() > 0 {
+                    let extent = extent_of(entry, segment.sequence)
+                        .map_err(|error| StoreError::Damaged(segment.run_path(), error))?;
+                    records.push(extent);
+                }
             }
         }
-        Ok(())
-    }
-
-    fn lay(&mut self, new: MapExtent) {
-        let (start, end) = (new.offset.get(), new.end());
-        if let Some((&at, &before)) = self.extents.range(..start).next_back()
-            && before.end() > start
-        {
-            self.extents.insert(at, before.clip(at, start));
-            if before.end() > end {
-                self.extents.insert(end, before.clip(end, before.end()));
-            }
-        }
-        while let Some((&at, &covered)) = self.extents.range(start..end).next() {
-            self.extents.remove(&at);
-            if covered.end() > end {
-                self.extents.insert(end, covered.clip(end, covered.end()));
-            }
-        }
-        self.extents.insert(start, new);
+        Ok(Replay {
+            extents: overlay(records),
+        })
     }
 
     /// Adds what it has of `[start, end)` to `found`, clipped, in order.
     pub(crate) fn find(&self, start: u64, end: u64, found: &mut Vec<MapExtent>) {
-        let before = self.extents.range(..start).next_back();
-        let first = before
-            .filter(|(_, extent)| extent.end() > start)
-            .map_or(start, |(at, _)| *at);
-        let range = self.extents.range(first..end);
-        found.extend(range.map(|(_, extent)| extent.clip(start, end)));
+        let first = self.extents.partition_point(|extent| extent.end() <= start);
+        let touching = self.extents[first..].iter();
+        let touching = touching.take_while(|extent| extent.offset.get() < end);
+        found.extend(touching.map(|extent| extent.clip(start, end)));
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -68,14 +50,56 @@ impl Replay {
     }
 
     /// All of them, in order.
-    pub(crate) fn extents(&self) -> impl Iterator<Item = &MapExtent> {
-        self.extents.values()
+    pub(crate) fn extents(&self) -> &[MapExtent] {
+        &self.extents
     }
+}
 
-    /// The same, given away.
-    pub(crate) fn into_extents(self) -> impl Iterator<Item = MapExtent> {
-        self.extents.into_values()
+/// What is left of records that were laid over each other in the order of their LSN. Most overlap nothing: sorting finds the few that do, and only
+/// those go through a tree, which is much slower.
+fn overlay(mut records: Vec<MapExtent>) -> Vec<MapExtent> {
+    records.sort_unstable_by_key(|record| (record.offset.get(), record.lsn.get()));
+    let mut left = Vec::with_capacity(records.len());
+    let mut from = 0;
+    while from < records.len() {
+        let mut end = records[from].end();
+        let mut to = from + 1;
+        while to < records.len() && records[to].offset.get() < end {
+            end = end.max(records[to].end());
+            to += 1;
+        }
+        match &mut records[from..to] {
+            [alone] => left.push(*alone),
+            several => {
+                several.sort_unstable_by_key(|record| record.lsn.get());
+                let mut tree = BTreeMap::new();
+                several.iter().for_each(|record| lay(&mut tree, *record));
+                left.extend(tree.into_values());
+            }
+        }
+        from = to;
     }
+    left
+}
+
+/// Lays a record over what is there.
+fn lay(extents: &mut BTreeMap<u64, MapExtent>, new: MapExtent) {
+    let (start, end) = (new.offset.get(), new.end());
+    if let Some((&at, &before)) = extents.range(..start).next_back()
+        && before.end() > start
+    {
+        extents.insert(at, before.clip(at, start));
+        if before.end() > end {
+            extents.insert(end, before.clip(end, before.end()));
+        }
+    }
+    while let Some((&at, &covered)) = extents.range(start..end).next() {
+        extents.remove(&at);
+        if covered.end() > end {
+            extents.insert(end, covered.clip(end, covered.end()));
+        }
+    }
+    extents.insert(start, new);
 }
 
 /// A record as an extent.

@@ -14,8 +14,8 @@ use varve_format::{
 };
 use varve_log::ReadAt;
 
-/// Frames that were decompressed, by segment and number. 128 KiB each.
-pub(crate) type FrameCache = Cache<(u64, u64), Arc<[u8]>>;
+/// Frames that were decompressed, by segment and number. 64 KiB each.
+pub(crate) type FrameCache = Cache<(u64, u64), Arc<Vec<u8>>>;
 
 struct Settled {
     header: SettledHeader,
@@ -148,7 +148,7 @@ impl SegmentFile {
     }
 
     /// Reads a frame past the cache, checks and decompresses it.
-    pub(crate) fn read_frame(&self, frame: u64) -> Result<Arc<[u8]>, StoreError> {
+    pub(crate) fn read_frame(&self, frame: u64) -> Result<Arc<Vec<u8>>, StoreError> {
         let damaged = || StoreError::Frame {
             segment: self.sequence(),
             frame,
@@ -163,7 +163,8 @@ impl SegmentFile {
             return Err(damaged());
         }
         let whole = settled.header.frame_bytes(frame);
-        compression::unpack(entry.codec, &stored, whole).ok_or_else(damaged)
+        let frame = compression::unpack(entry.codec, &stored, whole);
+        frame.map(Arc::new).ok_or_else(damaged)
     }
 
     /// Reads `bytes.len()` bytes from `offset` of the sealed segment.
@@ -187,7 +188,7 @@ impl SegmentFile {
                 .read_exact_at(bytes, offset)
                 .map_err(StoreError::io(&self.path));
         };
-        let mut last: Option<(u64, Arc<[u8]>)> = None;
+        let mut last: Option<(u64, Arc<Vec<u8>>)> = None;
         let mut done = 0;
         while done < bytes.len() {
             let at = offset + done as u64;

@@ -1,0 +1,187 @@
+#!/usr/bin/env python3
+"""Restores the image of any instant from a store. Written from FORMAT.md alone, and shares nothing with Varve but that.
+
+  reader.py VOLUME_DIRECTORY LSN OUTPUT
+
+It reads segments, sealed or settled, and nothing else: no runs, no maps. It checks every checksum that lies on its way.
+Needs: Python 3.8; the `zstd` and `lz4` formats through libzstd and liblz4 (the shared libraries, by ctypes).
+"""
+
+import ctypes
+import ctypes.util
+import os
+import struct
+import sys
+
+BLOCK = 4096
+
+
+def make_table():
+    table = []
+    for byte in range(256):
+        for _ in range(8):
+            byte = (byte >> 1) ^ (0x82F63B78 if byte & 1 else 0)
+        table.append(byte)
+    return table
+
+
+TABLE = make_table()
+
+
+def crc32c(data, crc=0):
+    crc ^= 0xFFFFFFFF
+    for byte in data:
+        crc = TABLE[(crc ^ byte) & 0xFF] ^ (crc >> 8)
+    return crc ^ 0xFFFFFFFF
+
+
+def must(holds, what):
+    if not holds:
+        sys.exit(f"reader: {what}")
+
+
+def head(block, magic, what):
+    """Every structure begins alike: CRC, magic, version, compat, incompat."""
+    crc, found, version, _, incompat = struct.unpack_from("<I4sHHI", block)
+    must(found == magic, f"{what}: not {magic}")
+    must(crc32c(block[4:]) == crc, f"{what}: checksum")
+    must(version <= 1 and incompat == 0, f"{what}: newer than this reader")
+
+
+def library(name):
+    path = ctypes.util.find_library(name)
+    must(path, f"lib{name} is not installed")
+    return ctypes.CDLL(path)
+
+
+def unpack(codec, stored, whole):
+    if codec == 0:
+        return stored
+    target = ctypes.create_string_buffer(whole)
+    if codec == 1:
+        done = library("lz4").LZ4_decompress_safe(stored, target, len(stored), whole)
+    else:
+        function = library("zstd").ZSTD_decompress
+        function.restype = ctypes.c_size_t
+        function.argtypes = [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_size_t]
+        done = function(target, whole, stored, len(stored))
+    must(done == whole, "a frame does not unpack to its size")
+    return target.raw
+
+
+def settled(data, name):
+    """The bytes of the sealed segment, out of a settled one."""
+    head(data[:BLOCK], b"VSET", name)
+    sequence, data_bytes, kept, tables_at, tables_crc = struct.unpack_from("<QQQQI", data, 32)
+    frame_count, block_count = (kept + 15) // 16, data_bytes // BLOCK
+    tables = data[tables_at : len(data) - BLOCK]
+    must(len(tables) == frame_count * 24 + block_count * 4, f"{name}: size of tables")
+    must(crc32c(tables) == tables_crc, f"{name}: checksum of tables")
+    frames = []
+    for number in range(frame_count):
+        offset, length, crc, codec = struct.unpack_from("<QIIB", tables, number * 24)
+        stored = data[offset : offset + length]
+        must(crc32c(stored + struct.pack("<QQ", sequence, number)) == crc, f"{name}: frame {number}")
+        frames.append(unpack(codec, stored, min(16, kept - number * 16) * BLOCK))
+    out = bytearray()
+    for number in struct.unpack_from(f"<{block_count}I", tables, frame_count * 24):
+        if number == 0xFFFFFFFF:
+            out += bytes(BLOCK)
+        else:
+            out += frames[number // 16][number % 16 * BLOCK :][:BLOCK]
+    return bytes(out)
+
+
+def segment(path):
+    """The bytes of the sealed segment, header and batches, out of its file."""
+    with open(path, "rb") as file:
+        data = file.read()
+    name = os.path.basename(path)
+    footer = data[-BLOCK:]
+    head(footer, b"VEND", f"{name}: footer")
+    if data[4:8] == b"VSET":
+        data = settled(data, name)
+    else:
+        data = data[:-BLOCK]
+    head(data[:BLOCK], b"VSEG", name)
+    return data
+
+
+def records(data):
+    """(LSN, kind, offset, length, payload) of each record."""
+    epoch = data[32:48]
+    (lsn_start,) = struct.unpack_from("<Q", data, FIELDS["segment header"]["lsn_start"])
+    (checkpoint,) = struct.unpack_from("<I", data, FIELDS["segment header"]["checkpoint_bytes"])
+    at = BLOCK + (checkpoint + BLOCK - 1) // BLOCK * BLOCK
+    expected = lsn_start
+    while at + BLOCK <= len(data):
+        block = data[at : at + BLOCK]
+        head(block, b"VBAT", "batch")
+        batch = FIELDS["batch header"]
+        (payload_bytes,) = struct.unpack_from("<I", block, batch["payload_bytes"])
+        (lsn,) = struct.unpack_from("<Q", block, batch["lsn_first"])
+        (count,) = struct.unpack_from("<I", block, batch["record_count"])
+        must(lsn == expected, f"batch at {at}: LSN {lsn}, not {expected}")
+        payloads = data[at + BLOCK : at + BLOCK + payload_bytes]
+        for index in range(count):
+            fields = FIELDS["record"]
+            base = 128 + index * 48
+            kind = block[base + fields["kind"]]
+            offset, length = struct.unpack_from("<QQ", block, base + fields["offset"])
+            start, crc = struct.unpack_from("<II", block, base + fields["payload_offset"])
+            (size,) = struct.unpack_from("<I", block, base + fields["payload_bytes"])
+            payload = payloads[start : start + size]
+            if size:
+                must(crc32c(payload + epoch + struct.pack("<Q", lsn)) == crc, f"LSN {lsn}: payload")
+            yield lsn, kind, offset, length, payload
+            lsn += 1
+        expected = lsn
+        at += BLOCK + (payload_bytes + BLOCK - 1) // BLOCK * BLOCK
+
+
+def fields_of(text):
+    """The byte tables of FORMAT.md: structure → field → offset."""
+    tables, current = {}, None
+    for line in text.splitlines():
+        if line.startswith("### "):
+            current = tables.setdefault(line[4:].split(" (")[0].lower(), {})
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if current is not None and len(cells) == 3 and cells[0].isdigit():
+            current[cells[2]] = int(cells[0])
+    return tables
+
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+with open(os.path.join(HERE, "../engine/format/FORMAT.md"), encoding="utf-8") as format_file:
+    FIELDS = fields_of(format_file.read())
+
+
+def main():
+    must(len(sys.argv) == 4, __doc__)
+    folder, limit, output = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    names = sorted(n for n in os.listdir(f"{folder}/segments") if n.endswith(".seg"))
+    image, end = bytearray(), None
+    for name in names:
+        data = segment(f"{folder}/segments/{name}")
+        fields = FIELDS["segment header"]
+        (start,) = struct.unpack_from("<Q", data, fields["lsn_start"])
+        (before,) = struct.unpack_from("<Q", data, fields["previous_lsn_end"])
+        (size,) = struct.unpack_from("<Q", data, fields["volume_bytes"])
+        if start >= limit:
+            break
+        must(end is None or before == end, f"{name}: a segment before it is missing")
+        image.extend(bytes(max(0, size - len(image))))
+        del image[size:]
+        for lsn, kind, offset, length, payload in records(data):
+            end = lsn + 1
+            if lsn >= limit:
+                continue
+            if kind == 1:
+                image[offset : offset + length] = payload
+            elif kind in (2, 3, 14):
+                image[offset : offset + length] = bytes(length)
+    with open(output, "wb") as file:
+        file.write(image)
+
+
+main()

@@ -1,0 +1,257 @@
+//! `store-bench DIR [MILLIONS...]`: figures of the store, each beside what it is measured against, in one run. Part of `make bench`.
+//!
+//! Histories are made by the real log writer and taken by the real ingest; payloads are zero where only their number counts, and like a database's
+//! where compression counts.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "in a measurement a surprise should end it"
+)]
+
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::time::{Duration, Instant};
+use varve_format::{Lsn, SegmentSequence};
+use varve_store::{Compression, Image, VolumeStore};
+use varve_tests::sample::{Sample, VOLUME};
+
+const VOLUME_BYTES: u64 = 1 << 40;
+const SEGMENT_BYTES: u64 = 64 << 20;
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let Some(directory) = arguments.first() else {
+        eprintln!("store-bench DIR [MILLIONS OF RECORDS...]");
+        std::process::exit(2);
+    };
+    for millions in &arguments[1..] {
+        history(Path::new(directory), millions.parse().unwrap());
+    }
+    content(Path::new(directory));
+}
+
+fn random(state: &mut u64) -> u64 {
+    *state ^= *state << 13;
+    *state ^= *state >> 7;
+    *state ^= *state << 17;
+    *state
+}
+
+fn memory_mib(field: &str) -> f64 {
+    let text = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = text.lines().find(|line| line.starts_with(field)).unwrap();
+    let kib: f64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
+    kib / 1024.0
+}
+
+fn milliseconds(times: &mut [Duration]) -> (f64, f64) {
+    times.sort_unstable();
+    let at = |index: usize| times[index].as_secs_f64() * 1e3;
+    (at(times.len() / 2), at(times.len() - 1))
+}
+
+/// How long an instant takes to open, by the length of the history.
+fn history(directory: &Path, millions: u64) {
+    let root = directory.join(format!("history-{millions}"));
+    let records = millions * 1_000_000;
+    let began = Instant::now();
+    let mut sample = Sample::new(&root, VOLUME_BYTES, SEGMENT_BYTES, false);
+    let payload = vec![0u8; 512];
+    for _ in 0..records {
+        let block = sample.random() % (VOLUME_BYTES / 4096);
+        sample.write(block * 4096, payload.clone());
+        // As the daemon does it, while the history grows.
+        if sample.random().is_multiple_of(100_000) {
+            sample.map_all();
+            sample.settle_all(Compression::Lz4);
+        }
+    }
+    let end = sample.seal();
+    sample.map_all();
+    sample.settle_all(Compression::Lz4);
+    let made = began.elapsed();
+    drop(sample);
+    let before = memory_mib("VmRSS");
+    let began = Instant::now();
+    let store = VolumeStore::open(&root, VOLUME).unwrap();
+    let opened = began.elapsed();
+    let mut seed = 0x1234_5678_9abc_def1;
+    let (mut opens, mut firsts, mut layers) = (Vec::new(), Vec::new(), 0);
+    let mut bytes = vec![0u8; 4096];
+    for _ in 0..40 {
+        let lsn = Lsn(3 + random(&mut seed) % (end.0 - 3));
+        let began = Instant::now();
+        let image = Image::open(&store, lsn).unwrap();
+        opens.push(began.elapsed());
+        layers = layers.max(image.layer_count());
+        let block = random(&mut seed) % (VOLUME_BYTES / 4096);
+        let began = Instant::now();
+        image.read(block * 4096, &mut bytes).unwrap();
+        firsts.push(began.elapsed());
+    }
+    let image = Image::open(&store, end).unwrap();
+    let grown = memory_mib("VmRSS") - before;
+    let (open, open_most) = milliseconds(&mut opens);
+    let (first, first_most) = milliseconds(&mut firsts);
+    println!(
+        "{millions} M records over 1 TiB, {} segments, {:.0} MiB stored, made in {:.0} s: store opened in {:.0} ms; an instant in {open:.1} ms (most {open_most:.1}; \
+         limit 1000), first 4 KiB in {first:.2} ms (most {first_most:.2}; limit 10), at most {layers} layers; memory {grown:.0} MiB (limit 96)",
+        store.segments().count(),
+        store.stored_bytes() as f64 / f64::from(1 << 20),
+        made.as_secs_f64(),
+        opened.as_secs_f64() * 1e3,
+    );
+    drop(image);
+    drop(store);
+    std::fs::remove_dir_all(&root).unwrap();
+}
+
+/// A page as a database writes it: a header, rows of text, numbers, some of it free.
+fn page(seed: &mut u64) -> Vec<u8> {
+    let mut page = Vec::with_capacity(4096);
+    while page.len() < 3600 {
+        let (id, amount) = (random(seed) % 1_000_000, random(seed));
+        let row = format!(
+            "{id:08};customer-{:05};2026-11-{:02};{amount:016x};open;",
+            id % 40_000,
+            id % 28
+        );
+        page.extend_from_slice(row.as_bytes());
+    }
+    page.resize(4096, 0);
+    page
+}
+
+/// Settling, reading, scrubbing, on content that compresses like a database.
+fn content(directory: &Path) {
+    let root = directory.join("content");
+    let (volume, records) = (512u64 << 20, 131_072u64);
+    let mut sample = Sample::new(&root, volume, SEGMENT_BYTES, false);
+    let mut seed = 0x0dd0_b1a5_e5ba_d5ee;
+    let flat = std::fs::File::create_new(directory.join("flat")).unwrap();
+    flat.set_len(volume).unwrap();
+    for number in 0..records {
+        let block = (number * 7919) % (volume / 4096);
+        let bytes = page(&mut seed);
+        flat.write_all_at(&bytes, block * 4096).unwrap();
+        sample.write(block * 4096, bytes);
+    }
+    let end = sample.seal();
+    sample.map_all();
+    let sealed = reads("sealed", &sample.store, end, &flat_reader(directory));
+    settling(&mut sample, &root);
+    let settled = reads("settled", &sample.store, end, &flat_reader(directory));
+    println!("random reads, settled : sealed = {:.2}", settled / sealed);
+    let job = sample.store.scrub();
+    let began = Instant::now();
+    let found = job.run(SegmentSequence(0), |_, _| {
+        std::ops::ControlFlow::Continue(())
+    });
+    assert!(found.damage.is_empty(), "{:?}", found.damage);
+    let seconds = began.elapsed().as_secs_f64();
+    let rate = |bytes: u64| bytes as f64 / f64::from(1 << 20) / seconds;
+    println!(
+        "scrub: {:.0} MiB of history a second, {:.0} MiB of files (page cache, one core)",
+        rate(found.history_bytes),
+        rate(found.bytes)
+    );
+    drop(sample);
+    std::fs::remove_dir_all(&root).unwrap();
+    std::fs::remove_file(directory.join("flat")).unwrap();
+}
+
+fn flat_reader(directory: &Path) -> std::fs::File {
+    std::fs::File::open(directory.join("flat")).unwrap()
+}
+
+/// Reads of an image beside those of a flat file with the same bytes; gives random reads a second.
+fn reads(what: &str, store: &VolumeStore, end: Lsn, flat: &std::fs::File) -> f64 {
+    let image = Image::open(store, end).unwrap();
+    let blocks = image.bytes() / 4096;
+    let (mut ours, mut theirs) = (vec![0u8; 1 << 20], vec![0u8; 1 << 20]);
+    let mut seed = 0x5eed_5eed_5eed_5eed;
+    let places: Vec<u64> = (0..40_000)
+        .map(|_| random(&mut seed) % blocks * 4096)
+        .collect();
+    let began = Instant::now();
+    for place in &places {
+        image.read(*place, &mut ours[..4096]).unwrap();
+    }
+    let image_time = began.elapsed().as_secs_f64();
+    let began = Instant::now();
+    for place in &places {
+        flat.read_exact_at(&mut theirs[..4096], *place).unwrap();
+    }
+    let flat_time = began.elapsed().as_secs_f64();
+    let random_rate = places.len() as f64 / image_time;
+    let (mut image_all, mut flat_all) = (Duration::ZERO, Duration::ZERO);
+    for at in (0..image.bytes()).step_by(1 << 20) {
+        let began = Instant::now();
+        image.read(at, &mut ours).unwrap();
+        image_all += began.elapsed();
+        let began = Instant::now();
+        flat.read_exact_at(&mut theirs, at).unwrap();
+        flat_all += began.elapsed();
+        assert!(ours == theirs, "the image is not the file at {at}");
+    }
+    println!(
+        "reads of a {what} image (page cache): {random_rate:.0} random 4 KiB a second, flat file {:.0} (ratio {:.2}); 1 MiB in a row {:.0} MiB/s, flat file {:.0} \
+         (ratio {:.2})",
+        places.len() as f64 / flat_time,
+        flat_time / image_time,
+        image.bytes() as f64 / f64::from(1 << 20) / image_all.as_secs_f64(),
+        image.bytes() as f64 / f64::from(1 << 20) / flat_all.as_secs_f64(),
+        flat_all.as_secs_f64() / image_all.as_secs_f64(),
+    );
+    random_rate
+}
+
+/// Settling beside zstd alone on the same frames, one core each (the proof has the other one, as in the daemon).
+fn settling(sample: &mut Sample, root: &Path) {
+    let mut input = 0;
+    let mut alone = Duration::ZERO;
+    let mut zstd = zstd::bulk::Compressor::new(3).unwrap();
+    let folder = varve_store::volume_directory(root, VOLUME).join("segments");
+    for entry in std::fs::read_dir(&folder).unwrap() {
+        let bytes = std::fs::read(entry.unwrap().path()).unwrap();
+        input += bytes.len() as u64;
+        let began = Instant::now();
+        for frame in bytes.chunks(64 << 10) {
+            zstd.compress(frame).unwrap();
+        }
+        alone += began.elapsed();
+    }
+    let began = Instant::now();
+    let mut compressing = Duration::ZERO;
+    let (sender, jobs) = std::sync::mpsc::sync_channel::<varve_store::Settling>(1);
+    let prover = std::thread::spawn(move || {
+        let proved = jobs.into_iter().map(|settling| settling.prove().unwrap());
+        proved.collect::<Vec<_>>()
+    });
+    let mut taken = std::collections::BTreeSet::new();
+    loop {
+        let job = sample
+            .store
+            .next_to_settle(Compression::Zstd(3), &|sequence| taken.contains(&sequence));
+        let Some(job) = job else { break };
+        taken.insert(job.sequence());
+        let began = Instant::now();
+        let settling = job.compress().unwrap();
+        compressing += began.elapsed();
+        sender.send(settling).unwrap();
+    }
+    drop(sender);
+    for proved in prover.join().unwrap() {
+        sample.store.replace(&proved).unwrap();
+    }
+    let whole = began.elapsed();
+    let rate = |time: Duration| input as f64 / f64::from(1 << 20) / time.as_secs_f64();
+    println!(
+        "settling zstd:3: {:.0} MiB/s with its flush, {:.0} with the proof; zstd:3 alone {:.0} (ratio {:.2}, limit 0.90); {:.2} of the bytes are left",
+        rate(compressing),
+        rate(whole),
+        rate(alone),
+        alone.as_secs_f64() / whole.as_secs_f64(),
+        sample.store.stored_bytes() as f64 / input as f64,
+    );
+}
