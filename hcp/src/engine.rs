@@ -1,15 +1,18 @@
-//! Copying bytes out: several threads read, zeroes become holes, the rest is written where it belongs; then the target is read again and compared.
+//! Copying bytes out: several threads read, zeroes become holes, the rest is written where it belongs; then the target is read again, and must have the
+//! digests that were taken of what was read, before it was written.
 //!
-//! Order: what a progress record calls done was flushed before the record was. A target that was there before is written over, not replaced: a device,
+//! Order: the progress record is there before the target is touched, so that whatever a crash leaves is known as ours; what the record calls done was
+//! flushed before the record was. A target that was there before is written over, not replaced: a device,
 //! or a file that holds an older copy. Reads and writes go past the page cache where the file systems allow it.
 
 use crate::resume::Resume;
+use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use varve_control::ControlError;
 
@@ -222,20 +225,22 @@ pub fn copy_ranges<Bar: FnMut(u64, u64)>(
     let is_device = std::fs::metadata(&plan.target).is_ok_and(|m| m.file_type().is_block_device());
     // In a file that is new, what is not written reads zero.
     let fresh = !is_device && plan.only.is_none();
-    prepare_target(plan, is_device).map_err(|error| match error.raw_os_error() {
+    check_target(plan, is_device).map_err(|error| match error.raw_os_error() {
         Some(_) => writing(error),
         None => ControlError::new("H018-target", error),
     })?;
     let source = Ends::source(&plan.source).map_err(reading)?;
+    if let Some(record) = record {
+        record.note(plan.from).map_err(writing)?;
+    }
+    make_target(plan, is_device).map_err(writing)?;
     let target = Ends::target(&plan.target).map_err(writing)?;
     let pieces = pieces(plan);
     let total: u64 = pieces.iter().map(|piece| piece.1 as u64).sum();
     let (read, written) = (AtomicU64::new(0), AtomicU64::new(0));
     let mut show = bar("copying");
     let mut noted = Instant::now();
-    if let Some(record) = record {
-        record.note(plan.from).map_err(writing)?;
-    }
+    let digests = Digests::default();
     in_parallel(
         &pieces,
         |buffer, offset, length| {
@@ -245,6 +250,9 @@ pub fn copy_ranges<Bar: FnMut(u64, u64)>(
                 .read_exact_at(bytes, offset)
                 .map_err(reading)?;
             read.fetch_add(length as u64, Ordering::Relaxed);
+            if plan.verify {
+                digests.keep(offset, bytes);
+            }
             // Neighbouring parts that are not zero go with one write.
             let mut at = 0;
             while at < length {
@@ -288,7 +296,7 @@ pub fn copy_ranges<Bar: FnMut(u64, u64)>(
     target.cached.sync_all().map_err(writing)?;
     show(total, total);
     if plan.verify {
-        verify(plan, &source, &target, bar("verifying")).inspect_err(|_| {
+        verify(plan, &source, &target, &digests, bar("verifying")).inspect_err(|_| {
             if let Some(record) = record {
                 record.forget(); // What is there cannot be gone on from.
             }
@@ -303,7 +311,27 @@ pub fn copy_ranges<Bar: FnMut(u64, u64)>(
     })
 }
 
-fn prepare_target(plan: &Plan, is_device: bool) -> io::Result<()> {
+/// Digests of the pieces that were read: (first byte, bytes) → BLAKE3. 40 bytes for each MiB.
+#[derive(Default)]
+struct Digests {
+    known: Mutex<HashMap<(u64, usize), blake3::Hash>>,
+}
+
+impl Digests {
+    fn keep(&self, offset: u64, bytes: &[u8]) {
+        let digest = blake3::hash(bytes);
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        known.insert((offset, bytes.len()), digest);
+    }
+
+    fn of(&self, offset: u64, length: usize) -> Option<blake3::Hash> {
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        known.get(&(offset, length)).copied()
+    }
+}
+
+/// Whether the target may be written. Nothing is touched.
+fn check_target(plan: &Plan, is_device: bool) -> io::Result<()> {
     if is_device {
         // Nobody else's: not mounted, not held.
         const O_EXCL: i32 = 0o200;
@@ -321,28 +349,40 @@ fn prepare_target(plan: &Plan, is_device: bool) -> io::Result<()> {
         }
         return Ok(());
     }
-    let goes_on = plan.from > 0 || plan.only.is_some();
     let holds = std::fs::metadata(&plan.target).is_ok_and(|metadata| metadata.len() > 0);
-    if holds && !goes_on && !plan.overwrite {
+    if holds && !goes_on(plan) && !plan.overwrite {
         return Err(io::Error::other(format!(
             "{} exists already. Nothing was written; remove it, choose another name, or say --overwrite",
             plan.target.display()
         )));
     }
+    Ok(())
+}
+
+/// Whether the target holds a part of the copy, or an older one.
+fn goes_on(plan: &Plan) -> bool {
+    plan.from > 0 || plan.only.is_some()
+}
+
+fn make_target(plan: &Plan, is_device: bool) -> io::Result<()> {
+    if is_device {
+        return Ok(());
+    }
     let file = OpenOptions::new()
         .write(true)
         .create(true)
-        .truncate(!goes_on)
+        .truncate(!goes_on(plan))
         .mode(0o600)
         .open(&plan.target)?;
     file.set_len(plan.bytes)
 }
 
-/// Reads source and target again, and compares: the whole of them, whatever was copied now.
+/// Reads all of the target again. What was copied now must have the digest that was taken before; the rest is compared with the source.
 fn verify(
     plan: &Plan,
     source: &Ends,
     target: &Ends,
+    digests: &Digests,
     mut show: impl FnMut(u64, u64),
 ) -> Result<(), ControlError> {
     let whole = Plan {
@@ -357,30 +397,34 @@ fn verify(
     in_parallel(
         &pieces(&whole),
         |buffer, offset, length| {
-            let mut other = Aligned::new();
-            let (left, right) = (buffer.get(length), other.get(length));
-            source
-                .file(offset, length)
-                .read_exact_at(left, offset)
-                .map_err(|error| failed("reading", &plan.source, &error))?;
+            let found = buffer.get(length);
             target
                 .file(offset, length)
-                .read_exact_at(right, offset)
+                .read_exact_at(found, offset)
                 .map_err(|error| failed("reading", &plan.target, &error))?;
-            match (0..length)
-                .find(|index| left[*index] != right[*index])
-                .filter(|_| left != right)
-            {
-                None => Ok(()),
-                Some(index) => Err(ControlError::new(
-                    "H019-differs",
-                    format!(
-                        "{} differs from what was copied at byte {}: its disk lies, or somebody else writes to it. Do not use it",
-                        plan.target.display(),
-                        offset + index as u64
-                    ),
-                )),
+            let same = match digests.of(offset, length) {
+                Some(digest) => digest == blake3::hash(found),
+                None => {
+                    let mut other = Aligned::new();
+                    let wanted = other.get(length);
+                    source
+                        .file(offset, length)
+                        .read_exact_at(wanted, offset)
+                        .map_err(|error| failed("reading", &plan.source, &error))?;
+                    wanted == found
+                }
+            };
+            if same {
+                return Ok(());
             }
+            Err(ControlError::new(
+                "H019-differs",
+                format!(
+                    "{} differs from what was copied within bytes {offset} to {}: its disk lies, or somebody else writes to it. Do not use it",
+                    plan.target.display(),
+                    offset + length as u64
+                ),
+            ))
         },
         |done, _| {
             show(done, plan.bytes);
@@ -421,7 +465,7 @@ pub fn stream(
 
 #[cfg(test)]
 mod tests {
-    use super::{Plan, copy_ranges, is_zero, pieces};
+    use super::{Digests, Ends, Plan, copy_ranges, is_zero, pieces, verify};
     use std::os::unix::fs::MetadataExt;
 
     fn plan(name: &str, bytes: u64) -> Plan {
@@ -478,6 +522,22 @@ mod tests {
         assert_eq!(std::fs::read(&plan.target).unwrap(), content);
         assert!(job.written < plan.bytes / 2, "{}", job.written);
         assert!(std::fs::metadata(&plan.target).unwrap().blocks() * 512 < plan.bytes / 2);
+        // What the target holds must be what was read, whatever the source holds by now.
+        let check = |digests: &Digests| {
+            let source = Ends::source(&plan.source).unwrap();
+            let target = Ends::target(&plan.target).unwrap();
+            verify(&plan, &source, &target, digests, |_, _| {})
+        };
+        let digests = Digests::default();
+        for (offset, length) in pieces(&plan) {
+            digests.keep(offset, &content[offset as usize..][..length]);
+        }
+        std::fs::write(&plan.source, vec![1u8; content.len()]).unwrap();
+        check(&digests).unwrap();
+        assert_eq!(check(&Digests::default()).unwrap_err().code, "H019-differs");
+        digests.keep(0, &[1; 1 << 20]);
+        assert_eq!(check(&digests).unwrap_err().code, "H019-differs");
+        std::fs::write(&plan.source, &content).unwrap();
         // It is not overwritten unasked.
         assert_eq!(
             copy_ranges(&plan, None, |_| |_, _| {}).unwrap_err().code,
