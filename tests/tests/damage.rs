@@ -159,7 +159,7 @@ fn a_damaged_or_lost_run_is_made_again_from_its_segment() {
             run,
             |bytes| bytes[byte] ^= 0x10,
             || {
-                let mut store = sample.open();
+                let store = sample.open();
                 let image = Image::open(&store, sample.last).unwrap();
                 let mut bytes = vec![0; VOLUME_BYTES];
                 image.read(0, &mut bytes).unwrap();
@@ -167,7 +167,7 @@ fn a_damaged_or_lost_run_is_made_again_from_its_segment() {
                 // The head was made again when the store was opened; single records are, by a scrub.
                 let go_on = |_, _: &_| std::ops::ControlFlow::Continue(());
                 let found = store.scrub().run(SegmentSequence(0), go_on);
-                store.mend(&found).unwrap();
+                assert!(found.damage.iter().all(|damage| damage.blocks.is_empty()));
                 let found = store.scrub().run(SegmentSequence(0), go_on);
                 assert!(found.damage.is_empty(), "byte {byte}: {:?}", found.damage);
             },

@@ -4,7 +4,7 @@
 //! Proving that a settled segment comes back from the disk as it was is a thread of its own: it reads while the next one is compressed.
 
 use crate::service::Service;
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use nix::sys::statvfs::statvfs;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -18,6 +18,11 @@ const IDLE: Duration = Duration::from_secs(1);
 const BACK_OFF: Duration = Duration::from_secs(60);
 /// Room that settling leaves on the store's disk beside the segment that it writes: the logs must go on being drained.
 const ROOM_BYTES: u64 = 256 << 20;
+
+/// Whether it may be better by itself in a while.
+fn passes(error: &StoreError) -> bool {
+    matches!(error, StoreError::Full(_) | StoreError::ReadOnly(_))
+}
 
 enum Work {
     Map(MapJob),
@@ -40,7 +45,8 @@ struct Background {
 pub(crate) fn run(service: Arc<Service>) {
     // One being proved, one waiting: no more unproved files than that lie about.
     let (proofs, jobs) = bounded::<(String, u64, Settling)>(1);
-    let (outcomes, proved) = bounded(16);
+    // Without a bound: whoever proves must never wait for who compresses, who waits for it. There is at most one outcome for each job.
+    let (outcomes, proved) = unbounded();
     let prover = Arc::clone(&service);
     std::thread::spawn(move || {
         for (id, sequence, settling) in jobs {
@@ -113,9 +119,17 @@ impl Background {
             given_up.is_some_and(|given_up| given_up.contains(&sequence))
                 || self.under_way.contains(&(id.to_owned(), sequence))
         };
-        let work = self.service.if_open(id, |store| match store.next_map() {
-            Some(job) => Some(Work::Map(job)),
-            None => store.next_to_settle(compression, &except).map(Work::Settle),
+        let room = statvfs(&self.service.paths().store()).map_or(u64::MAX, |disk| {
+            disk.blocks_available() * disk.fragment_size()
+        });
+        let fits = |bytes: u64| room >= bytes + ROOM_BYTES;
+        let work = self.service.if_open(id, |store| {
+            let map = store.next_map().filter(|job| fits(job.bytes()));
+            // What makes room comes before what takes it, where there is little.
+            map.map(Work::Map).or_else(|| {
+                let job = store.next_to_settle(compression, &except);
+                job.filter(|job| fits(job.data_bytes())).map(Work::Settle)
+            })
         });
         match work.flatten() {
             None => false,
@@ -134,22 +148,16 @@ impl Background {
                 .unwrap_or(Ok(()))
         });
         if let Err(error) = made {
-            let damaged = matches!(error, StoreError::Damaged(..));
             self.failed(id, None, &error);
-            if damaged {
+            // A map that is damaged is not asked again, but made again; for anything else that does not pass by itself, this one is done without.
+            if !passes(&error) && !matches!(error, StoreError::Damaged(..)) {
                 self.service.if_open(id, |store| store.give_up_map(job));
             }
         }
     }
 
     fn settle(&mut self, id: &str, job: SettleJob) -> bool {
-        let (sequence, bytes) = (job.sequence(), job.data_bytes());
-        let room = statvfs(&self.service.paths().store()).map_or(u64::MAX, |disk| {
-            disk.blocks_available() * disk.fragment_size()
-        });
-        if room < bytes + ROOM_BYTES {
-            return false;
-        }
+        let sequence = job.sequence();
         match job.compress() {
             Ok(settling) => {
                 self.under_way.insert((id.to_owned(), sequence));
@@ -163,7 +171,7 @@ impl Background {
     fn failed(&mut self, id: &str, sequence: Option<u64>, error: &StoreError) {
         self.resting
             .insert(id.to_owned(), Instant::now() + BACK_OFF);
-        if let (Some(sequence), StoreError::Root(_) | StoreError::Damaged(..)) = (sequence, error) {
+        if let Some(sequence) = sequence.filter(|_| !passes(error)) {
             self.given_up
                 .entry(id.to_owned())
                 .or_default()

@@ -1,6 +1,6 @@
 //! Proof on demand: `varve scrub` reads everything again, `varve check` looks at the structure. Damage is told with instants and blocks.
 
-use crate::service::{Service, error, store_error};
+use crate::service::{Service, error};
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 use varve_control::{ControlError, DamageInfo, Reporter, StoreReply};
@@ -28,9 +28,7 @@ impl Service {
                 std::thread::sleep(due.saturating_sub(began.elapsed()));
             }
             if found.damage.is_empty() && next.0 != u64::MAX {
-                let _ = self.with_store(&id, |store| {
-                    store.note_scrub(Some(next)).map_err(|e| store_error(&e))
-                });
+                let _ = self.if_open(&id, |store| store.note_scrub(Some(next)));
             }
             gone = !reporter.report((skipped + found.bytes).min(total), total);
             match gone {
@@ -41,10 +39,13 @@ impl Service {
         if gone {
             return Err(error("S012-interrupted", "the scrub was interrupted"));
         }
-        self.with_store(&id, |store| {
-            store.note_scrub(None).map_err(|e| store_error(&e))?;
-            store.mend(&found).map_err(|e| store_error(&e))
-        })?;
+        self.if_open(&id, |store| {
+            store.discard_maps(&found);
+            // What was found counts more than that it is noted.
+            if let Err(error) = store.note_scrub(None) {
+                eprintln!("varved: {volume}: {error}");
+            }
+        });
         Ok(reply(&found, from))
     }
 

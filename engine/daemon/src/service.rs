@@ -11,7 +11,7 @@ use varve_control::{
 };
 use varve_format::{Lsn, SegmentSequence, VolumeId, WallTime};
 use varve_log::DirectFile;
-use varve_store::{Image, StoreError, VolumeStore, ingest};
+use varve_store::{Image, StoreError, VolumeStore, ingest, volume_directory};
 
 /// Clocks of a moment ago may be a little ahead of ours.
 const FUTURE_SLACK_NS: i64 = 2_000_000_000;
@@ -206,6 +206,9 @@ impl Service {
 
     /// Opens the histories of all volumes. What cannot be opened is said when it is asked for.
     pub(crate) fn open_all(&self) {
+        if varve_control::mapped_volume_under(&self.paths, &self.paths.store()).is_some() {
+            return; // `take` says what is wrong with that.
+        }
         for spec in self.specs() {
             let _ = self.with_store(&spec.id, |_| Ok(()));
         }
@@ -214,6 +217,26 @@ impl Service {
     /// Histories that are open, by ID.
     pub(crate) fn open_ids(&self) -> Vec<String> {
         self.stores().keys().cloned().collect()
+    }
+
+    /// Closes a history that nobody uses. What uses it for a moment (a comparison that has just lost its volume, a map being made) is waited for.
+    fn stores_without(
+        &self,
+        id: &str,
+    ) -> Result<std::sync::MutexGuard<'_, BTreeMap<String, VolumeStore>>, ControlError> {
+        for _ in 0..100 {
+            let mut stores = self.stores();
+            if !stores.get(id).is_some_and(VolumeStore::is_in_use) {
+                stores.remove(id);
+                return Ok(stores);
+            }
+            drop(stores);
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        Err(error(
+            "S013-in-use",
+            "an instant of this history is mounted or exported, or it is being scrubbed; end that first (`varve exports`)",
+        ))
     }
 
     /// Works with a history that is open; one that was forgotten is not made again.
@@ -236,7 +259,7 @@ impl Service {
                 .ok_or_else(|| error("V029-id", "the volume's id is not 32 hex digits"))?;
             let store =
                 VolumeStore::open(&self.paths.store(), volume).map_err(|e| store_error(&e))?;
-            for damage in store.damaged() {
+            for damage in store.damaged().iter().chain(store.healed()) {
                 eprintln!("varved: {id}: {damage}");
             }
             stores.insert(id.to_owned(), store);
@@ -449,26 +472,11 @@ impl Service {
             } => self.scrub(&volume, bytes_per_second, reporter),
             StoreOp::Check { volume } => self.check(&volume),
             StoreOp::Forget { id } => {
-                // An image opens its segments when they are read from.
-                let in_use = || self.if_open(&id, |store| store.is_in_use()) == Some(true);
-                for _ in 0..100 {
-                    if !in_use() {
-                        break;
-                    }
-                    // A comparison that has just lost its volume ends by itself.
-                    std::thread::sleep(Duration::from_millis(100));
-                }
-                if in_use() {
-                    return Err(error(
-                        "S013-in-use",
-                        "an instant of this history is mounted, exported or being compared; end that first (`varve exports`)",
-                    ));
-                }
-                self.stores().remove(&id);
-                let path = VolumeId::parse(&id)
-                    .map(|volume| self.paths.store().join("volumes").join(volume.to_string()));
-                let path =
-                    path.ok_or_else(|| error("V029-id", "the volume's id is not 32 hex digits"))?;
+                let volume = VolumeId::parse(&id)
+                    .ok_or_else(|| error("V029-id", "the volume's id is not 32 hex digits"))?;
+                let path = volume_directory(&self.paths.store(), volume);
+                // An image opens its segments when they are read from. From here on nobody opens the history: the lock is held until its files are gone.
+                let _stores = self.stores_without(&id)?;
                 match std::fs::remove_dir_all(&path) {
                     Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
                         return Err(error("S001-io", format!("{}: {e}", path.display())));

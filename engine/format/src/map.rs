@@ -263,8 +263,9 @@ impl MapExtent {
             .any(|kind| kind as u8 == self.kind && kind.changes_image());
         let whole = self.offset.get().is_multiple_of(MAP_UNIT_BYTES)
             && self.length.get().is_multiple_of(MAP_UNIT_BYTES);
-        let inside = u64::from(self.skip.get()) * MAP_UNIT_BYTES + self.length.get()
-            <= u64::from(self.payload_bytes.get());
+        let skip = u64::from(self.skip.get()) * MAP_UNIT_BYTES;
+        let end = skip.checked_add(self.length.get());
+        let inside = end.is_some_and(|end| end <= u64::from(self.payload_bytes.get()));
         let bounded = u64::from(self.payload_bytes.get()) <= crate::RECORD_PAYLOAD_BYTES_MAX;
         known && whole && bounded && (inside || !self.is_write())
     }

@@ -45,6 +45,14 @@ impl<K: Copy + Eq + Hash, V: Clone> Cache<K, V> {
         Ok(value)
     }
 
+    /// Drops a value.
+    pub(crate) fn forget(&self, key: &K) {
+        let mut kept = self.lock();
+        if kept.values.remove(key).is_some() {
+            kept.order.retain(|other| other != key);
+        }
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, Kept<K, V>> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }

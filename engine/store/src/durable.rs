@@ -28,10 +28,16 @@ pub(crate) fn create<T>(
         .truncate(true)
         .open(&new);
     let mut file = made.map_err(StoreError::io(&new))?;
-    let done = write(&mut file)?;
-    file.sync_all().map_err(StoreError::io(&new))?;
-    name(&new, path)?;
-    Ok(done)
+    let written = write(&mut file).and_then(|done| {
+        file.sync_all().map_err(StoreError::io(&new))?;
+        name(&new, path)?;
+        Ok(done)
+    });
+    if written.is_err() {
+        // On a full disk half a file would keep it full.
+        let _ = std::fs::remove_file(&new);
+    }
+    written
 }
 
 /// Gives a whole and durable file its name.

@@ -175,20 +175,15 @@ impl Image {
         let payload = self.payloads.get(extent.lsn.get(), || self.load(extent))?;
         let skip = (u64::from(extent.skip.get()) * MAP_UNIT_BYTES) as usize;
         // The format promises that an extent lies within its payload.
-        target.copy_from_slice(&payload[skip..skip + target.len()]);
+        let part = payload.get(skip..skip + target.len());
+        target.copy_from_slice(part.ok_or_else(|| lost(extent, "its map is wrong"))?);
         Ok(())
     }
 
     /// Reads a record's whole payload and checks it.
     fn load(&self, extent: &MapExtent) -> Result<Arc<Vec<u8>>, StoreError> {
         let sequence = SegmentSequence(extent.segment.get());
-        let lost = |why: String| StoreError::Payload {
-            segment: sequence,
-            lsn: extent.lsn.get(),
-            offset: extent.offset.get(),
-            length: extent.length.get(),
-            why,
-        };
+        let lost = |why: String| lost(extent, &why);
         let segment = self
             .segments
             .get(&sequence)
@@ -207,5 +202,15 @@ impl Image {
             return Err(lost("its checksum does not match".to_owned()));
         }
         Ok(Arc::new(payload))
+    }
+}
+
+fn lost(extent: &MapExtent, why: &str) -> StoreError {
+    StoreError::Payload {
+        segment: SegmentSequence(extent.segment.get()),
+        lsn: extent.lsn.get(),
+        offset: extent.offset.get(),
+        length: extent.length.get(),
+        why: why.to_owned(),
     }
 }

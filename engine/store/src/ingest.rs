@@ -151,7 +151,8 @@ fn take(
     let new = durable::unfinished(&path);
     footer.root = copy(log, segment.base, data_bytes, &new, footer)?;
     durable::name(&new, &path)?;
-    let (head, events) = run_file::write(&run, &segment.header, &footer, &entries)?;
+    let (head, events) = run_file::head_of(&segment.header, &footer, &entries);
+    run_file::write(&run, &head, &entries, &events)?;
     let stored_bytes = data_bytes + SEGMENT_FOOTER_BYTES as u64;
     Ok(Some(StoredSegment::new(
         store.directory(),

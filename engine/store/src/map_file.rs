@@ -3,29 +3,65 @@
 use crate::StoreError;
 use crate::cache::Cache;
 use roaring::RoaringBitmap;
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use varve_format::{
     BLOCK_BYTES, FormatError, MAP_GRANULE_BYTES, MAP_PAGE_BYTES, MAP_PAGE_EXTENTS, MapExtent,
     MapHeader, VolumeId, crc32c, parse_map_page,
 };
 
-/// Pages of all maps of a volume, by [`varve_format::map_tag`] and number. 16 KiB each.
-pub(crate) type PageCache = Cache<(u64, u32), Arc<[MapExtent]>>;
+/// What all maps of a volume share.
+pub(crate) struct Shared {
+    pub(crate) volume: VolumeId,
+    /// Pages, by the number of the opening and their own. 16 KiB each.
+    pages: Cache<(u64, u32), Arc<[MapExtent]>>,
+    /// Tags of maps that turned out to be damaged: no image asks them any more, and they are made again.
+    suspects: Mutex<BTreeSet<u64>>,
+    openings: AtomicU64,
+}
+
+impl Shared {
+    pub(crate) fn new(volume: VolumeId, pages: usize) -> Arc<Shared> {
+        Arc::new(Shared {
+            volume,
+            pages: Cache::new(pages),
+            suspects: Mutex::default(),
+            openings: AtomicU64::new(0),
+        })
+    }
+
+    fn suspects(&self) -> std::sync::MutexGuard<'_, BTreeSet<u64>> {
+        self.suspects.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn suspect(&self, tag: u64) {
+        self.suspects().insert(tag);
+    }
+
+    pub(crate) fn is_suspect(&self, tag: u64) -> bool {
+        self.suspects().contains(&tag)
+    }
+
+    pub(crate) fn trust(&self, tag: u64) {
+        self.suspects().remove(&tag);
+    }
+}
 
 /// An open map.
 pub(crate) struct MapFile {
     file: File,
     path: PathBuf,
-    volume: VolumeId,
     tag: u64,
+    opening: u64,
     extent_count: u64,
     file_bytes: u64,
     fences: Vec<u64>,
     touched: RoaringBitmap,
-    pages: Arc<PageCache>,
+    shared: Arc<Shared>,
 }
 
 /// The bit of a byte. Volumes of more than 256 TiB share the last one.
@@ -33,24 +69,30 @@ pub(crate) fn granule(offset: u64) -> u32 {
     u32::try_from(offset / MAP_GRANULE_BYTES).unwrap_or(u32::MAX)
 }
 
+/// Reads the head of a group's map: its size, too.
+pub(crate) fn read_head(
+    path: &Path,
+    volume: VolumeId,
+    tag: u64,
+) -> Result<(File, MapHeader, u64), StoreError> {
+    let damaged = |error| StoreError::Damaged(path.to_path_buf(), error);
+    let file = File::open(path).map_err(StoreError::io(path))?;
+    let file_bytes = file.metadata().map_err(StoreError::io(path))?.len();
+    let mut block = vec![0u8; BLOCK_BYTES.min(file_bytes) as usize];
+    file.read_exact_at(&mut block, 0)
+        .map_err(StoreError::io(path))?;
+    let header = MapHeader::parse(&block, file_bytes).map_err(damaged)?;
+    if header.volume != volume.0 || header.tag() != tag {
+        return Err(damaged(FormatError::Foreign("map")));
+    }
+    Ok((file, header, file_bytes))
+}
+
 impl MapFile {
     /// Opens the map of a group.
-    pub(crate) fn open(
-        path: &Path,
-        volume: VolumeId,
-        tag: u64,
-        pages: &Arc<PageCache>,
-    ) -> Result<MapFile, StoreError> {
+    pub(crate) fn open(path: &Path, tag: u64, shared: &Arc<Shared>) -> Result<MapFile, StoreError> {
         let damaged = |error| StoreError::Damaged(path.to_path_buf(), error);
-        let file = File::open(path).map_err(StoreError::io(path))?;
-        let file_bytes = file.metadata().map_err(StoreError::io(path))?.len();
-        let mut block = vec![0u8; BLOCK_BYTES.min(file_bytes) as usize];
-        file.read_exact_at(&mut block, 0)
-            .map_err(StoreError::io(path))?;
-        let header = MapHeader::parse(&block, file_bytes).map_err(damaged)?;
-        if header.volume != volume.0 || header.tag() != tag {
-            return Err(damaged(FormatError::Foreign("map")));
-        }
+        let (file, header, file_bytes) = read_head(path, shared.volume, tag)?;
         let mut bytes = vec![0u8; (file_bytes - header.fences_at()) as usize];
         file.read_exact_at(&mut bytes, header.fences_at())
             .map_err(StoreError::io(path))?;
@@ -68,23 +110,14 @@ impl MapFile {
         Ok(MapFile {
             file,
             path: path.to_path_buf(),
-            volume,
             tag,
+            opening: shared.openings.fetch_add(1, Ordering::Relaxed),
             extent_count: header.extent_count.get(),
             file_bytes,
             fences,
             touched,
-            pages: Arc::clone(pages),
+            shared: Arc::clone(shared),
         })
-    }
-
-    /// The same as it is on the disk now.
-    pub(crate) fn reopen(&self) -> Result<MapFile, StoreError> {
-        MapFile::open(&self.path, self.volume, self.tag, &self.pages)
-    }
-
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
     }
 
     pub(crate) fn file_bytes(&self) -> u64 {
@@ -95,8 +128,16 @@ impl MapFile {
         self.fences.len() as u32
     }
 
-    /// Reads a page, and checks it.
+    /// Reads a page, and checks it. A damaged one ends the trust in the whole map.
     pub(crate) fn read_page(&self, page: u32) -> Result<Arc<[MapExtent]>, StoreError> {
+        self.checked_page(page).inspect_err(|error| {
+            if matches!(error, StoreError::Damaged(..)) {
+                self.shared.suspect(self.tag);
+            }
+        })
+    }
+
+    fn checked_page(&self, page: u32) -> Result<Arc<[MapExtent]>, StoreError> {
         let mut bytes = vec![0u8; MAP_PAGE_BYTES];
         let at = BLOCK_BYTES + u64::from(page) * MAP_PAGE_BYTES as u64;
         self.file
@@ -107,7 +148,11 @@ impl MapFile {
         let damaged = |error| StoreError::Damaged(self.path.clone(), error);
         let extents = parse_map_page(&bytes, page, self.tag, count).map_err(damaged)?;
         let fence = self.fences.get(page as usize).copied();
-        if extents.first().map(|first| first.offset.get()) != fence {
+        let next = self.fences.get(page as usize + 1).copied();
+        let reaches = extents.last().map_or(0, MapExtent::end);
+        if extents.first().map(|first| first.offset.get()) != fence
+            || next.is_some_and(|next| reaches > next)
+        {
             return Err(damaged(FormatError::Field("map.fences")));
         }
         Ok(extents.into())
@@ -128,7 +173,7 @@ impl MapFile {
         let mut page = behind.saturating_sub(1) as u32;
         while page < self.page_count() && self.fences[page as usize] < end {
             let make = || self.read_page(page);
-            let extents = self.pages.get((self.tag, page), make)?;
+            let extents = self.shared.pages.get((self.opening, page), make)?;
             let from = extents.partition_point(|extent| extent.end() <= start);
             for extent in &extents[from..] {
                 if extent.offset.get() >= end {

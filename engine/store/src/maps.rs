@@ -8,11 +8,13 @@
 //! are replayed, and at most seven maps of each level are asked: the number of levels is the logarithm of the history's length.
 //! A group gets its map when a segment behind it is there: then none of its segments can still come.
 
-use crate::map_file::{MapCursor, MapFile, PageCache};
+use crate::cache::Cache;
+use crate::map_file::{MapCursor, MapFile, Shared, read_head};
 use crate::map_merge::{MapIdentity, write_merged, write_replay};
 use crate::replay::Replay;
 use crate::{StoreError, StoredSegment, VolumeStore, durable};
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use varve_format::{Lsn, MAP_FAN, VolumeId, map_tag};
@@ -22,15 +24,39 @@ const PAGES_KEPT: usize = 1024;
 /// Levels that there can be: 8^21 segments are more than 64 bits of sequence number.
 const LEVEL_MAX: u32 = 20;
 
-/// The maps of a volume.
+/// Maps that are kept open. An image keeps those that it asks open by itself.
+const MAPS_KEPT: usize = 32;
+
+/// A map on disk.
+#[derive(Clone, Copy, Debug)]
+struct Known {
+    bytes: u64,
+}
+
+/// The maps of a volume: which there are. They are opened when they are asked.
 pub(crate) struct Maps {
     directory: PathBuf,
-    volume: VolumeId,
-    pages: Arc<PageCache>,
+    shared: Arc<Shared>,
     /// By level and group.
-    known: BTreeMap<(u32, u64), Arc<MapFile>>,
+    known: BTreeMap<(u32, u64), Known>,
+    open: Cache<(u32, u64), Arc<MapFile>>,
     /// Those that cannot be made until the store is opened again.
     given_up: BTreeSet<(u32, u64)>,
+}
+
+/// Where a map is, for who reads all of them.
+#[derive(Clone)]
+pub(crate) struct MapPlace {
+    pub(crate) path: PathBuf,
+    pub(crate) bytes: u64,
+    tag: u64,
+    shared: Arc<Shared>,
+}
+
+impl MapPlace {
+    pub(crate) fn open(&self) -> Result<MapFile, StoreError> {
+        MapFile::open(&self.path, self.tag, &self.shared)
+    }
 }
 
 /// A layer of an image.
@@ -68,9 +94,9 @@ impl Maps {
     pub(crate) fn new(directory: &Path, volume: VolumeId) -> Maps {
         Maps {
             directory: directory.join("maps"),
-            volume,
-            pages: Arc::new(PageCache::new(PAGES_KEPT)),
+            shared: Shared::new(volume, PAGES_KEPT),
             known: BTreeMap::new(),
+            open: Cache::new(MAPS_KEPT),
             given_up: BTreeSet::new(),
         }
     }
@@ -79,43 +105,93 @@ impl Maps {
         self.directory.join(format!("{level:02}-{group:020}.map"))
     }
 
-    /// Opens what is there. A damaged map is removed: it is made again.
-    pub(crate) fn load(&mut self, damaged: &mut Vec<String>) -> Result<(), StoreError> {
+    /// Finds what is there. A map that is damaged, or was made of other segments than there are in its group, is removed: it is made again. What it was
+    /// is said in `healed`. One that cannot be read now is left alone, and not used.
+    pub(crate) fn load(
+        &mut self,
+        segments_of: impl Fn(Range<u64>) -> u64,
+        healed: &mut Vec<String>,
+    ) -> Result<(), StoreError> {
         for path in durable::list(&self.directory)? {
             let name = path.file_stem().and_then(|name| name.to_str());
             let parts = name.and_then(|name| name.split_once('-'));
             let numbers = parts.and_then(|(l, g)| Some((l.parse().ok()?, g.parse().ok()?)));
-            let opened = match numbers {
-                Some((level, group)) if path == self.path(level, group) => self.open(level, group),
-                _ => continue,
+            let ours = |(level, group): &(u32, u64)| {
+                (1..=LEVEL_MAX).contains(level)
+                    && *group < u64::MAX / span(*level)
+                    && path == self.path(*level, *group)
             };
-            if let Err(error) = opened {
-                damaged.push(format!("{error}. It is made again"));
-                let _ = std::fs::remove_file(&path);
-            }
+            let Some((level, group)) = numbers.filter(ours) else {
+                continue;
+            };
+            let places = group * span(level)..(group + 1) * span(level);
+            let why = match self.note(level, group) {
+                Ok(count) if count == segments_of(places) => continue,
+                Ok(_) => format!("{}: segments have come or gone since", path.display()),
+                Err(StoreError::Damaged(path, why)) => format!("{}: {why}", path.display()),
+                Err(error) => {
+                    healed.push(format!("{error}. It is not used"));
+                    continue;
+                }
+            };
+            healed.push(format!("{why}. It is made again"));
+            self.discard(level, group);
         }
         Ok(())
     }
 
-    fn open(&mut self, level: u32, group: u64) -> Result<(), StoreError> {
+    /// Takes a map into use; gives the number of its segments.
+    fn note(&mut self, level: u32, group: u64) -> Result<u64, StoreError> {
         let path = self.path(level, group);
-        let map = MapFile::open(&path, self.volume, map_tag(level, group), &self.pages)?;
-        self.known.insert((level, group), Arc::new(map));
-        Ok(())
+        let (_, header, bytes) = read_head(&path, self.shared.volume, map_tag(level, group))?;
+        self.known.insert((level, group), Known { bytes });
+        self.open.forget(&(level, group));
+        self.shared.trust(map_tag(level, group));
+        Ok(header.segment_count.get())
+    }
+
+    fn discard(&mut self, level: u32, group: u64) {
+        self.known.remove(&(level, group));
+        self.open.forget(&(level, group));
+        let _ = std::fs::remove_file(self.path(level, group));
+    }
+
+    /// Whether a map is there, and trusted.
+    fn has(&self, level: u32, group: u64) -> bool {
+        self.known.contains_key(&(level, group)) && !self.shared.is_suspect(map_tag(level, group))
+    }
+
+    /// Opens a map. One that turns out to be damaged is not there from then on.
+    fn get(&self, level: u32, group: u64) -> Option<Arc<MapFile>> {
+        if !self.has(level, group) {
+            return None;
+        }
+        let tag = map_tag(level, group);
+        let open = || MapFile::open(&self.path(level, group), tag, &self.shared).map(Arc::new);
+        let opened = self.open.get((level, group), open);
+        opened.inspect_err(|_| self.shared.suspect(tag)).ok()
     }
 
     pub(crate) fn stored_bytes(&self) -> u64 {
-        self.known.values().map(|map| map.file_bytes()).sum()
+        self.known.values().map(|map| map.bytes).sum()
     }
 
-    pub(crate) fn all(&self) -> impl Iterator<Item = &Arc<MapFile>> {
-        self.known.values()
+    pub(crate) fn all(&self) -> Vec<MapPlace> {
+        let place = |(&(level, group), known): (&(u32, u64), &Known)| MapPlace {
+            path: self.path(level, group),
+            bytes: known.bytes,
+            tag: map_tag(level, group),
+            shared: Arc::clone(&self.shared),
+        };
+        self.known.iter().map(place).collect()
     }
 
-    /// Gives up a map that turned out to be damaged.
-    pub(crate) fn discard(&mut self, path: &Path) {
-        self.known.retain(|_, map| map.path() != path);
-        let _ = std::fs::remove_file(path);
+    /// Gives up maps that turned out to be damaged.
+    pub(crate) fn discard_all(&mut self, paths: &[PathBuf]) {
+        let damaged = |&&(level, group): &&(u32, u64)| paths.contains(&self.path(level, group));
+        let keys: Vec<(u32, u64)> = self.known.keys().filter(damaged).copied().collect();
+        keys.into_iter()
+            .for_each(|(level, group)| self.discard(level, group));
     }
 }
 
@@ -125,6 +201,8 @@ pub struct MapJob {
     path: PathBuf,
     segments: Vec<Arc<StoredSegment>>,
     maps: Vec<Arc<MapFile>>,
+    /// While it is there, nobody deletes the history.
+    _lease: Arc<()>,
 }
 
 impl MapJob {
@@ -158,13 +236,18 @@ impl VolumeStore {
         let newest = self.newest()?.0;
         let first = self.segments().next()?.sequence.0;
         for level in 1..=LEVEL_MAX {
-            let groups = first / span(level)..newest / span(level);
-            if groups.is_empty() {
+            if newest / span(level) <= first / span(level) {
                 return None;
             }
-            for group in groups {
-                let key = (level, group);
-                if self.maps.known.contains_key(&key) || self.maps.given_up.contains(&key) {
+            // Groups that have segments, and a segment behind them.
+            let mut from = 0;
+            while let Some(segment) = self.segments_in(from..u64::MAX).next() {
+                let group = segment.sequence.0 / span(level);
+                if group >= newest / span(level) {
+                    break;
+                }
+                from = (group + 1) * span(level);
+                if self.maps.has(level, group) || self.maps.given_up.contains(&(level, group)) {
                     continue;
                 }
                 if let Some(job) = self.map_job(level, group) {
@@ -186,18 +269,10 @@ impl VolumeStore {
             let sequences = self.segments_in(places).map(|segment| segment.sequence);
             segments = sequences.filter_map(|s| self.segment(s).cloned()).collect();
         } else {
-            let children = (level - 1, group * MAP_FAN)..(level - 1, (group + 1) * MAP_FAN);
-            maps = self
-                .maps
-                .known
-                .range(children)
-                .map(|(_, map)| Arc::clone(map))
-                .collect();
             for child in group * MAP_FAN..(group + 1) * MAP_FAN {
                 let places = child * span(level - 1)..(child + 1) * span(level - 1);
-                let has_segments = self.segments_in(places).next().is_some();
-                if has_segments && !self.maps.known.contains_key(&(level - 1, child)) {
-                    return None; // It could not be made.
+                if self.segments_in(places).next().is_some() {
+                    maps.push(self.maps.get(level - 1, child)?); // None: it could not be made.
                 }
             }
         }
@@ -211,12 +286,14 @@ impl VolumeStore {
             path: self.maps.path(level, group),
             segments,
             maps,
+            _lease: self.lease(),
         })
     }
 
     /// Takes a map that was made into use.
     pub fn add_map(&mut self, job: &MapJob) -> Result<(), StoreError> {
-        self.maps.open(job.identity.level, job.identity.group)
+        let noted = self.maps.note(job.identity.level, job.identity.group);
+        noted.map(|_| ())
     }
 
     /// Does without a map that cannot be made: what it would cover is replayed.
@@ -247,14 +324,11 @@ impl VolumeStore {
             let Some(segment) = next.filter(|segment| segment.lsn_end > from) else {
                 break;
             };
-            if let Some((map, start)) = self.map_that_ends_at(below, first_whole) {
+            if let Some((map, start)) = self.map_with(segment.sequence.0, below, first_whole) {
                 layers.extend(replayed(&uncovered, from, to)?);
                 uncovered.clear();
                 layers.push(Layer::Map(map));
                 below = start;
-            } else if segment.sequence.0 + 1 < below {
-                // Places without a segment; a group may end within them.
-                below = (segment.sequence.0 + 1).max((below - 1) / MAP_FAN * MAP_FAN);
             } else {
                 uncovered.push(segment);
                 below = segment.sequence.0;
@@ -264,19 +338,20 @@ impl VolumeStore {
         Ok(layers)
     }
 
-    /// The largest map whose group ends before place `end` and begins at `first` or behind it, and where it begins.
-    fn map_that_ends_at(&self, end: u64, first: u64) -> Option<(Arc<MapFile>, u64)> {
-        (1..=LEVEL_MAX)
-            .rev()
-            .filter(|level| end > 0 && end.is_multiple_of(span(*level)))
-            .find_map(|level| {
-                let group = end / span(level) - 1;
-                let map = self.maps.known.get(&(level, group))?;
-                let start = group * span(level);
-                // Before the first segment of all there is nothing that could be too much.
-                let all = self.segments_in(0..first).next().is_none();
-                (start >= first || all).then(|| (Arc::clone(map), start))
-            })
+    /// The largest map whose group has segment `sequence`, and nothing at place `end` or behind it, nor below `first`; and where the group begins.
+    fn map_with(&self, sequence: u64, end: u64, first: u64) -> Option<(Arc<MapFile>, u64)> {
+        (1..=LEVEL_MAX).rev().find_map(|level| {
+            let group = sequence / span(level);
+            let start = group * span(level);
+            let behind = start.checked_add(span(level));
+            if behind.is_none_or(|behind| behind > end) || !self.maps.has(level, group) {
+                return None;
+            }
+            // Before the first segment of all there is nothing that could be too much.
+            let too_much = start < first && self.segments_in(start..first).next().is_some();
+            let map = (!too_much).then(|| self.maps.get(level, group)).flatten()?;
+            Some((map, start))
+        })
     }
 }
 

@@ -1,7 +1,7 @@
 //! Runs on disk: written when a segment is taken, read when a store opens and when single records are asked for, made again from the segment when
 //! they are lost.
 
-use crate::{StoreError, durable};
+use crate::{StoreError, StoredSegment, durable};
 use std::fs::File;
 use std::io::Write;
 use std::os::unix::fs::FileExt;
@@ -13,13 +13,12 @@ use varve_format::{
 use varve_log::{ReadAt, SegmentReader};
 use zerocopy::IntoBytes;
 
-/// Writes the run of a segment, durably.
-pub(crate) fn write(
-    path: &Path,
+/// What the run of a segment says, but for its entries: its head and its events.
+pub(crate) fn head_of(
     header: &SegmentHeader,
     footer: &SegmentFooter,
     entries: &[RunEntry],
-) -> Result<(RunHeader, Vec<RunEntry>), StoreError> {
+) -> (RunHeader, Vec<RunEntry>) {
     let events: Vec<RunEntry> = entries
         .iter()
         .filter(|entry| entry.is_event())
@@ -30,13 +29,22 @@ pub(crate) fn write(
         _ => 512,
     };
     let run = RunHeader::new(footer, header.volume_bytes.get(), sector, entries, &events);
+    (run, events)
+}
+
+/// Writes the run of a segment, durably.
+pub(crate) fn write(
+    path: &Path,
+    run: &RunHeader,
+    entries: &[RunEntry],
+    events: &[RunEntry],
+) -> Result<(), StoreError> {
     durable::create(path, |file| {
         let mut put = |bytes: &[u8]| file.write_all(bytes).map_err(StoreError::io(path));
         put(&run.to_block())?;
         put(entries.as_bytes())?;
         put(events.as_bytes())
-    })?;
-    Ok((run, events))
+    })
 }
 
 /// Reads what a run says of its segment, and its events, without its entries.
@@ -49,9 +57,13 @@ pub(crate) fn read_head(path: &Path) -> Result<(RunHeader, Vec<RunEntry>), Store
     Ok((header, events))
 }
 
-/// Reads a run's entries.
-pub(crate) fn read_entries(path: &Path) -> Result<Vec<RunEntry>, StoreError> {
+/// Reads the entries of a segment's run.
+pub(crate) fn read_entries(segment: &StoredSegment) -> Result<Vec<RunEntry>, StoreError> {
+    let path = &segment.run_path();
     let (file, header) = open(path)?;
+    if header.root != segment.root || header.sequence() != segment.sequence {
+        return Err(damaged(path)(FormatError::Foreign("segment")));
+    }
     let mut bytes = vec![0u8; header.entry_count.get() as usize * size_of::<RunEntry>()];
     file.read_exact_at(&mut bytes, BLOCK_BYTES)
         .map_err(StoreError::io(path))?;

@@ -5,7 +5,8 @@
 //! with, and its records are those of its run. If it is not, each of the run's records is tried by itself: what can be read is not lost.
 
 use crate::cache::Cache;
-use crate::map_file::{MapCursor, MapFile};
+use crate::map_file::MapCursor;
+use crate::maps::MapPlace;
 use crate::segment_file::{SegmentBytes, SegmentFile};
 use crate::volume::Segments;
 use crate::{StoreError, StoredSegment, VolumeStore, run_file};
@@ -13,7 +14,7 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
 use varve_format::{Hash128, Lsn, RunEntry, SegmentSequence, WallTime, payload_crc};
-use varve_log::ReadAt;
+use varve_log::{ReadAt, SegmentReader};
 
 /// Something that is not what it was.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,15 +57,15 @@ pub struct Scrubbed {
     pub damage: Vec<Damage>,
     /// Maps that are damaged, and are to be made again.
     pub maps: Vec<PathBuf>,
-    /// Segments that are whole, and whose runs are not.
-    pub runs: Vec<SegmentSequence>,
 }
 
 /// A scrub of what there is now. It needs no lock of the store.
 pub struct ScrubJob {
     pub(crate) segments: Segments,
-    pub(crate) maps: Vec<Arc<MapFile>>,
+    pub(crate) maps: Vec<MapPlace>,
     pub(crate) known: Vec<String>,
+    /// While it is there, nobody deletes the history.
+    _lease: Arc<()>,
 }
 
 impl VolumeStore {
@@ -73,23 +74,15 @@ impl VolumeStore {
     pub fn scrub(&self) -> ScrubJob {
         ScrubJob {
             segments: self.shared_segments(),
-            maps: self.maps.all().cloned().collect(),
+            maps: self.maps.all(),
             known: self.damaged().to_vec(),
+            _lease: self.lease(),
         }
     }
 
-    /// Makes good what can be made again: damaged maps are given up (the next [`VolumeStore::next_map`] names them), damaged runs are written anew.
-    pub fn mend(&mut self, scrubbed: &Scrubbed) -> Result<(), StoreError> {
-        for path in &scrubbed.maps {
-            self.maps.discard(path);
-        }
-        for segment in scrubbed.runs.iter().filter_map(|s| self.segment(*s)) {
-            let (file, path) = (SegmentFile::open(segment)?, segment.path());
-            let source = SegmentBytes::new(&file);
-            let (header, entries) = run_file::index(&path, source, segment.data_bytes)?;
-            run_file::write(&segment.run_path(), &header, file.footer(), &entries)?;
-        }
-        Ok(())
+    /// Gives up the maps that a scrub found damaged: the next [`VolumeStore::next_map`] names them.
+    pub fn discard_maps(&mut self, scrubbed: &Scrubbed) {
+        self.maps.discard_all(&scrubbed.maps);
     }
 }
 
@@ -98,7 +91,7 @@ impl ScrubJob {
     #[must_use]
     pub fn bytes(&self) -> u64 {
         let segments = self.segments.values().map(|segment| segment.stored_bytes);
-        segments.sum::<u64>() + self.maps.iter().map(|map| map.file_bytes()).sum::<u64>()
+        segments.sum::<u64>() + self.maps.iter().map(|map| map.bytes).sum::<u64>()
     }
 
     /// Segments there are.
@@ -131,11 +124,11 @@ impl ScrubJob {
         }
         for map in &self.maps {
             if let Err(error) = check_map(map) {
-                found.maps.push(map.path().to_path_buf());
+                found.maps.push(map.path.clone());
                 let what = format!("{error}. It is made again");
                 found.damage.push(Damage::without_place(&what));
             }
-            found.bytes += map.file_bytes();
+            found.bytes += map.bytes;
             if progress(SegmentSequence(u64::MAX), &found).is_break() {
                 return found;
             }
@@ -144,6 +137,16 @@ impl ScrubJob {
         let opened = self.known.iter().map(|what| Damage::without_place(what));
         found.damage.extend(opened);
         found
+    }
+
+    /// Writes damaged runs anew, out of segments that are whole. What fails is said with the rest of the damage.
+    fn mend(&self, segment: &StoredSegment, entries: &[RunEntry]) -> Result<(), StoreError> {
+        let file = SegmentFile::open(segment)?;
+        let source = SegmentBytes::new(&file);
+        let reader = SegmentReader::open(source, 0, segment.data_bytes);
+        let header = *reader.map_err(StoreError::segment(file.path()))?.header();
+        let (head, events) = run_file::head_of(&header, file.footer(), entries);
+        run_file::write(&segment.run_path(), &head, entries, &events)
     }
 
     /// Reads a segment; gives the hash of its last batch.
@@ -164,9 +167,12 @@ impl ScrubJob {
         match whole(segment, previous.map(follows)) {
             Ok((hash, entries)) => {
                 if let Some(why) = run_is_wrong(segment, &entries) {
-                    let what = format!("{why}. It is made again from its segment");
+                    let mended = match self.mend(segment, &entries) {
+                        Ok(()) => "It was made again from its segment".to_owned(),
+                        Err(error) => format!("It could not be made again: {error}"),
+                    };
+                    let what = format!("{why}. {mended}");
                     found.damage.push(Damage::without_place(&what));
-                    found.runs.push(segment.sequence);
                 }
                 Some(hash)
             }
@@ -214,21 +220,20 @@ impl ScrubJob {
         entries: &[RunEntry],
         lost: &[RunEntry],
     ) -> Option<(Lsn, WallTime)> {
-        let last = lost.last()?;
-        let mut left: Vec<(u64, u64)> = lost
-            .iter()
-            .map(|entry| (entry.offset.get(), entry.offset.get() + entry.length.get()))
-            .collect();
+        let last = lost.last()?.lsn();
+        let (mut left, mut next) = (Vec::new(), lost.iter().peekable());
         let later = self
             .segments
             .range(SegmentSequence(segment.sequence.0 + 1)..);
         let later = later.map(|(_, segment)| segment.entries().unwrap_or_default());
         for entries in std::iter::once(entries.to_vec()).chain(later) {
-            for entry in entries.iter().filter(|entry| entry.lsn() > last.lsn()) {
-                if entry.changes_image() {
-                    cover(&mut left, entry.offset.get(), entry.length.get());
+            for entry in entries.iter().filter(|entry| entry.changes_image()) {
+                let (start, length) = (entry.offset.get(), entry.length.get());
+                cover(&mut left, start, length);
+                if next.next_if(|lost| lost.lsn == entry.lsn).is_some() {
+                    left.push((start, start.saturating_add(length)));
                 }
-                if left.is_empty() {
+                if left.is_empty() && entry.lsn() >= last {
                     return Some((entry.lsn().plus(1), entry.time()));
                 }
             }
@@ -239,7 +244,10 @@ impl ScrubJob {
 
 /// Takes `[offset, offset + length)` out of ranges (start, end).
 fn cover(left: &mut Vec<(u64, u64)>, offset: u64, length: u64) {
-    let (from, to) = (offset, offset + length);
+    let (from, to) = (offset, offset.saturating_add(length));
+    if !left.iter().any(|(start, end)| *start < to && from < *end) {
+        return;
+    }
     let parts = std::mem::take(left).into_iter().flat_map(|(start, end)| {
         let before = (start, end.min(from));
         let behind = (start.max(to), end);
@@ -274,7 +282,7 @@ fn lost_records(segment: &StoredSegment, entries: &[RunEntry]) -> Vec<RunEntry> 
 /// What is wrong with the run of a segment that is whole.
 fn run_is_wrong(segment: &StoredSegment, entries: &[RunEntry]) -> Option<String> {
     let path = segment.run_path();
-    match run_file::read_entries(&path).and_then(|run| Ok((run, run_file::read_head(&path)?))) {
+    match run_file::read_entries(segment).and_then(|run| Ok((run, run_file::read_head(&path)?))) {
         Ok((run, _)) if run == entries => None,
         Ok(_) => Some(format!(
             "{}: it says something else than its segment",
@@ -326,12 +334,6 @@ fn whole(
             return Err("it does not follow the segment before it".to_owned());
         }
     }
-    // Frames that hold nothing but padding are read, too.
-    for frame in 0..file.frame_count() {
-        if file.blocks_of_frame(frame).is_empty() {
-            file.read_frame(frame).map_err(|error| error.to_string())?;
-        }
-    }
     Ok((hash, entries))
 }
 
@@ -354,8 +356,8 @@ impl ReadAt for Hashing<'_> {
 }
 
 /// A map's head, and every page of it.
-fn check_map(map: &MapFile) -> Result<(), StoreError> {
-    let mut cursor = MapCursor::new(Arc::new(map.reopen()?));
+fn check_map(map: &MapPlace) -> Result<(), StoreError> {
+    let mut cursor = MapCursor::new(Arc::new(map.open()?));
     while cursor.advance()?.is_some() {}
     Ok(())
 }

@@ -53,7 +53,10 @@ impl StoredSegment {
         events: Vec<RunEntry>,
         stored_bytes: u64,
     ) -> StoredSegment {
-        let sealed_bytes = run.data_bytes.get() + varve_format::SEGMENT_FOOTER_BYTES as u64;
+        let sealed_bytes = run
+            .data_bytes
+            .get()
+            .saturating_add(varve_format::SEGMENT_FOOTER_BYTES as u64);
         StoredSegment {
             directory: Arc::clone(directory),
             volume: VolumeId(run.volume),
@@ -88,7 +91,7 @@ impl StoredSegment {
 
     /// Its records, without intents and checkpoints, in LSN order; read from its run, or from itself if that is lost.
     pub fn entries(&self) -> Result<Vec<RunEntry>, StoreError> {
-        run_file::read_entries(&self.run_path()).or_else(|error| {
+        run_file::read_entries(self).or_else(|error| {
             let file = SegmentFile::open(self).map_err(|_| error)?;
             let source = SegmentBytes::new(&file);
             Ok(run_file::index(&self.path(), source, self.data_bytes)?.1)

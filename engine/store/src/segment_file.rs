@@ -75,7 +75,10 @@ impl SegmentFile {
             .map_err(StoreError::io(path))?;
         if !SettledHeader::is_settled(&block) {
             if footer.data_bytes.get() != footer_at {
-                let needed = footer.data_bytes.get() + SEGMENT_FOOTER_BYTES as u64;
+                let needed = footer
+                    .data_bytes
+                    .get()
+                    .saturating_add(SEGMENT_FOOTER_BYTES as u64);
                 return Err(damaged(truncated(needed)));
             }
             return Ok(SegmentFile {
@@ -124,27 +127,6 @@ impl SegmentFile {
 
     pub(crate) fn path(&self) -> &Path {
         &self.path
-    }
-
-    /// Frames of a settled one.
-    pub(crate) fn frame_count(&self) -> u64 {
-        self.settled
-            .as_ref()
-            .map_or(0, |settled| settled.frames.len() as u64)
-    }
-
-    /// Addresses of the blocks that a frame holds, in order.
-    pub(crate) fn blocks_of_frame(&self, frame: u64) -> Vec<u64> {
-        let Some(settled) = &self.settled else {
-            return Vec::new();
-        };
-        let blocks = settled.blocks.iter().enumerate();
-        blocks
-            .filter(|(_, kept)| {
-                **kept != BLOCK_IS_ZERO && u64::from(**kept) / FRAME_BLOCKS == frame
-            })
-            .map(|(index, _)| index as u64 * BLOCK_BYTES)
-            .collect()
     }
 
     /// Reads a frame past the cache, checks and decompresses it.

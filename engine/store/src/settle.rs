@@ -33,12 +33,15 @@ pub struct SettleJob {
     segment: Arc<StoredSegment>,
     new: PathBuf,
     compression: Compression,
+    /// While it is there, nobody deletes the history.
+    lease: Arc<()>,
 }
 
 /// A segment that is compressed and flushed, and not proved yet.
 pub struct Settling {
     segment: Arc<StoredSegment>,
     new: PathBuf,
+    lease: Arc<()>,
 }
 
 /// A segment whose compressed form came back from the disk as it was.
@@ -46,6 +49,7 @@ pub struct Proved {
     segment: Arc<StoredSegment>,
     new: PathBuf,
     stored_bytes: u64,
+    _lease: Arc<()>,
 }
 
 impl VolumeStore {
@@ -67,6 +71,7 @@ impl VolumeStore {
             segment: Arc::clone(self.segment(sequence)?),
             new: durable::unfinished(&segment_path(self.directory(), sequence)),
             compression,
+            lease: self.lease(),
         })
     }
 
@@ -107,6 +112,7 @@ impl SettleJob {
         Ok(Settling {
             segment: self.segment,
             new: self.new,
+            lease: self.lease,
         })
     }
 }
@@ -121,6 +127,7 @@ impl Settling {
             segment: self.segment,
             new: self.new,
             stored_bytes,
+            _lease: self.lease,
         })
     }
 

@@ -90,7 +90,8 @@ impl Timeline {
         if self.open.is_some() {
             self.closed.pop(); // As far as it was known until now.
         }
-        if self.end > Lsn(0) && segment.previous_lsn_end != self.end {
+        let end = self.end.max(Lsn::FIRST);
+        if segment.previous_lsn_end != end {
             // A segment is missing: nothing resolves until everything was read again.
             self.hole = true;
             self.full_copy = false; // A copy that is under way lacks what was in it.

@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use varve_format::{FormatError, Lsn, SegmentSequence, VolumeId, WallTime};
+use varve_format::{FormatError, Lsn, SegmentSequence, VolumeId, WallTime, payload_crc};
 
 /// Segments by number. Images that are open share it; it is copied when it changes while they do.
 pub(crate) type Segments = Arc<BTreeMap<SegmentSequence, Arc<StoredSegment>>>;
@@ -26,6 +26,7 @@ pub struct VolumeStore {
     pub(crate) maps: Maps,
     timeline: Timeline,
     damaged: Vec<String>,
+    healed: Vec<String>,
     /// Images that are open hold one, too.
     in_use: Arc<()>,
     _lock: Flock<File>,
@@ -54,6 +55,7 @@ impl VolumeStore {
             segments: Segments::default(),
             timeline: Timeline::default(),
             damaged: Vec::new(),
+            healed: Vec::new(),
             in_use: Arc::new(()),
             _lock: lock,
         };
@@ -81,7 +83,12 @@ impl VolumeStore {
         let newest = sequences.iter().rev().find(|sequence| there(sequence));
         let newest = newest.copied();
         let mut segments = BTreeMap::new();
-        for sequence in sequences.into_iter().filter(|s| Some(*s) <= newest) {
+        for sequence in sequences {
+            if Some(sequence) > newest {
+                // Kept, it would later stand for a segment that maps were made without.
+                let _ = std::fs::remove_file(run_path(&self.directory, sequence));
+                continue;
+            }
             match self.load_segment(sequence) {
                 Ok(segment) => {
                     segments.insert(sequence, Arc::new(segment));
@@ -90,7 +97,12 @@ impl VolumeStore {
             }
         }
         self.segments = Arc::new(segments);
-        self.maps.load(&mut self.damaged)?;
+        let there = Arc::clone(&self.segments);
+        let count = |places: std::ops::Range<u64>| {
+            let places = SegmentSequence(places.start)..SegmentSequence(places.end);
+            there.range(places).count() as u64
+        };
+        self.maps.load(count, &mut self.healed)?;
         self.timeline = Timeline::of(self.segments());
         Ok(())
     }
@@ -100,11 +112,7 @@ impl VolumeStore {
         let run = run_path(&self.directory, sequence);
         let stored_bytes = std::fs::metadata(&path).map(|found| found.len());
         let (head, events) = match run_file::read_head(&run) {
-            Ok((head, _)) if head.volume != self.volume.0 || head.sequence() != sequence => {
-                let error = FormatError::Foreign("run of another volume or segment");
-                return Err(StoreError::Damaged(run, error));
-            }
-            Ok(found) => {
+            Ok(found) if found.0.volume == self.volume.0 && found.0.sequence() == sequence => {
                 // Half a segment is noticed here; what else may be wrong with it when it is read.
                 if let Err(error) = &stored_bytes {
                     let what = format!("{}: {error}. What it held cannot be read", path.display());
@@ -112,8 +120,8 @@ impl VolumeStore {
                 }
                 found
             }
-            // Lost or damaged: the segment itself has everything.
-            Err(_) => {
+            // Lost, damaged or another one's: the segment itself has everything.
+            _ => {
                 let file = SegmentFile::open_path(&path)?;
                 let footer = *file.footer();
                 if footer.volume != self.volume.0 || file.sequence() != sequence {
@@ -122,7 +130,11 @@ impl VolumeStore {
                 }
                 let source = SegmentBytes::new(&file);
                 let (header, entries) = run_file::index(&path, source, footer.data_bytes.get())?;
-                run_file::write(&run, &header, &footer, &entries)?
+                let (head, events) = run_file::head_of(&header, &footer, &entries);
+                if let Err(error) = run_file::write(&run, &head, &entries, &events) {
+                    self.healed.push(format!("{error}. It is done without"));
+                }
+                (head, events)
             }
         };
         Ok(StoredSegment::new(
@@ -197,6 +209,12 @@ impl VolumeStore {
     #[must_use]
     pub fn damaged(&self) -> &[String] {
         &self.damaged
+    }
+
+    /// What was not as it should be when the store was opened, and is made good by itself; in words.
+    #[must_use]
+    pub fn healed(&self) -> &[String] {
+        &self.healed
     }
 
     /// Bytes of all files: segments, runs, maps.
@@ -319,19 +337,26 @@ impl VolumeStore {
             .get(&point.segment)
             .ok_or(StoreError::Missing(point.segment))?;
         let file = SegmentFile::open(segment)?;
-        let mut name = vec![0u8; point.entry.length.get().min(255) as usize];
+        let bytes = point.entry.length.get();
+        let mut name = vec![0u8; bytes.min(varve_format::RECORD_PAYLOAD_BYTES_MAX) as usize];
         let cache = crate::cache::Cache::new(1);
         file.read(point.entry.payload.get(), &mut name, &cache)?;
+        if payload_crc(segment.epoch, point.lsn, &name) != point.entry.payload_crc.get() {
+            return Err(StoreError::Damaged(segment.path(), FormatError::Checksum));
+        }
         Ok(String::from_utf8_lossy(&name).into_owned())
     }
 }
+
+/// No history has as many segments.
+const SEQUENCES: u64 = 1 << 60;
 
 fn sequence_of(path: &Path, ending: &str) -> Option<SegmentSequence> {
     let known = path.extension().is_some_and(|found| found == ending);
     let name = path.file_stem()?.to_str()?;
     let sequence = name.parse().ok().map(SegmentSequence)?;
     // Only as it is written here: two names of one number would be two segments.
-    (known && name.len() == 20).then_some(sequence)
+    (known && name.len() == 20 && sequence.0 < SEQUENCES).then_some(sequence)
 }
 
 /// Where the history of a volume lies under a store's root.
