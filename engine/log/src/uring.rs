@@ -114,14 +114,22 @@ struct Pending {
 pub struct UringMedium<P> {
     port: P,
     /// By [`Disk`]; operations on one that is not there fail.
-    files: [Option<File>; 4],
+    files: [Option<File>; DISKS],
     origin_is_block_device: bool,
     pending: Vec<Option<Pending>>,
     free: Vec<u16>,
-    /// Completions found while somebody else reaped, or made without the kernel.
-    ready: VecDeque<Completion>,
+    /// By [`Disk`]: how many of `pending` are its.
+    in_flight: [usize; DISKS],
+    /// By [`Disk`]: what has no place yet, in order.
+    waiting: [VecDeque<Pending>; DISKS],
     clock: Clock,
 }
+
+/// As many as [`Disk`] has.
+const DISKS: usize = 4;
+
+/// How many operations of one disk the kernel has at once; more wait here. Each disk has its own places: one that hangs takes none of another's.
+const DISK_PLACES: usize = 512;
 
 /// The time, asked for once a turn: where the C library cannot read clocks without the kernel (guests, some clock sources) each reading is a
 /// system call.
@@ -164,7 +172,7 @@ impl Clock {
 impl<P: Port> UringMedium<P> {
     /// A medium over an open origin; the other disks are [`UringMedium::set`]. All with O_DIRECT where their file system has it.
     pub fn new(port: P, origin: File) -> std::io::Result<UringMedium<P>> {
-        const PENDING_MAX: usize = 2048;
+        const PENDING_MAX: usize = DISKS * DISK_PLACES;
         let origin_is_block_device =
             std::os::unix::fs::FileTypeExt::is_block_device(&origin.metadata()?.file_type());
         Ok(UringMedium {
@@ -173,7 +181,8 @@ impl<P: Port> UringMedium<P> {
             origin_is_block_device,
             pending: (0..PENDING_MAX).map(|_| None).collect(),
             free: (0..PENDING_MAX as u16).rev().collect(),
-            ready: VecDeque::with_capacity(16),
+            in_flight: [0; DISKS],
+            waiting: [(); DISKS].map(|()| VecDeque::with_capacity(64)),
             clock: Clock::default(),
         })
     }
@@ -184,6 +193,8 @@ impl<P: Port> UringMedium<P> {
             let lost: Vec<Pending> = self.pending.iter_mut().filter_map(Option::take).collect();
             std::mem::forget(lost);
             self.free = (0..self.pending.len() as u16).rev().collect();
+            self.in_flight = [0; DISKS];
+            self.waiting.iter_mut().for_each(VecDeque::clear); // The kernel never had them.
         }
         let UringMedium {
             port: _old,
@@ -191,7 +202,8 @@ impl<P: Port> UringMedium<P> {
             origin_is_block_device,
             pending,
             free,
-            ready,
+            in_flight,
+            waiting,
             clock,
         } = self;
         UringMedium {
@@ -200,7 +212,8 @@ impl<P: Port> UringMedium<P> {
             origin_is_block_device,
             pending,
             free,
-            ready,
+            in_flight,
+            waiting,
             clock: Clock {
                 held: false,
                 ..clock
@@ -239,7 +252,7 @@ impl<P: Port> UringMedium<P> {
         self.files[disk as usize].as_ref()
     }
 
-    /// Operations in flight.
+    /// Operations that the kernel has; while there are none, none waits either.
     #[must_use]
     pub fn in_flight(&self) -> usize {
         self.pending.len() - self.free.len()
@@ -289,6 +302,13 @@ impl<P: Port> UringMedium<P> {
         }
     }
 
+    fn start(&mut self, operation: Pending) {
+        let slot = self.free.pop().expect("each disk has its places");
+        self.in_flight[operation.disk as usize] += 1;
+        self.pending[slot as usize] = Some(operation);
+        self.push(slot);
+    }
+
     fn push(&mut self, slot: u16) {
         let pending = self.pending[slot as usize]
             .as_ref()
@@ -327,8 +347,13 @@ impl<P: Port> UringMedium<P> {
             _ => Ok(()),
         };
         let token = pending.token;
+        let disk = pending.disk as usize;
         self.pending[slot as usize] = None;
         self.free.push(slot);
+        self.in_flight[disk] -= 1;
+        if let Some(next) = self.waiting[disk].pop_front() {
+            self.start(next);
+        }
         Some(Completion {
             token,
             result: outcome,
@@ -338,26 +363,20 @@ impl<P: Port> UringMedium<P> {
 
 impl<P: Port> Medium for UringMedium<P> {
     fn submit(&mut self, disk: Disk, token: u64, operation: Operation) {
-        let Some(slot) = self.free.pop() else {
-            self.ready.push_back(Completion {
-                token,
-                result: Err(IoError(libc::EBUSY)),
-            });
-            return;
-        };
-        self.pending[slot as usize] = Some(Pending {
+        let operation = Pending {
             token,
             disk,
             operation,
             done_bytes: 0,
-        });
-        self.push(slot);
+        };
+        if self.in_flight[disk as usize] == DISK_PLACES {
+            self.waiting[disk as usize].push_back(operation);
+        } else {
+            self.start(operation);
+        }
     }
 
     fn poll(&mut self, wait: bool) -> Option<Completion> {
-        if let Some(completion) = self.ready.pop_front() {
-            return Some(completion);
-        }
         loop {
             if wait && self.in_flight() == 0 {
                 return None;
@@ -389,5 +408,70 @@ impl<P: Port> Medium for UringMedium<P> {
             id[8..].copy_from_slice(&self.now().wall.0.to_le_bytes());
         }
         id
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Buffer;
+    use std::os::unix::fs::FileExt;
+
+    fn read(offset: u64, buffer: &Buffer) -> Operation {
+        Operation::Read {
+            offset,
+            buffer: buffer.slice((offset % buffer.len() as u64) as usize, 512),
+        }
+    }
+
+    fn medium(origin: File) -> UringMedium<OwnRing> {
+        UringMedium::new(OwnRing::new(16).unwrap(), origin).unwrap()
+    }
+
+    fn origin() -> File {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&[7; 1 << 16], 0).unwrap();
+        file
+    }
+
+    #[test]
+    fn more_operations_than_places_wait() {
+        let mut medium = medium(origin());
+        let buffer = Buffer::anonymous(1 << 16).unwrap();
+        let count = 3 * DISK_PLACES as u64;
+        for token in 0..count {
+            medium.submit(Disk::Origin, token, read(token % 128 * 512, &buffer));
+        }
+        let mut seen = vec![false; count as usize];
+        while let Some(completion) = medium.poll(true) {
+            assert_eq!(completion.result, Ok(()), "{}", completion.token);
+            assert!(!std::mem::replace(
+                &mut seen[completion.token as usize],
+                true
+            ));
+        }
+        assert!(seen.iter().all(|done| *done));
+        assert_eq!(medium.in_flight(), 0);
+    }
+
+    #[test]
+    fn a_disk_that_hangs_takes_no_place_of_another() {
+        let (silent, mouth) = nix::unistd::pipe().unwrap();
+        let mut medium = medium(origin());
+        medium.set(Disk::Spool, Some(File::from(silent)));
+        let buffer = Buffer::anonymous(1 << 16).unwrap();
+        for token in 0..5 * DISK_PLACES as u64 {
+            medium.submit(Disk::Spool, token, read(0, &buffer));
+        }
+        for token in 0..100u64 {
+            let token = 1 << 32 | token;
+            medium.submit(Disk::Origin, token, read(512, &buffer));
+        }
+        for _ in 0..100 {
+            let completion = medium.poll(true).unwrap();
+            assert!(completion.token >> 32 == 1 && completion.result.is_ok());
+        }
+        drop(mouth); // The kernel's readers end.
+        while medium.poll(true).is_some() {}
     }
 }
