@@ -4,10 +4,12 @@
 //! `tests/vm/run-qemu` keeps the distribution's own kernel. Without it tests say so loudly and do nothing; with CI=true that is a failure.
 //! `VARVE_TEST_SIZE=large` asks for the large numbers (`make vm`).
 
-use std::io::{BufRead, BufReader, Lines};
+use crate::leftover::Connections;
+use std::io::{BufRead, BufReader, Lines, Read};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Output, Stdio};
+use std::time::Duration;
 
 /// The smallest disk that every file system accepts (XFS: 300 MiB).
 pub const ORIGIN_MIB: u64 = 320;
@@ -302,12 +304,13 @@ pub fn fallback(arguments: &[&str]) {
         println!("SKIPPED: no /dev/fuse or /dev/loop-control here");
         return;
     }
+    let mut connections = Connections::new(programs().join("tmp-connections"));
     let directory = tempfile::tempdir().unwrap();
     let origin = disk(directory.path(), "origin", ORIGIN_MIB);
     let root = directory.path().join("root");
     std::fs::create_dir_all(&root).unwrap();
     // A mount namespace of its own: the tests' mounts end with it.
-    let output = Command::new("unshare")
+    let mut child = Command::new("unshare")
         .args([
             "--mount",
             "--propagation",
@@ -323,18 +326,29 @@ pub fn fallback(arguments: &[&str]) {
         .arg(&origin)
         .args(&arguments[1..])
         .env("VARVE_BIN", programs())
-        .output()
+        .stdout(Stdio::piped())
+        .spawn()
         .unwrap();
-    let text = String::from_utf8_lossy(&output.stdout);
-    println!("fallback {arguments:?}:\n{text}");
+    let mut stdout = child.stdout.take().unwrap();
+    let reader = std::thread::spawn(move || {
+        let mut text = Vec::new();
+        let _ = stdout.read_to_end(&mut text);
+        String::from_utf8_lossy(&text).into_owned()
+    });
+    let status = loop {
+        connections.look(child.id());
+        if let Some(status) = child.try_wait().unwrap() {
+            break status;
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    };
     let _ = Command::new(programs().join("varve"))
         .arg("--root")
         .arg(&root)
         .arg("down")
         .output();
-    assert!(
-        output.status.success(),
-        "fallback {arguments:?}: {}\n{text}",
-        output.status
-    );
+    connections.end();
+    let text = reader.join().unwrap();
+    println!("fallback {arguments:?}:\n{text}");
+    assert!(status.success(), "fallback {arguments:?}: {status}\n{text}");
 }

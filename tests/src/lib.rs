@@ -8,6 +8,7 @@
 pub mod crashing;
 pub mod guest;
 pub mod history;
+pub mod leftover;
 pub mod replay;
 pub mod sample;
 pub mod scenario;
