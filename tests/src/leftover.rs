@@ -75,7 +75,24 @@ fn abort(connection: &str) {
             .args(["-t", "fusectl", "none", CONNECTIONS])
             .output();
     }
-    if !mounted("self").contains(connection) {
-        let _ = std::fs::write(Path::new(CONNECTIONS).join(connection).join("abort"), "1");
+    if mounted("self").contains(connection) {
+        return; // The number is somebody else's by now.
+    }
+    let _ = std::fs::write(Path::new(CONNECTIONS).join(connection).join("abort"), "1");
+    let loops = std::process::Command::new("losetup")
+        .args(["--list", "--noheadings", "--output", "NAME,BACK-MAJ:MIN"])
+        .output();
+    let table = loops.map_or(String::new(), |o| {
+        String::from_utf8_lossy(&o.stdout).into_owned()
+    });
+    for line in table.lines() {
+        let mut words = line.split_whitespace();
+        if let (Some(name), Some(on)) = (words.next(), words.next())
+            && on.strip_prefix("0:") == Some(connection)
+        {
+            let _ = std::process::Command::new("losetup")
+                .args(["--detach", name])
+                .output();
+        }
     }
 }
