@@ -21,7 +21,8 @@ const O_DIRECT: i32 = 0o40000;
 const CHUNK: usize = 1 << 20;
 /// Zeroes become holes in pieces of this size.
 const HOLE: usize = 64 << 10;
-const THREADS: usize = 4;
+/// As many as keep a disk busy whose answers are slow; each holds one piece.
+const THREADS: usize = 32;
 /// How often progress is made durable.
 const NOTE_EVERY: Duration = Duration::from_secs(2);
 const ALIGN: usize = 4096;

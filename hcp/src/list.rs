@@ -68,7 +68,7 @@ fn say(listed: &Listed) {
     println!("{}:", copy.name);
     println!("  real device     {} (volume {})", copy.device, copy.volume);
     let shown = if copy.copy.is_empty() {
-        "not shown"
+        "none yet: it is being made, or taken back after its daemon ended"
     } else {
         &copy.copy
     };

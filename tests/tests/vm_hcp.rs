@@ -85,6 +85,7 @@ in_guests! {
     copies_of_xfs: |kernel| scenario(kernel, &["copies-fs", "xfs", &sized(2, 6).to_string()]);
     copies_of_btrfs: |kernel| scenario(kernel, &["copies-fs", "btrfs", &sized(2, 6).to_string()]);
     killed_with_copies: |kernel| scenario(kernel, &["copies-killed", &if kernel.is_emulated() { sized(3, 10) } else { sized(6, 20) }.to_string()]);
+    hcp_killed_at_each_step: |kernel| everywhere(kernel, &["copies-hcp-killed", &sized(15, 400).to_string()]);
     limits_and_bad_input: |kernel| everywhere(kernel, &["copies-limits"]);
     copied_out: |kernel| if large() { scenario(kernel, &["copies-out"]) };
     four_devices_at_one_instant: |kernel| scenario(kernel, &["copies-group", &sized(5, 30).to_string()]);
@@ -100,6 +101,11 @@ fn fallback_copies_under_full_load() {
 #[test]
 fn fallback_copies_of_ext4() {
     fallback(&["copies-fs", "ext4", "2"]);
+}
+
+#[test]
+fn fallback_hcp_killed_at_each_step() {
+    fallback(&["copies-hcp-killed", &sized(15, 400).to_string()]);
 }
 
 #[test]

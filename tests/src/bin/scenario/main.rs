@@ -3,6 +3,7 @@
 mod bad_input;
 mod copies;
 mod copy_faults;
+mod copy_kills;
 mod death;
 mod holes;
 mod instants;
@@ -67,6 +68,9 @@ fn main() -> ExitCode {
         "copies-group" => copies::group(&installation, argument.parse().unwrap_or(5)),
         "copies-limits" => copies::limits(&installation, device),
         "copies-faults" => copy_faults::disks_break(&installation, device),
+        "copies-hcp-killed" => {
+            copy_kills::hcp_killed(&installation, device, argument.parse().unwrap_or(20))
+        }
         "copies-load" => copy_faults::persist_load(&installation, device),
         "copies-after-cut" => copy_faults::persist_after_cut(&installation, rest),
         "resize" => origin::resize(&installation, Path::new(root)),
