@@ -3,7 +3,8 @@
 
   reader.py VOLUME_DIRECTORY LSN OUTPUT
 
-It reads segments, sealed or settled, and nothing else: no runs, no maps. It checks every checksum that lies on its way.
+It reads segments, sealed, settled or pruned, and the list of kept instants, and nothing else: no runs, no maps. It checks every checksum that lies
+on its way.
 Needs: Python 3.8; the `zstd` and `lz4` formats through libzstd and liblz4 (the shared libraries, by ctypes).
 """
 
@@ -40,12 +41,13 @@ def must(holds, what):
         sys.exit(f"reader: {what}")
 
 
-def head(block, magic, what):
-    """Every structure begins alike: CRC, magic, version, compat, incompat."""
+def head(block, magic, what, known=0):
+    """Every structure begins alike: CRC, magic, version, compat, incompat. Gives the features that a reader must know."""
     crc, found, version, _, incompat = struct.unpack_from("<I4sHHI", block)
     must(found == magic, f"{what}: not {magic}")
     must(crc32c(block[4:]) == crc, f"{what}: checksum")
-    must(version <= 1 and incompat == 0, f"{what}: newer than this reader")
+    must(version <= 1 and incompat & ~known == 0, f"{what}: newer than this reader")
+    return incompat
 
 
 def library(name):
@@ -70,11 +72,15 @@ def unpack(codec, stored, whole):
 
 
 def settled(data, name):
-    """The bytes of the sealed segment, out of a settled one."""
-    head(data[:BLOCK], b"VSET", name)
-    sequence, data_bytes, kept, tables_at, tables_crc = struct.unpack_from("<QQQQI", data, 32)
+    """The bytes of the sealed segment, out of a settled one; and of a pruned one its run."""
+    pruned = head(data[:BLOCK], b"VSET", name, known=1) & 1
+    sequence, data_bytes, kept, tables_at, tables_crc, tables_bytes, run_bytes = struct.unpack_from("<QQQQIQQ", data, 32)
     frame_count, block_count = (kept + 15) // 16, data_bytes // BLOCK
-    tables = data[tables_at : len(data) - BLOCK]
+    tables, run = data[tables_at : len(data) - BLOCK], None
+    if pruned:
+        must(len(tables) == tables_bytes + run_bytes, f"{name}: size of tables and run")
+        tables, run = tables[:tables_bytes], tables[tables_bytes:]
+        tables = unpack(2, tables, frame_count * 24 + block_count * 4)
     must(len(tables) == frame_count * 24 + block_count * 4, f"{name}: size of tables")
     must(crc32c(tables) == tables_crc, f"{name}: checksum of tables")
     frames = []
@@ -85,26 +91,64 @@ def settled(data, name):
         frames.append(unpack(codec, stored, min(16, kept - number * 16) * BLOCK))
     out = bytearray()
     for number in struct.unpack_from(f"<{block_count}I", tables, frame_count * 24):
-        if number == 0xFFFFFFFF:
+        if number >= 0xFFFFFFFE:  # Zero, or gone: no record of the run touches it.
             out += bytes(BLOCK)
         else:
             out += frames[number // 16][number % 16 * BLOCK :][:BLOCK]
-    return bytes(out)
+    return bytes(out), run
 
 
 def segment(path):
-    """The bytes of the sealed segment, header and batches, out of its file."""
+    """What a segment's file says of it, and its records."""
     with open(path, "rb") as file:
         data = file.read()
     name = os.path.basename(path)
     footer = data[-BLOCK:]
     head(footer, b"VEND", f"{name}: footer")
     if data[4:8] == b"VSET":
-        data = settled(data, name)
+        data, run = settled(data, name)
+        if run is not None:
+            head(run[:BLOCK], b"VRUN", f"{name}: run")
+            return said(run, "run header"), run_records(run, data)
     else:
         data = data[:-BLOCK]
     head(data[:BLOCK], b"VSEG", name)
-    return data
+    return said(data, "segment header"), records(data)
+
+
+def said(block, table):
+    names = ("lsn_start", "previous_lsn_end", "volume_bytes")
+    return [struct.unpack_from("<Q", block, FIELDS[table][name])[0] for name in names]
+
+
+def run_records(run, data):
+    """The same of a pruned segment, by the run that it carries."""
+    fields = FIELDS["run header"]
+    (count,) = struct.unpack_from("<Q", run, fields["entry_count"])
+    (crc,) = struct.unpack_from("<I", run, fields["entries_crc"])
+    epoch = run[fields["epoch"] :][:16]
+    entries = run[BLOCK : BLOCK + count * 48]
+    must(crc32c(entries) == crc, "run: entries")
+    for index in range(count):
+        lsn, offset, length, _, at, crc, kind = struct.unpack_from("<QQQqQIB", entries, index * 48)
+        payload = data[at : at + length] if kind == 1 else b""
+        if payload:
+            must(crc32c(payload + epoch + struct.pack("<Q", lsn)) == crc, f"LSN {lsn}: payload")
+        yield lsn, kind, offset, length, payload
+
+
+def kept(folder, limit):
+    """Whether retention has left the instant."""
+    if not os.path.exists(f"{folder}/kept"):
+        return True
+    with open(f"{folder}/kept", "rb") as file:
+        data = file.read()
+    head(data[:BLOCK], b"VKPT", "kept")
+    fields = FIELDS["kept header"]
+    (below,) = struct.unpack_from("<Q", data, fields["pruned_below"])
+    (crc,) = struct.unpack_from("<I", data, fields["entries_crc"])
+    must(crc32c(data[BLOCK:]) == crc, "kept: entries")
+    return limit >= below or any(lsn == limit for lsn, _ in struct.iter_unpack("<Q16s", data[BLOCK:]))
 
 
 def records(data):
@@ -160,20 +204,16 @@ def main():
     must(len(sys.argv) == 4, __doc__)
     folder, limit, output = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     names = sorted(n for n in os.listdir(f"{folder}/segments") if n.endswith(".seg"))
+    must(kept(folder, limit), f"LSN {limit} is not kept")
     image, end = bytearray(), None
     for name in names:
-        data = segment(f"{folder}/segments/{name}")
-        fields = FIELDS["segment header"]
-        (start,) = struct.unpack_from("<Q", data, fields["lsn_start"])
-        (before,) = struct.unpack_from("<Q", data, fields["previous_lsn_end"])
-        (size,) = struct.unpack_from("<Q", data, fields["volume_bytes"])
+        (start, before, size), found = segment(f"{folder}/segments/{name}")
         if start >= limit:
             break
         must(end is None or before == end, f"{name}: a segment before it is missing")
         image.extend(bytes(max(0, size - len(image))))
         del image[size:]
-        for lsn, kind, offset, length, payload in records(data):
-            end = lsn + 1
+        for lsn, kind, offset, length, payload in found:
             if lsn >= limit:
                 continue
             if kind == 1:

@@ -81,9 +81,9 @@ fn power_cut(kernel: &Kernel) {
 
 in_guests! {
     copies_under_full_load: |kernel| scenario(kernel, &["copies", &if kernel.is_emulated() { sized(6, 20) } else { 20 }.to_string()]);
-    copies_of_ext4: |kernel| scenario(kernel, &["copies-fs", "ext4", &sized(2, 6).to_string()]);
-    copies_of_xfs: |kernel| scenario(kernel, &["copies-fs", "xfs", &sized(2, 6).to_string()]);
-    copies_of_btrfs: |kernel| scenario(kernel, &["copies-fs", "btrfs", &sized(2, 6).to_string()]);
+    copies_of_ext4: |kernel| scenario(kernel, &["copies-fs", "ext4", &sized(2, 20).to_string()]);
+    copies_of_xfs: |kernel| scenario(kernel, &["copies-fs", "xfs", &sized(2, 20).to_string()]);
+    copies_of_btrfs: |kernel| scenario(kernel, &["copies-fs", "btrfs", &sized(2, 20).to_string()]);
     killed_with_copies: |kernel| scenario(kernel, &["copies-killed", &if kernel.is_emulated() { sized(3, 10) } else { sized(6, 20) }.to_string()]);
     hcp_killed_at_each_step: |kernel| everywhere(kernel, &["copies-hcp-killed", &sized(15, 400).to_string()]);
     limits_and_bad_input: |kernel| everywhere(kernel, &["copies-limits"]);

@@ -1,8 +1,9 @@
 //! Byte tables of every structure, for `FORMAT.md` and `varve dump --layout`; a test compares the two.
 
 use crate::{
-    BatchHeader, FrameEntry, MapExtent, MapHeader, MapPageHead, Record, RunEntry, RunHeader,
-    SavedBlock, SegmentFooter, SegmentHeader, SettledHeader, SpoolBatch, SpoolHead, StateSlot,
+    BatchHeader, FrameEntry, KeptEntry, KeptHeader, MapExtent, MapHeader, MapPageHead, Record,
+    RunEntry, RunHeader, SavedBlock, SegmentFooter, SegmentHeader, SettledHeader, SpoolBatch,
+    SpoolHead, StateSlot,
 };
 use std::fmt::Write;
 use std::mem::offset_of;
@@ -146,6 +147,8 @@ pub fn markdown() -> String {
             volume_bytes,
             payload_bytes,
             sector_bytes,
+            pruned_for,
+            pruned_until,
             reserved
         ]
     );
@@ -222,6 +225,9 @@ pub fn markdown() -> String {
             kept_blocks,
             tables_at,
             tables_crc,
+            tables_bytes,
+            run_bytes,
+            kept_root,
             reserved
         ]
     );
@@ -231,6 +237,25 @@ pub fn markdown() -> String {
         FrameEntry,
         [offset, length, crc, codec, reserved]
     );
+    table!(
+        out,
+        "Kept header",
+        KeptHeader,
+        [
+            crc,
+            magic,
+            version,
+            compat,
+            incompat,
+            volume,
+            pruned_below,
+            pruned_below_time,
+            count,
+            entries_crc,
+            reserved
+        ]
+    );
+    table!(out, "Kept entry", KeptEntry, [lsn, time, flags, reserved]);
     table!(
         out,
         "State slot",

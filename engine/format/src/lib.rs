@@ -1,4 +1,4 @@
-//! Varve's bytes on disk: what a record, a batch, a segment (sealed, settled), a run, a map, a state file and a spool look like.
+//! Varve's bytes on disk: what a record, a batch, a segment (sealed, settled), a run, a map, a list of kept instants, a state file and a spool look like.
 //!
 //!   records ──▶ batch (4 KiB header + payload) ──▶ segment (header, batches…) ──▶ sealed file (… + footer) + run ──▶ settled file; maps
 //!
@@ -11,6 +11,7 @@ mod checkpoint;
 mod checksum;
 mod error;
 mod ids;
+mod kept;
 pub mod layout;
 mod map;
 mod record;
@@ -28,6 +29,7 @@ pub use checkpoint::{CHECKPOINT_BYTES_MAX, Checkpoint, OPEN_REGIONS_MAX, VolumeS
 pub use checksum::{Hash128, crc32c, payload_crc};
 pub use error::FormatError;
 pub use ids::{EpochId, Lsn, SegmentSequence, VolumeId, WallTime};
+pub use kept::{KEPT_ENTRY_BYTES, KEPT_IS_PINNED, KeptEntry, KeptHeader, encode_kept, parse_kept};
 pub use map::{
     MAP_EXTENT_BYTES, MAP_FAN, MAP_GRANULE_BYTES, MAP_PAGE_BYTES, MAP_PAGE_EXTENTS, MAP_UNIT_BYTES,
     MapExtent, MapHeader, MapPageHead, encode_map_page, map_tag, parse_map_page,
@@ -38,8 +40,8 @@ pub use record::{
 pub use run::{RUN_ENTRY_BYTES, RunEntry, RunHeader};
 pub use segment::{SEGMENT_FOOTER_BYTES, SEGMENT_HEADER_BYTES, SegmentFooter, SegmentHeader};
 pub use settled::{
-    BLOCK_IS_ZERO, Codec, FRAME_BLOCKS, FRAME_BYTES, FRAME_ENTRY_BYTES, FrameEntry,
-    SETTLED_BYTES_MAX, SettledHeader, frame_crc, parse_settled_tables,
+    BLOCK_IS_GONE, BLOCK_IS_ZERO, Codec, FRAME_BLOCKS, FRAME_BYTES, FRAME_ENTRY_BYTES, FrameEntry,
+    SETTLED_BYTES_MAX, SETTLED_IS_PRUNED, SettledHeader, frame_crc, parse_settled_tables,
 };
 pub use spool::{
     SPOOL_BATCH_BLOCKS, SPOOL_EXTENT_PAGES, SPOOL_EXTENTS_AT, SPOOL_GENERATIONS, SavedBlock,

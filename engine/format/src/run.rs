@@ -65,8 +65,12 @@ pub struct RunHeader {
     pub payload_bytes: U64,
     /// Logical sector of the volume.
     pub sector_bytes: U32,
+    /// Which instants it was pruned for: a hash of them; 0: it was not. Entries that none of them needs are left out.
+    pub pruned_for: U64,
+    /// The first of them behind the segment: between its end and this one no instant resolves.
+    pub pruned_until: U64,
     /// Zero.
-    pub reserved: [u8; 3916],
+    pub reserved: [u8; 3900],
 }
 const _: () = assert!(size_of::<RunHeader>() == BLOCK_BYTES as usize);
 

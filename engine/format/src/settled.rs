@@ -5,6 +5,11 @@
 //!
 //! The segment is seen as blocks of 4 KiB. A block is zero, or a copy of an earlier one, or it is kept. Kept blocks, 16 in a row, make a frame;
 //! each frame is compressed by itself. The tables (frames, then one number for each block) have a checksum in the header.
+//!
+//! A pruned segment is a settled one that has lost what no instant needs that is still kept: blocks are gone. Its tables are compressed, and behind
+//! them lies a copy of its run, which nothing could make again:
+//!
+//!   header block │ frames │ tables, one Zstandard frame │ run │ the sealed segment's footer block
 
 use crate::segment::check_head;
 use crate::{BLOCK_BYTES, FormatError, VERSION, crc32c};
@@ -17,6 +22,10 @@ pub const FRAME_BLOCKS: u64 = 16;
 pub const FRAME_BYTES: usize = (FRAME_BLOCKS * BLOCK_BYTES) as usize;
 /// In the block table: the block is zero.
 pub const BLOCK_IS_ZERO: u32 = u32::MAX;
+/// In the block table of a pruned segment: nobody needs the block any more.
+pub const BLOCK_IS_GONE: u32 = u32::MAX - 1;
+/// Feature that a reader must know: the segment is pruned.
+pub const SETTLED_IS_PRUNED: u32 = 1;
 /// Largest segment that can be settled, in bytes: bounds what a reader allocates for its tables (1 MiB blocks, 4 MiB).
 pub const SETTLED_BYTES_MAX: u64 = 4 << 30;
 
@@ -68,10 +77,16 @@ pub struct SettledHeader {
     pub kept_blocks: U64,
     /// Where the tables begin in this file; the frames lie between the header and them.
     pub tables_at: U64,
-    /// CRC-32C of the tables.
+    /// CRC-32C of the tables, before compression.
     pub tables_crc: U32,
+    /// Of a pruned segment: stored bytes of the tables; else 0.
+    pub tables_bytes: U64,
+    /// Of a pruned segment: bytes of the run behind the tables; else 0.
+    pub run_bytes: U64,
+    /// Of a pruned segment: BLAKE3 of the blocks that are not gone, one behind the other.
+    pub kept_root: [u8; 32],
     /// Zero.
-    pub reserved: [u8; 4028],
+    pub reserved: [u8; 3980],
 }
 const _: () = assert!(size_of::<SettledHeader>() == BLOCK_BYTES as usize);
 
@@ -112,7 +127,7 @@ impl SettledHeader {
             header.crc.get(),
             header.as_bytes(),
             header.version.get(),
-            header.incompat.get(),
+            header.incompat.get() & !SETTLED_IS_PRUNED,
         )?;
         if header.data_bytes.get() > SETTLED_BYTES_MAX
             || !header.data_bytes.get().is_multiple_of(BLOCK_BYTES)
@@ -120,11 +135,10 @@ impl SettledHeader {
         {
             return Err(FormatError::Field("settled.data_bytes"));
         }
-        let tables = header.frame_count() * FRAME_ENTRY_BYTES as u64 + header.block_count() * 4;
         let needed = header
-            .tables_at
-            .get()
-            .checked_add(tables + BLOCK_BYTES)
+            .run_at()
+            .and_then(|at| at.checked_add(header.run_bytes.get()))
+            .and_then(|end| end.checked_add(BLOCK_BYTES))
             .ok_or(FormatError::Field("settled.tables_at"))?;
         if header.tables_at.get() < BLOCK_BYTES || needed != file_bytes {
             return Err(FormatError::Truncated {
@@ -133,6 +147,39 @@ impl SettledHeader {
             });
         }
         Ok(header)
+    }
+
+    /// Whether what nobody needs any more is gone.
+    #[must_use]
+    pub fn is_pruned(&self) -> bool {
+        self.incompat.get() & SETTLED_IS_PRUNED != 0
+    }
+
+    /// Bytes of the tables before compression; bounded by [`SETTLED_BYTES_MAX`].
+    #[must_use]
+    pub fn tables_whole_bytes(&self) -> u64 {
+        self.frame_count() * FRAME_ENTRY_BYTES as u64 + self.block_count() * 4
+    }
+
+    /// Bytes of the tables as they are stored.
+    #[must_use]
+    pub fn tables_stored_bytes(&self) -> u64 {
+        match self.is_pruned() {
+            true => self.tables_bytes.get(),
+            false => self.tables_whole_bytes(),
+        }
+    }
+
+    /// Where the run of a pruned segment begins.
+    fn run_at(&self) -> Option<u64> {
+        self.tables_at.get().checked_add(self.tables_stored_bytes())
+    }
+
+    /// Where the run of a pruned segment lies in the file: (first byte, bytes).
+    #[must_use]
+    pub fn run_place(&self) -> Option<(u64, u64)> {
+        let at = self.run_at().filter(|_| self.is_pruned())?;
+        Some((at, self.run_bytes.get()))
     }
 
     /// Blocks of the sealed segment.
@@ -207,7 +254,11 @@ pub fn parse_settled_tables<'a>(
     let blocks =
         <[U32]>::ref_from_bytes(blocks).map_err(|_| FormatError::Field("settled.blocks"))?;
     let kept = header.kept_blocks.get();
-    let in_frame = |block: &U32| block.get() == BLOCK_IS_ZERO || u64::from(block.get()) < kept;
+    let in_frame = |block: &U32| match block.get() {
+        BLOCK_IS_ZERO => true,
+        BLOCK_IS_GONE => header.is_pruned(),
+        number => u64::from(number) < kept,
+    };
     if blocks.len() as u64 != header.block_count() || !blocks.iter().all(in_frame) {
         return Err(FormatError::Field("settled.blocks"));
     }

@@ -35,6 +35,8 @@ pub enum StoreError {
         /// What is wrong.
         why: String,
     },
+    /// The policy has pruned what was asked for.
+    Pruned(SegmentSequence),
     /// A frame of a settled segment is not what was stored.
     Frame {
         /// The segment.
@@ -64,6 +66,7 @@ impl StoreError {
             StoreError::Frame { .. } => "S009-frame",
             StoreError::Root(_) => "S010-root",
             StoreError::Proof(_) => "S011-proof",
+            StoreError::Pruned(_) => "S014-pruned",
         }
     }
 
@@ -131,6 +134,10 @@ impl fmt::Display for StoreError {
             StoreError::Frame { segment, frame } => {
                 write!(f, "segment {segment}: frame {frame} is damaged")
             }
+            StoreError::Pruned(segment) => write!(
+                f,
+                "segment {segment}: retention has pruned what was asked for; `varve history` says which instants are kept"
+            ),
             StoreError::Root(segment) => write!(
                 f,
                 "segment {segment} is not what it was when it was sealed; it is left as it is. `varve scrub` says what is lost"

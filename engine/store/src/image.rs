@@ -6,7 +6,7 @@
 use crate::cache::Cache;
 use crate::maps::Layer;
 use crate::segment_file::{FrameCache, SegmentFile};
-use crate::volume::Segments;
+use crate::volume::{InstantLease, Segments};
 use crate::{StoreError, VolumeStore};
 use std::sync::Arc;
 use varve_format::{Lsn, MAP_UNIT_BYTES, MapExtent, RecordKind, SegmentSequence, payload_crc};
@@ -50,8 +50,8 @@ pub struct Image {
     files: Cache<u64, Arc<SegmentFile>>,
     payloads: Cache<u64, Arc<Vec<u8>>>,
     frames: FrameCache,
-    /// While it is there, nobody may delete the history.
-    _lease: Arc<()>,
+    /// While it is there, nobody deletes the history, and its instant is kept.
+    _lease: InstantLease,
 }
 
 impl Image {
@@ -67,7 +67,7 @@ impl Image {
             files: Cache::new(FILES_KEPT),
             payloads: Cache::new(PAYLOADS_KEPT),
             frames: Cache::new(FRAMES_KEPT),
-            _lease: store.lease(),
+            _lease: store.lease_at(lsn),
         })
     }
 

@@ -5,7 +5,7 @@
 //!
 //! Order: a segment is durable before its run, both before the log is told to recycle it; whatever replaces a file is proved before it gets the name.
 //! Crash: a file without its final name is removed at the next open; a segment without a run gets a new one; a map can always be made again.
-//! Absent on purpose, for now: retention, encryption (they come behind the same interface).
+//! Absent on purpose, for now: encryption (it comes behind the same interface).
 
 mod cache;
 mod changed;
@@ -15,15 +15,20 @@ mod durable;
 mod error;
 mod image;
 mod ingest;
+mod kept;
+mod ladder;
 mod map_file;
 mod map_merge;
 mod maps;
+mod prune;
 mod replay;
+mod retention;
 mod run_file;
 mod scrub;
 mod segment;
 mod segment_file;
 mod settle;
+mod settled_file;
 mod structure;
 mod timeline;
 mod volume;
@@ -33,7 +38,11 @@ pub use compression::Compression;
 pub use error::StoreError;
 pub use image::{Image, ImageRange, RangeKind};
 pub use ingest::{Ingested, ingest};
+pub use kept::KeptInstants;
+pub use ladder::{Ladder, Nanoseconds, Rung, parse_span, show_span};
 pub use maps::MapJob;
+pub use prune::{PrunedSegment, Sweep, Swept, Verdict};
+pub use retention::{Plan, Policy, RetentionJob};
 pub use scrub::{Damage, ScrubJob, Scrubbed};
 pub use segment::StoredSegment;
 pub use settle::{Proved, SettleJob, Settling};

@@ -1,6 +1,7 @@
 //! Runs on disk: written when a segment is taken, read when a store opens and when single records are asked for, made again from the segment when
 //! they are lost.
 
+use crate::segment_file::{SegmentBytes, SegmentFile};
 use crate::{StoreError, StoredSegment, durable};
 use std::fs::File;
 use std::io::Write;
@@ -40,10 +41,8 @@ pub(crate) fn write(
     events: &[RunEntry],
 ) -> Result<(), StoreError> {
     durable::create(path, |file| {
-        let mut put = |bytes: &[u8]| file.write_all(bytes).map_err(StoreError::io(path));
-        put(&run.to_block())?;
-        put(entries.as_bytes())?;
-        put(events.as_bytes())
+        file.write_all(&encode(run, entries, events))
+            .map_err(StoreError::io(path))
     })
 }
 
@@ -114,6 +113,37 @@ pub(crate) fn collect<R: ReadAt>(
             reserved: 0,
         });
     })
+}
+
+/// The whole run of a segment, out of the segment itself: read anew, or what a pruned one carries. (head, entries, events).
+pub(crate) fn of_segment(
+    file: &SegmentFile,
+) -> Result<(RunHeader, Vec<RunEntry>, Vec<RunEntry>), StoreError> {
+    let path = file.path();
+    let footer = file.footer();
+    if let Some(bytes) = file.run()? {
+        let head = RunHeader::parse(&bytes, bytes.len() as u64).map_err(damaged(path))?;
+        let same = head.root == footer.root
+            && head.volume == footer.volume
+            && head.sequence == footer.sequence;
+        if !same {
+            return Err(damaged(path)(FormatError::Foreign("segment")));
+        }
+        let behind = &bytes[BLOCK_BYTES as usize..];
+        let entries = head.entries(behind).map_err(damaged(path))?.to_vec();
+        let events = &bytes[head.events_at() as usize..];
+        let events = head.events(events).map_err(damaged(path))?.to_vec();
+        return Ok((head, entries, events));
+    }
+    let source = SegmentBytes::new(file);
+    let (header, entries) = index(path, source, footer.data_bytes.get())?;
+    let (head, events) = head_of(&header, footer, &entries);
+    Ok((head, entries, events))
+}
+
+/// The bytes of a run.
+pub(crate) fn encode(run: &RunHeader, entries: &[RunEntry], events: &[RunEntry]) -> Vec<u8> {
+    [&run.to_block()[..], entries.as_bytes(), events.as_bytes()].concat()
 }
 
 /// Reads all records of a segment: its header, and the entries of its run.

@@ -7,7 +7,9 @@
 use crate::cache::Cache;
 use crate::map_file::MapCursor;
 use crate::maps::MapPlace;
+use crate::prune::first_damaged;
 use crate::segment_file::{SegmentBytes, SegmentFile};
+use crate::settled_file::root_of;
 use crate::volume::Segments;
 use crate::{StoreError, StoredSegment, VolumeStore, run_file};
 use std::ops::ControlFlow;
@@ -164,6 +166,14 @@ impl ScrubJob {
             next: before.sequence.0 + 1 == segment.sequence.0,
             hash: (before.epoch == segment.epoch).then_some(*hash).flatten(),
         };
+        if let Ok(file) = SegmentFile::open(segment)
+            && file.kept_root().is_some()
+        {
+            if let Err(why) = self.pruned(segment, &file, found) {
+                found.damage.push(self.damage(segment, why));
+            }
+            return None; // Its batches are not there any more.
+        }
         match whole(segment, previous.map(follows)) {
             Ok((hash, entries)) => {
                 if let Some(why) = run_is_wrong(segment, &entries) {
@@ -181,6 +191,47 @@ impl ScrubJob {
                 None
             }
         }
+    }
+
+    /// A pruned segment: what it keeps has the root that it was written with, and every record of its run its checksum.
+    fn pruned(
+        &self,
+        segment: &StoredSegment,
+        file: &SegmentFile,
+        found: &mut Scrubbed,
+    ) -> Result<(), String> {
+        let (head, entries, events) = run_file::of_segment(file).map_err(|e| e.to_string())?;
+        let root = root_of(file).map_err(|error| error.to_string())?;
+        if file.kept_root() != Some(root) {
+            return Err("its bytes do not have the root that they were pruned with".to_owned());
+        }
+        if let Some(entry) = first_damaged(segment, file, &entries) {
+            return Err(format!(
+                "the record at LSN {} is not what it was",
+                entry.lsn()
+            ));
+        }
+        // A run that says more is one that pruning has not come to yet.
+        let path = segment.run_path();
+        let run = run_file::read_head(&path)
+            .and_then(|(run, _)| Ok((run, run_file::read_entries(segment)?)));
+        let why = match run {
+            Ok((run, _)) if run.pruned_for != head.pruned_for => return Ok(()),
+            Ok((_, run)) if run == entries => return Ok(()),
+            Ok(_) => format!(
+                "{}: it says something else than its segment",
+                path.display()
+            ),
+            Err(error) => error.to_string(),
+        };
+        let mended = run_file::write(&path, &head, &entries, &events);
+        let mended = mended.map_or_else(
+            |error| format!("It could not be made again: {error}"),
+            |()| "It was made again from its segment".to_owned(),
+        );
+        let what = format!("{why}. {mended}");
+        found.damage.push(Damage::without_place(&what));
+        Ok(())
     }
 
     /// What a damaged segment has lost.

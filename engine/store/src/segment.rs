@@ -1,6 +1,6 @@
 //! A stored segment, as the store keeps it in memory: what its run says of it, without its records.
 
-use crate::segment_file::{SegmentBytes, SegmentFile};
+use crate::segment_file::SegmentFile;
 use crate::{StoreError, run_file};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -44,6 +44,10 @@ pub struct StoredSegment {
     pub stored_bytes: u64,
     /// It is compressed.
     pub settled: bool,
+    /// Which instants it was pruned for: a hash of them; 0: it was not.
+    pub pruned_for: u64,
+    /// The first of them behind it.
+    pub pruned_until: Lsn,
 }
 
 impl StoredSegment {
@@ -76,6 +80,8 @@ impl StoredSegment {
             events: events.into(),
             stored_bytes,
             settled: stored_bytes != sealed_bytes,
+            pruned_for: run.pruned_for.get(),
+            pruned_until: Lsn(run.pruned_until.get()),
         }
     }
 
@@ -93,8 +99,7 @@ impl StoredSegment {
     pub fn entries(&self) -> Result<Vec<RunEntry>, StoreError> {
         run_file::read_entries(self).or_else(|error| {
             let file = SegmentFile::open(self).map_err(|_| error)?;
-            let source = SegmentBytes::new(&file);
-            Ok(run_file::index(&self.path(), source, self.data_bytes)?.1)
+            Ok(run_file::of_segment(&file)?.1)
         })
     }
 }

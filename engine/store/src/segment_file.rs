@@ -7,14 +7,15 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use varve_format::{
-    BLOCK_BYTES, BLOCK_IS_ZERO, EpochId, FRAME_BLOCKS, FormatError, FrameEntry,
-    SEGMENT_FOOTER_BYTES, SegmentFooter, SegmentSequence, SettledHeader, frame_crc,
+    BLOCK_BYTES, BLOCK_IS_GONE, BLOCK_IS_ZERO, Codec, EpochId, FRAME_BLOCKS, FormatError,
+    FrameEntry, SEGMENT_FOOTER_BYTES, SegmentFooter, SegmentSequence, SettledHeader, frame_crc,
     parse_settled_tables,
 };
 use varve_log::ReadAt;
 
-/// Frames that were decompressed, by segment and number. 64 KiB each.
+/// Frames that were decompressed, by open file and number. 64 KiB each.
 pub(crate) type FrameCache = Cache<(u64, u64), Arc<Vec<u8>>>;
 
 struct Settled {
@@ -23,8 +24,15 @@ struct Settled {
     blocks: Vec<u32>,
 }
 
+fn next_number() -> u64 {
+    static OPENED: AtomicU64 = AtomicU64::new(0);
+    OPENED.fetch_add(1, Ordering::Relaxed)
+}
+
 /// An open segment file. It stays readable when the file gets another one's place.
 pub(crate) struct SegmentFile {
+    /// No two that were ever open have the same: a segment's file may get another one's place, with other frames.
+    number: u64,
     file: File,
     path: PathBuf,
     footer: SegmentFooter,
@@ -82,6 +90,7 @@ impl SegmentFile {
                 return Err(damaged(truncated(needed)));
             }
             return Ok(SegmentFile {
+                number: next_number(),
                 file,
                 path: path.to_path_buf(),
                 footer,
@@ -95,10 +104,15 @@ impl SegmentFile {
         {
             return Err(damaged(FormatError::Foreign("segment")));
         }
-        let tables_at = header.tables_at.get();
-        let mut tables = vec![0u8; (footer_at - tables_at) as usize];
-        file.read_exact_at(&mut tables, tables_at)
+        // The header's sizes were checked against the file's.
+        let mut tables = vec![0u8; header.tables_stored_bytes() as usize];
+        file.read_exact_at(&mut tables, header.tables_at.get())
             .map_err(StoreError::io(path))?;
+        if header.is_pruned() {
+            let whole = header.tables_whole_bytes() as usize;
+            tables = compression::unpack(Codec::Zstd as u8, &tables, whole)
+                .ok_or_else(|| damaged(FormatError::Field("settled.tables")))?;
+        }
         let (frames, blocks) = parse_settled_tables(&header, &tables).map_err(damaged)?;
         let settled = Settled {
             frames: frames.to_vec(),
@@ -106,6 +120,7 @@ impl SegmentFile {
             header,
         };
         Ok(SegmentFile {
+            number: next_number(),
             file,
             path: path.to_path_buf(),
             footer,
@@ -123,6 +138,33 @@ impl SegmentFile {
 
     pub(crate) fn sequence(&self) -> SegmentSequence {
         SegmentSequence(self.footer.sequence.get())
+    }
+
+    /// The run that a pruned segment carries, with the size that it says; none if it is not pruned.
+    pub(crate) fn run(&self) -> Result<Option<Vec<u8>>, StoreError> {
+        let place = self.settled.as_ref().and_then(|s| s.header.run_place());
+        let Some((at, length)) = place else {
+            return Ok(None);
+        };
+        let mut bytes = vec![0u8; length as usize];
+        let read = self.file.read_exact_at(&mut bytes, at);
+        read.map_err(StoreError::io(&self.path))?;
+        Ok(Some(bytes))
+    }
+
+    /// BLAKE3 of the blocks that are not gone, if it is pruned.
+    pub(crate) fn kept_root(&self) -> Option<[u8; 32]> {
+        let settled = self.settled.as_ref()?;
+        settled
+            .header
+            .is_pruned()
+            .then_some(settled.header.kept_root)
+    }
+
+    /// Whether the block at this address of the sealed segment is gone.
+    pub(crate) fn is_gone(&self, block: u64) -> bool {
+        let blocks = self.settled.as_ref().map(|settled| &settled.blocks);
+        blocks.is_some_and(|blocks| blocks.get(block as usize) == Some(&BLOCK_IS_GONE))
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -183,12 +225,15 @@ impl SegmentFile {
                 target.fill(0);
                 continue;
             }
+            if kept == BLOCK_IS_GONE {
+                return Err(StoreError::Pruned(self.sequence()));
+            }
             let (frame, index) = (
                 u64::from(kept) / FRAME_BLOCKS,
                 u64::from(kept) % FRAME_BLOCKS,
             );
             if last.as_ref().is_none_or(|(number, _)| *number != frame) {
-                let key = (self.sequence().0, frame);
+                let key = (self.number, frame);
                 last = Some((frame, cache.get(key, || self.read_frame(frame))?));
             }
             if let Some((_, content)) = &last {

@@ -98,7 +98,8 @@ fn a_time_inside_a_gap_does_not_resolve_and_the_nearest_are_named() {
         Err(Outside {
             before: Some(Lsn(21)),
             after: Some(Lsn(24)),
-            reason: Some(SpanKind::CatchUp)
+            reason: Some(SpanKind::CatchUp),
+            pruned: false
         })
     );
     assert!(timeline.gap_at(WallTime(90)).is_none());

@@ -3,6 +3,8 @@
 //! L resolves if a span has ended below it and none is open at it. A span that an epoch leaves open stays open in the next one.
 
 use crate::StoredSegment;
+use crate::kept::KeptInstants;
+use std::sync::Arc;
 use varve_format::{Lsn, RecordKind, RunEntry, SegmentSequence, SpanKind, WallTime};
 
 /// Something that happened, at an LSN and a time.
@@ -44,6 +46,8 @@ pub struct Outside {
     pub after: Option<Lsn>,
     /// Why not.
     pub reason: Option<SpanKind>,
+    /// It did once: retention has pruned it.
+    pub pruned: bool,
 }
 
 /// The same with times.
@@ -55,6 +59,8 @@ pub struct Nearest {
     pub after: Option<(Lsn, WallTime)>,
     /// Why not.
     pub reason: Option<SpanKind>,
+    /// It did once: retention has pruned it.
+    pub pruned: bool,
 }
 
 /// A volume's time. It grows by a segment at the cost of that segment's events.
@@ -74,6 +80,8 @@ pub struct Timeline {
     full_copy: bool,
     /// A segment is missing, and no full copy has made up for it since.
     hole: bool,
+    /// What retention has left.
+    pub(crate) kept: Arc<KeptInstants>,
 }
 
 impl Timeline {
@@ -178,10 +186,15 @@ impl Timeline {
     /// First LSN that resolves.
     #[must_use]
     pub fn first(&self) -> Option<Lsn> {
-        self.closed
-            .first()
-            .filter(|closed| !closed.open)
-            .map(|closed| closed.to.plus(1))
+        let copied = self.closed.first().filter(|closed| !closed.open);
+        let copied = copied.map(|closed| closed.to.plus(1))?;
+        Some(self.kept.first().map_or(copied, |kept| kept.max(copied)))
+    }
+
+    /// What retention has left.
+    #[must_use]
+    pub fn kept(&self) -> &KeptInstants {
+        &self.kept
     }
 
     /// Last LSN that resolves.
@@ -225,13 +238,17 @@ impl Timeline {
                 before,
                 after,
                 reason,
+                pruned: false,
             })
         };
         let (Some(first), Some(last)) = (self.first(), self.last()) else {
             return outside(None, None, self.closed.first().map(|closed| closed.kind));
         };
         if lsn < first {
-            return outside(None, Some(first), None);
+            return outside(None, Some(first), None).map_err(|outside: Outside| Outside {
+                pruned: self.kept.first() == Some(first),
+                ..outside
+            });
         }
         if lsn > self.end {
             return outside(Some(last), None, None);
@@ -246,7 +263,14 @@ impl Timeline {
                 (!closed.open).then(|| closed.to.plus(1)),
                 Some(closed.kind),
             ),
-            None => Ok(lsn),
+            None if self.kept.resolves(lsn) => Ok(lsn),
+            None => {
+                let (before, after) = self.kept.around(lsn);
+                outside(before, Some(after), None).map_err(|outside: Outside| Outside {
+                    pruned: true,
+                    ..outside
+                })
+            }
         }
     }
 }

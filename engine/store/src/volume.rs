@@ -4,19 +4,42 @@
 //! A run is what the store believes: if it is damaged it is made again from its segment, and if the segment is damaged its run still says what it
 //! held, so that exactly that cannot be read. Only where both are lost history has a hole.
 
+use crate::kept::KeptInstants;
 use crate::maps::Maps;
+use crate::prune::Looked;
 use crate::segment::{run_path, segment_path};
-use crate::segment_file::{SegmentBytes, SegmentFile};
+use crate::segment_file::SegmentFile;
 use crate::{Nearest, Outside, StoreError, StoredSegment, Timeline, durable, run_file};
 use nix::fcntl::{Flock, FlockArg};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use varve_format::{FormatError, Lsn, SegmentSequence, VolumeId, WallTime, payload_crc};
 
 /// Segments by number. Images that are open share it; it is copied when it changes while they do.
 pub(crate) type Segments = Arc<BTreeMap<SegmentSequence, Arc<StoredSegment>>>;
+
+type OpenInstants = Arc<Mutex<BTreeMap<Lsn, usize>>>;
+
+/// While it is there its instant is kept.
+pub(crate) struct InstantLease {
+    open: OpenInstants,
+    lsn: Lsn,
+    _lease: Arc<()>,
+}
+
+impl Drop for InstantLease {
+    fn drop(&mut self) {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = open.get_mut(&self.lsn) {
+            *count -= 1;
+            if *count == 0 {
+                open.remove(&self.lsn);
+            }
+        }
+    }
+}
 
 /// One volume's history.
 pub struct VolumeStore {
@@ -29,6 +52,10 @@ pub struct VolumeStore {
     healed: Vec<String>,
     /// Images that are open hold one, too.
     in_use: Arc<()>,
+    /// LSNs of images that are open, and how many of each.
+    open: OpenInstants,
+    /// Segments that pruning has looked at, and left as they are.
+    pub(crate) looked: Looked,
     _lock: Flock<File>,
 }
 
@@ -57,6 +84,8 @@ impl VolumeStore {
             damaged: Vec::new(),
             healed: Vec::new(),
             in_use: Arc::new(()),
+            open: OpenInstants::default(),
+            looked: Looked::new(),
             _lock: lock,
         };
         store.load()?;
@@ -104,7 +133,34 @@ impl VolumeStore {
         };
         self.maps.load(count, &mut self.healed)?;
         self.timeline = Timeline::of(self.segments());
+        self.load_kept();
         Ok(())
+    }
+
+    fn load_kept(&mut self) {
+        let (kept, problems) = KeptInstants::load(&self.directory, self.volume);
+        // What the segments were pruned for: behind the last of these everything resolves, whatever the lists say.
+        let pruned = self.segments().filter(|segment| segment.pruned_for != 0);
+        let until = pruned.map(|segment| segment.pruned_until).max();
+        let mut kept = kept.unwrap_or_else(|| {
+            self.damaged.extend(problems.iter().cloned());
+            KeptInstants::default()
+        });
+        if kept.below != Lsn(0) || !kept.entries.is_empty() {
+            self.healed.extend(problems.into_iter().map(|why| {
+                format!("{why}. The other list of kept instants is whole; it is written anew with the next change")
+            }));
+        }
+        if let Some(until) = until.filter(|until| *until > kept.below) {
+            self.damaged.push(format!(
+                "{}: the list of the instants that were kept is lost: nothing below LSN {until} resolves, though what was kept of it is there.                  `varve history` says what does",
+                self.directory.join("kept").display()
+            ));
+            kept.below = until;
+            kept.below_time = self.time_of(until).unwrap_or(WallTime(i64::MIN));
+            kept.entries.clear();
+        }
+        self.timeline.kept = Arc::new(kept);
     }
 
     fn load_segment(&mut self, sequence: SegmentSequence) -> Result<StoredSegment, StoreError> {
@@ -128,9 +184,7 @@ impl VolumeStore {
                     let error = FormatError::Foreign("segment of another volume or place");
                     return Err(StoreError::Damaged(path, error));
                 }
-                let source = SegmentBytes::new(&file);
-                let (header, entries) = run_file::index(&path, source, footer.data_bytes.get())?;
-                let (head, events) = run_file::head_of(&header, &footer, &entries);
+                let (head, entries, events) = run_file::of_segment(&file)?;
                 if let Err(error) = run_file::write(&run, &head, &entries, &events) {
                     self.healed.push(format!("{error}. It is done without"));
                 }
@@ -147,6 +201,11 @@ impl VolumeStore {
 
     pub(crate) fn add(&mut self, segment: StoredSegment) {
         self.timeline.add(&segment);
+        Arc::make_mut(&mut self.segments).insert(segment.sequence, Arc::new(segment));
+    }
+
+    /// Notes that a segment was pruned.
+    pub(crate) fn pruned(&mut self, segment: StoredSegment) {
         Arc::make_mut(&mut self.segments).insert(segment.sequence, Arc::new(segment));
     }
 
@@ -245,6 +304,35 @@ impl VolumeStore {
         Arc::clone(&self.in_use)
     }
 
+    pub(crate) fn lease_at(&self, lsn: Lsn) -> InstantLease {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        *open.entry(lsn).or_default() += 1;
+        InstantLease {
+            open: Arc::clone(&self.open),
+            lsn,
+            _lease: self.lease(),
+        }
+    }
+
+    /// Instants that images are open at.
+    pub(crate) fn open_instants(&self) -> Vec<Lsn> {
+        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        open.keys().copied().collect()
+    }
+
+    /// What retention has left.
+    #[must_use]
+    pub fn kept(&self) -> &Arc<KeptInstants> {
+        &self.timeline.kept
+    }
+
+    /// Puts another list into its place, durably.
+    pub(crate) fn set_kept(&mut self, kept: KeptInstants) -> Result<(), StoreError> {
+        kept.write(&self.directory, self.volume)?;
+        self.timeline.kept = Arc::new(kept);
+        Ok(())
+    }
+
     /// Size of the volume at `lsn` and its logical sector, in bytes: they change only where a new epoch begins, with a segment of its own.
     #[must_use]
     pub fn shape(&self, lsn: Lsn) -> (u64, u32) {
@@ -261,6 +349,13 @@ impl VolumeStore {
 
     /// Time of the last record below `lsn`; of the first one if there is none.
     pub fn time_of(&self, lsn: Lsn) -> Result<WallTime, StoreError> {
+        // Records that would tell may be pruned.
+        if let Some(kept) = self.kept().get(lsn) {
+            return Ok(kept.time());
+        }
+        if lsn == self.kept().below && lsn > Lsn(0) {
+            return Ok(self.kept().below_time);
+        }
         let told = |segment: &&StoredSegment| segment.entry_count > 0;
         let mut below = self.segments().rev().filter(told);
         let Some(segment) = below.find(|segment| segment.lsn_start < lsn) else {
@@ -283,6 +378,10 @@ impl VolumeStore {
 
     /// The LSN whose image holds every record up to `time`.
     pub fn at_time(&self, time: WallTime) -> Result<Lsn, StoreError> {
+        if time < self.kept().below_time {
+            let kept = self.kept().at_time(time);
+            return Ok(kept.map_or(Lsn(0), varve_format::KeptEntry::lsn));
+        }
         // Times never run backwards within an epoch; where the clock was set back between two, the later record counts.
         let newest = self
             .segments()
@@ -314,6 +413,7 @@ impl VolumeStore {
             before: Some(self.at_time(since)?).filter(resolves),
             after: Some(after).filter(resolves),
             reason: None,
+            pruned: false,
         };
         self.with_times(&outside).map(Some)
     }
@@ -327,6 +427,7 @@ impl VolumeStore {
             before: with_time(outside.before)?,
             after: with_time(outside.after)?,
             reason: outside.reason,
+            pruned: outside.pruned,
         })
     }
 

@@ -1,0 +1,437 @@
+//! Pruning: what no kept instant needs leaves the segments' files. Addresses stay, so runs, maps and images go on meaning what they meant.
+//!
+//! Kept instants cut history into intervals. Within one, of each block only the last write is ever seen: a record all of whose blocks were written again
+//! before the interval's end is needed by nobody. A sweep goes through the records backwards and remembers which blocks were written since the end of
+//! the interval it is in; what they cover is struck. Memory: a bitmap of blocks, at most 32 MiB for a TiB.
+//!
+//!   … w(7) │ w(9) w(7) w(9) ◀──sweep──  │ kept    the first w(9) goes; the w(7) left of the other kept instant │ stays
+//!
+//! A map may name a record that was pruned: nobody asks it for that, because a newer layer of every image at a kept instant has the block.
+//!
+//! Crash, step by step: instants are struck from the list first (`kept`), durably. Then for each segment: the new file is written, flushed, read back
+//! from the disk (every record that it keeps against its checksum), renamed over the old one; then its run. Before the rename the old segment is whole;
+//! between the two renames the run says more than is there, of what nobody needs, and the segment is pruned again because its run does not say that it
+//! was; a lost run is made again from the copy in the segment. Each record that is kept is therefore read from the disk before its old copy goes.
+
+use crate::cache::Cache;
+use crate::kept::KeptInstants;
+use crate::segment_file::SegmentFile;
+use crate::settle::from_the_disk;
+use crate::settled_file::{self, root_of};
+use crate::volume::Segments;
+use crate::{Compression, StoreError, StoredSegment, VolumeStore, durable, run_file};
+use roaring::RoaringBitmap;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use varve_format::{
+    BLOCK_BYTES, Lsn, RECORD_PAYLOAD_BYTES_MAX, RecordKind, RunEntry, RunHeader, SETTLED_BYTES_MAX,
+    SegmentSequence, payload_crc,
+};
+
+/// A segment is written anew when at least one in so many of its bytes goes: what stays in spite of that is less than a tenth.
+const WORTH_ONE_IN: u64 = 10;
+
+/// What was seen of a segment: for which instants it was looked at.
+pub(crate) type Looked = BTreeMap<SegmentSequence, u64>;
+
+/// Blocks that were written since the end of the interval, going backwards.
+struct Cover {
+    blocks: RoaringBitmap,
+    /// The interval's end.
+    until: Lsn,
+}
+
+fn block_of(byte: u64) -> Option<u32> {
+    u32::try_from(byte / BLOCK_BYTES).ok()
+}
+
+impl Cover {
+    /// Whether all of a range was written.
+    fn has(&self, offset: u64, length: u64) -> bool {
+        let blocks = block_of(offset).zip(block_of(offset + length - 1));
+        blocks.is_some_and(|(first, last)| self.blocks.contains_range(first..=last))
+    }
+
+    /// Notes the blocks that a range covers wholly.
+    fn add(&mut self, offset: u64, length: u64) {
+        let first = block_of(offset.next_multiple_of(BLOCK_BYTES));
+        let end = block_of((offset + length) / BLOCK_BYTES * BLOCK_BYTES);
+        if let Some((first, end)) = first.zip(end) {
+            self.blocks.insert_range(first..end);
+        }
+    }
+}
+
+/// A sweep from the newest segment below the limit to the oldest. It needs no lock of the store; when what is kept changes, another one takes over.
+pub struct Sweep {
+    directory: Arc<Path>,
+    segments: Segments,
+    /// In order, the limit included.
+    kept: Vec<Lsn>,
+    /// Segments to look at, oldest first.
+    dirty: Vec<SegmentSequence>,
+    /// Everything from here on was swept.
+    at: SegmentSequence,
+    cover: Cover,
+    compression: Compression,
+    _lease: Arc<()>,
+}
+
+/// One step of a sweep.
+pub enum Swept {
+    /// There is nothing left to look at.
+    Done,
+    /// Records were read.
+    Read,
+    /// A segment was looked at, and stays as it is.
+    Stays(SegmentSequence, u64),
+    /// A segment's new file is there, proved.
+    Pruned(Box<PrunedSegment>),
+}
+
+/// A segment without what nobody needs.
+pub struct PrunedSegment {
+    before: Arc<StoredSegment>,
+    after: StoredSegment,
+    new: PathBuf,
+    head: RunHeader,
+    entries: Vec<RunEntry>,
+    events: Vec<RunEntry>,
+}
+
+/// What is needed of a segment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Verdict {
+    /// Bytes of writes that stay.
+    pub kept_bytes: u64,
+    /// Bytes of writes that go.
+    pub gone_bytes: u64,
+}
+
+/// The instants that decide what is needed of a segment: those in it, and the first behind it. None: it reaches above the limit.
+fn deciding(kept: &[Lsn], segment: &StoredSegment) -> Option<(u64, Lsn)> {
+    let from = kept.partition_point(|lsn| *lsn <= segment.lsn_start);
+    let behind = kept.partition_point(|lsn| *lsn < segment.lsn_end);
+    let until = *kept.get(behind)?;
+    let mut hasher = blake3::Hasher::new();
+    for lsn in &kept[from.min(behind)..=behind] {
+        hasher.update(&lsn.0.to_le_bytes());
+    }
+    let mut hash = [0u8; 8];
+    hasher.finalize_xof().fill(&mut hash);
+    Some((u64::from_le_bytes(hash).max(1), until))
+}
+
+impl VolumeStore {
+    /// A sweep of what is to be pruned; none if nothing is.
+    #[must_use]
+    pub fn sweep(&self, compression: Compression) -> Option<Sweep> {
+        self.sweep_for(self.kept(), compression)
+            .filter(|sweep| !sweep.dirty.is_empty())
+    }
+
+    /// The same for another list of instants: to say what it would prune.
+    #[must_use]
+    pub fn sweep_for(&self, kept: &KeptInstants, compression: Compression) -> Option<Sweep> {
+        if kept.below == Lsn(0) {
+            return None;
+        }
+        let mut instants: Vec<Lsn> = kept
+            .entries
+            .iter()
+            .map(varve_format::KeptEntry::lsn)
+            .collect();
+        instants.retain(|lsn| *lsn < kept.below);
+        instants.push(kept.below);
+        let is_dirty = |segment: &&StoredSegment| {
+            segment.lsn_end <= kept.below
+                && segment.stored_bytes > 0
+                && segment.data_bytes <= SETTLED_BYTES_MAX
+                && deciding(&instants, segment).is_some_and(|(hash, _)| {
+                    hash != segment.pruned_for && self.looked.get(&segment.sequence) != Some(&hash)
+                })
+        };
+        let dirty = self
+            .segments()
+            .filter(is_dirty)
+            .map(|s| s.sequence)
+            .collect();
+        let mut below = self.segments().rev();
+        let newest = below.find(|segment| segment.lsn_start < kept.below);
+        let at = newest.map_or(SegmentSequence(0), |segment| {
+            SegmentSequence(segment.sequence.0 + 1)
+        });
+        Some(Sweep {
+            directory: Arc::clone(self.directory()),
+            segments: self.shared_segments(),
+            kept: instants,
+            dirty,
+            at,
+            cover: Cover {
+                blocks: RoaringBitmap::new(),
+                until: kept.below,
+            },
+            compression,
+            _lease: self.lease(),
+        })
+    }
+
+    /// Remembers that a segment stays as it is for these instants.
+    pub fn stays(&mut self, sequence: SegmentSequence, hash: u64) {
+        self.looked.insert(sequence, hash);
+    }
+
+    /// Gives a pruned segment its place.
+    pub fn replace_pruned(&mut self, pruned: &PrunedSegment) -> Result<(), StoreError> {
+        let sequence = pruned.before.sequence;
+        let same = |now: &Arc<StoredSegment>| now.pruned_for == pruned.before.pruned_for;
+        if !self.segment(sequence).is_some_and(same) {
+            let _ = std::fs::remove_file(&pruned.new);
+            return Err(StoreError::Missing(sequence));
+        }
+        durable::name(&pruned.new, &pruned.before.path())?;
+        run_file::write(
+            &pruned.before.run_path(),
+            &pruned.head,
+            &pruned.entries,
+            &pruned.events,
+        )?;
+        self.pruned(pruned.after.clone());
+        Ok(())
+    }
+}
+
+impl PrunedSegment {
+    /// Bytes that its file is smaller.
+    #[must_use]
+    pub fn freed_bytes(&self) -> u64 {
+        self.before
+            .stored_bytes
+            .saturating_sub(self.after.stored_bytes)
+    }
+}
+
+impl Sweep {
+    /// Whether `kept` is still what it sweeps for.
+    #[must_use]
+    pub fn is_for(&self, kept: &KeptInstants) -> bool {
+        let below = kept.entries.iter().map(varve_format::KeptEntry::lsn);
+        let below = below.filter(|lsn| *lsn < kept.below);
+        below.chain([kept.below]).eq(self.kept.iter().copied())
+    }
+
+    /// Segments that are left to look at.
+    #[must_use]
+    pub fn left(&self) -> usize {
+        self.dirty.len()
+    }
+
+    /// The next segment. After an error the sweep is to be given up.
+    pub fn step(&mut self) -> Result<Swept, StoreError> {
+        let Some((segment, is_dirty)) = self.next() else {
+            return Ok(Swept::Done);
+        };
+        let entries = segment.entries()?;
+        let needed = self.strike(&entries);
+        if !is_dirty {
+            return Ok(Swept::Read);
+        }
+        let Some((hash, until)) = deciding(&self.kept, &segment) else {
+            return Ok(Swept::Read);
+        };
+        let verdict = verdict_of(&entries, &needed);
+        if verdict.gone_bytes == 0
+            || verdict.gone_bytes * WORTH_ONE_IN < verdict.gone_bytes + verdict.kept_bytes
+        {
+            return Ok(Swept::Stays(segment.sequence, hash));
+        }
+        let mut flags = needed.iter();
+        let kept: Vec<RunEntry> = entries
+            .iter()
+            .filter(|_| flags.next() == Some(&true))
+            .copied()
+            .collect();
+        let new = durable::unfinished(&segment.path());
+        debug_assert!(new.starts_with(&self.directory));
+        let written = self.write(&segment, kept, (hash, until), &new);
+        if written.is_err() {
+            let _ = std::fs::remove_file(&new);
+        }
+        written.map(|pruned| Swept::Pruned(Box::new(pruned)))
+    }
+
+    /// What would stay and go of the next segments; nothing is written. None: there is nothing left to look at.
+    pub fn look(&mut self) -> Result<Option<Verdict>, StoreError> {
+        let Some((segment, is_dirty)) = self.next() else {
+            return Ok(None);
+        };
+        let entries = segment.entries()?;
+        let needed = self.strike(&entries);
+        let verdict = verdict_of(&entries, &needed);
+        Ok(Some(if is_dirty {
+            verdict
+        } else {
+            Verdict::default()
+        }))
+    }
+
+    /// The next segment whose records matter: to be looked at itself, or in the same interval as the next that is. Whether it is the former.
+    fn next(&mut self) -> Option<(Arc<StoredSegment>, bool)> {
+        let wanted = *self.dirty.last()?;
+        let until = self.segments.get(&wanted).map(|segment| {
+            let behind = self.kept.partition_point(|lsn| *lsn < segment.lsn_end);
+            self.kept.get(behind).copied().unwrap_or(segment.lsn_end)
+        })?;
+        let mut below = self.segments.range(..self.at).rev();
+        let (sequence, segment) =
+            below.find(|(sequence, segment)| **sequence == wanted || segment.lsn_start < until)?;
+        self.at = *sequence;
+        let is_dirty = *sequence == wanted;
+        if is_dirty {
+            self.dirty.pop();
+        }
+        Some((Arc::clone(segment), is_dirty))
+    }
+
+    /// Which of a segment's records somebody needs; and notes what they cover.
+    fn strike(&mut self, entries: &[RunEntry]) -> Vec<bool> {
+        let mut needed = vec![true; entries.len()];
+        for (entry, needed) in entries.iter().zip(&mut needed).rev() {
+            let index = self.kept.partition_point(|lsn| *lsn <= entry.lsn());
+            // Above the limit every instant resolves.
+            let Some(until) = self.kept.get(index) else {
+                continue;
+            };
+            if *until != self.cover.until {
+                self.cover.blocks.clear();
+                self.cover.until = *until;
+            }
+            let (offset, length) = (entry.offset.get(), entry.length.get());
+            let sane = offset.checked_add(length).is_some();
+            if !entry.changes_image() || entry.is_event() || length == 0 || !sane {
+                continue;
+            }
+            *needed = !self.cover.has(offset, length);
+            self.cover.add(offset, length);
+        }
+        needed
+    }
+
+    fn write(
+        &self,
+        segment: &Arc<StoredSegment>,
+        entries: Vec<RunEntry>,
+        (hash, until): (u64, Lsn),
+        new: &Path,
+    ) -> Result<PrunedSegment, StoreError> {
+        let source = SegmentFile::open(segment)?;
+        let events: Vec<RunEntry> = entries.iter().filter(|e| e.is_event()).copied().collect();
+        let mut head = RunHeader::new(
+            source.footer(),
+            segment.volume_bytes,
+            segment.sector_bytes,
+            &entries,
+            &events,
+        );
+        head.pruned_for = hash.into();
+        head.pruned_until = until.0.into();
+        let blocks = blocks_of(segment, &entries)?;
+        let run = run_file::encode(&head, &entries, &events);
+        let kept = settled_file::Kept {
+            blocks: &blocks,
+            run: &run,
+        };
+        settled_file::write(&source, new, self.compression, Some(&kept))?;
+        let (written, stored_bytes) = from_the_disk(new)?;
+        prove(segment, &source, &written, &entries, new)?;
+        let after = StoredSegment::new(&self.directory, &head, events.clone(), stored_bytes);
+        Ok(PrunedSegment {
+            before: Arc::clone(segment),
+            after,
+            new: new.to_path_buf(),
+            head,
+            entries,
+            events,
+        })
+    }
+}
+
+fn verdict_of(entries: &[RunEntry], needed: &[bool]) -> Verdict {
+    let mut verdict = Verdict::default();
+    for (entry, needed) in entries.iter().zip(needed) {
+        if entry.kind == RecordKind::Write as u8 {
+            match needed {
+                true => verdict.kept_bytes += entry.length.get(),
+                false => verdict.gone_bytes += entry.length.get(),
+            }
+        }
+    }
+    verdict
+}
+
+/// Where a record's payload lies in its segment; of a point, its name.
+fn payload_of(entry: &RunEntry) -> Option<(u64, u64)> {
+    let has = entry.kind == RecordKind::Write as u8 || entry.kind == RecordKind::Point as u8;
+    (has && entry.length.get() > 0).then_some((entry.payload.get(), entry.length.get()))
+}
+
+/// The blocks of a segment that payloads of these records touch.
+fn blocks_of(segment: &StoredSegment, entries: &[RunEntry]) -> Result<Vec<bool>, StoreError> {
+    let mut blocks = vec![false; (segment.data_bytes / BLOCK_BYTES) as usize];
+    for (at, length) in entries.iter().filter_map(payload_of) {
+        let end = at
+            .checked_add(length)
+            .filter(|end| *end <= segment.data_bytes);
+        let end = end.ok_or_else(|| {
+            StoreError::Damaged(
+                segment.run_path(),
+                varve_format::FormatError::Field("run.payload"),
+            )
+        })?;
+        blocks[(at / BLOCK_BYTES) as usize..end.div_ceil(BLOCK_BYTES) as usize].fill(true);
+    }
+    Ok(blocks)
+}
+
+/// Every record that was kept is what it was, in the file that was written.
+fn prove(
+    segment: &StoredSegment,
+    source: &SegmentFile,
+    written: &SegmentFile,
+    entries: &[RunEntry],
+    new: &Path,
+) -> Result<(), StoreError> {
+    let unproved = || StoreError::Proof(new.to_path_buf());
+    if written.kept_root() != Some(root_of(written).map_err(|_| unproved())?) {
+        return Err(unproved());
+    }
+    if run_file::of_segment(written).map_err(|_| unproved())?.1 != entries {
+        return Err(unproved());
+    }
+    match first_damaged(segment, written, entries) {
+        None => Ok(()),
+        // Which of the two is wrong?
+        Some(entry) => match first_damaged(segment, source, std::slice::from_ref(entry)) {
+            Some(_) => Err(StoreError::Root(segment.sequence)),
+            None => Err(unproved()),
+        },
+    }
+}
+
+/// The first record whose payload is not there as it was recorded.
+pub(crate) fn first_damaged<'a>(
+    segment: &StoredSegment,
+    file: &SegmentFile,
+    entries: &'a [RunEntry],
+) -> Option<&'a RunEntry> {
+    let cache = Cache::new(16);
+    entries.iter().find(|entry| {
+        payload_of(entry).is_some_and(|(at, length)| {
+            let mut payload = vec![0u8; length.min(RECORD_PAYLOAD_BYTES_MAX) as usize];
+            let read = file.read(at, &mut payload, &cache);
+            let crc = payload_crc(segment.epoch, entry.lsn(), &payload);
+            read.is_err() || crc != entry.payload_crc.get()
+        })
+    })
+}

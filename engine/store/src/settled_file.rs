@@ -1,0 +1,226 @@
+//! Writes a settled segment: blocks of a segment in, frames out; all of them, or those that somebody still needs.
+
+use crate::compression::Packer;
+use crate::segment_file::{SegmentBytes, SegmentFile};
+use crate::{Compression, StoreError};
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::fs::File;
+use std::io::{BufWriter, Seek, SeekFrom, Write};
+use std::path::Path;
+use varve_format::{
+    BLOCK_BYTES, BLOCK_IS_GONE, BLOCK_IS_ZERO, FRAME_BYTES, FrameEntry, SETTLED_IS_PRUNED,
+    SettledHeader, crc32c, frame_crc,
+};
+use varve_log::ReadAt;
+use zerocopy::{FromZeros, IntoBytes};
+
+const BLOCK: usize = BLOCK_BYTES as usize;
+/// Bytes that are read at a time.
+const STEP_BYTES: usize = 1 << 20;
+
+/// What a pruned segment keeps.
+pub(crate) struct Kept<'a> {
+    /// By block of the sealed segment.
+    pub(crate) blocks: &'a [bool],
+    /// Its run.
+    pub(crate) run: &'a [u8],
+}
+
+/// Gives the blocks of a segment, one after the other, several at a time; of a pruned one those that are not gone.
+pub(crate) fn each_step(
+    file: &SegmentFile,
+    wanted: impl Fn(u64) -> bool,
+    mut step: impl FnMut(u64, &[u8]) -> Result<(), StoreError>,
+) -> Result<(), StoreError> {
+    let mut source = SegmentBytes::new(file);
+    let mut buffer = vec![0u8; STEP_BYTES];
+    let count = file.footer().data_bytes.get() / BLOCK_BYTES;
+    let mut block = 0;
+    while block < count {
+        let most = (STEP_BYTES / BLOCK) as u64;
+        let same = wanted(block);
+        let more = (block..count.min(block + most)).skip(1);
+        let part = 1 + more.take_while(|next| wanted(*next) == same).count() as u64;
+        if same {
+            let bytes = &mut buffer[..part as usize * BLOCK];
+            source
+                .read_at(block * BLOCK_BYTES, bytes)
+                .map_err(StoreError::io(file.path()))?;
+            step(block, bytes)?;
+        }
+        block += part;
+    }
+    Ok(())
+}
+
+/// BLAKE3 of a segment's blocks: of all of them, or of those that are not gone.
+pub(crate) fn root_of(file: &SegmentFile) -> Result<[u8; 32], StoreError> {
+    let mut hasher = blake3::Hasher::new();
+    each_step(
+        file,
+        |block| !file.is_gone(block),
+        |_, bytes| {
+            hasher.update(bytes);
+            Ok(())
+        },
+    )?;
+    Ok(*hasher.finalize().as_bytes())
+}
+
+/// Frames on their way into a file.
+struct FrameWriter<'a> {
+    out: BufWriter<File>,
+    path: &'a Path,
+    sequence: u64,
+    packer: Packer,
+    frame: Vec<u8>,
+    table: Vec<FrameEntry>,
+    at: u64,
+}
+
+impl FrameWriter<'_> {
+    fn keep(&mut self, block: &[u8]) -> Result<(), StoreError> {
+        self.frame.extend_from_slice(block);
+        if self.frame.len() == FRAME_BYTES {
+            self.end_frame()?;
+        }
+        Ok(())
+    }
+
+    fn end_frame(&mut self) -> Result<(), StoreError> {
+        if self.frame.is_empty() {
+            return Ok(());
+        }
+        let io = StoreError::io(self.path);
+        let (codec, stored) = self.packer.pack(&self.frame).map_err(&io)?;
+        let mut entry = FrameEntry::new_zeroed();
+        entry.offset = self.at.into();
+        entry.length = (stored.len() as u32).into();
+        entry.crc = frame_crc(stored, self.sequence, self.table.len() as u64).into();
+        entry.codec = codec as u8;
+        self.table.push(entry);
+        self.at += stored.len() as u64;
+        self.out.write_all(stored).map_err(&io)?;
+        self.frame.clear();
+        Ok(())
+    }
+}
+
+/// Writes `source` into a new file, durably. `kept`: only what is named there.
+pub(crate) fn write(
+    source: &SegmentFile,
+    new: &Path,
+    compression: Compression,
+    kept: Option<&Kept<'_>>,
+) -> Result<(), StoreError> {
+    let io = StoreError::io(new);
+    let file = File::create(new).map_err(&io)?;
+    let mut writer = FrameWriter {
+        out: BufWriter::with_capacity(STEP_BYTES, file),
+        path: new,
+        sequence: source.sequence().0,
+        packer: Packer::new(compression).map_err(&io)?,
+        frame: Vec::with_capacity(FRAME_BYTES),
+        table: Vec::new(),
+        at: BLOCK_BYTES,
+    };
+    writer.out.write_all(&[0u8; BLOCK]).map_err(&io)?;
+    let written = write_blocks(source, &mut writer, kept.map(|kept| kept.blocks))?;
+    writer.end_frame()?;
+    let mut tables = writer.table.as_bytes().to_vec();
+    tables.extend(
+        written
+            .numbers
+            .iter()
+            .flat_map(|number| number.to_le_bytes()),
+    );
+    let footer = source.footer();
+    let mut header = SettledHeader::empty();
+    header.volume = footer.volume;
+    header.sequence = footer.sequence;
+    header.data_bytes = footer.data_bytes;
+    header.kept_blocks = u64::from(written.kept).into();
+    header.tables_at = writer.at.into();
+    header.tables_crc = crc32c(&tables).into();
+    let mut out = writer.out;
+    if let Some(kept) = kept {
+        // Whatever the policy: the tables of a segment of which little is left are nearly all the same.
+        let packed = zstd::bulk::compress(&tables, 3).map_err(&io)?;
+        header.incompat = SETTLED_IS_PRUNED.into();
+        header.tables_bytes = (packed.len() as u64).into();
+        header.run_bytes = (kept.run.len() as u64).into();
+        header.kept_root = written.root;
+        out.write_all(&packed).map_err(&io)?;
+        out.write_all(kept.run).map_err(&io)?;
+    } else {
+        out.write_all(&tables).map_err(&io)?;
+    }
+    out.write_all(&footer.to_block()).map_err(&io)?;
+    out.seek(SeekFrom::Start(0)).map_err(&io)?;
+    out.write_all(&header.to_block()).map_err(&io)?;
+    let file = out.into_inner().map_err(|error| io(error.into_error()))?;
+    file.sync_all().map_err(&io)
+}
+
+struct Written {
+    /// The block table.
+    numbers: Vec<u32>,
+    kept: u32,
+    /// BLAKE3 of what is not gone.
+    root: [u8; 32],
+}
+
+fn write_blocks(
+    source: &SegmentFile,
+    writer: &mut FrameWriter<'_>,
+    blocks: Option<&[bool]>,
+) -> Result<Written, StoreError> {
+    let count = source.footer().data_bytes.get() / BLOCK_BYTES;
+    let wanted = |block: u64| blocks.is_none_or(|blocks| blocks.get(block as usize) == Some(&true));
+    let mut numbers = vec![BLOCK_IS_GONE; count as usize];
+    // Kept blocks by checksum: where the first of its kind lies in the source, and its number.
+    let mut seen: HashMap<u32, (u64, u32)> = HashMap::new();
+    let mut earlier = vec![0u8; BLOCK];
+    let mut again = SegmentBytes::new(source);
+    let mut kept = 0u32;
+    let mut hasher = blake3::Hasher::new();
+    each_step(source, wanted, |first, bytes| {
+        if blocks.is_some() {
+            hasher.update(bytes);
+        }
+        for (index, block) in bytes.chunks_exact(BLOCK).enumerate() {
+            let place = first + index as u64;
+            let number = &mut numbers[place as usize];
+            if block == [0u8; BLOCK] {
+                *number = BLOCK_IS_ZERO;
+                continue;
+            }
+            // A checksum only says where to look; what counts are the bytes.
+            match seen.entry(crc32c(block)) {
+                Entry::Occupied(found) => {
+                    let (there, earlier_number) = *found.get();
+                    again
+                        .read_at(there, &mut earlier)
+                        .map_err(StoreError::io(source.path()))?;
+                    if earlier == block {
+                        *number = earlier_number;
+                        continue;
+                    }
+                }
+                Entry::Vacant(free) => {
+                    free.insert((place * BLOCK_BYTES, kept));
+                }
+            }
+            *number = kept;
+            kept += 1;
+            writer.keep(block)?;
+        }
+        Ok(())
+    })?;
+    Ok(Written {
+        numbers,
+        kept,
+        root: *hasher.finalize().as_bytes(),
+    })
+}

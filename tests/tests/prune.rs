@@ -1,0 +1,432 @@
+//! Retention: what is kept reads as it was recorded, what is not is refused by name, and no step of pruning loses anything else.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "in tests a surprise should end the test"
+)]
+
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use varve_format::{KeptEntry, Lsn, SegmentSequence, WallTime};
+use varve_store::{
+    Compression, Image, Ladder, Policy, Rung, Scrubbed, Swept, VolumeStore, volume_directory,
+};
+use varve_tests::sample::{Sample, VOLUME};
+
+const VOLUME_BYTES: u64 = 4 << 20;
+const SEGMENT_BYTES: u64 = 96 << 10;
+
+fn files(root: &Path, kind: &str) -> Vec<PathBuf> {
+    let folder = volume_directory(root, VOLUME).join(kind);
+    let entries = std::fs::read_dir(folder).unwrap();
+    let mut files: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
+    files.sort();
+    files
+}
+
+fn read(store: &VolumeStore, lsn: Lsn) -> Vec<u8> {
+    let image = Image::open(store, lsn).unwrap();
+    let mut bytes = vec![0; image.bytes() as usize];
+    image.read(0, &mut bytes).unwrap();
+    bytes
+}
+
+fn scrub(store: &VolumeStore) -> Scrubbed {
+    store
+        .scrub()
+        .run(SegmentSequence(0), |_, _| ControlFlow::Continue(()))
+}
+
+/// A policy by fractions of a history's length in time.
+fn policy(length: i64, all: i64, rungs: &[(i64, i64)]) -> Policy {
+    let rung = |(step, age): &(i64, i64)| Rung {
+        step: length / step,
+        age: length * age / 100,
+    };
+    Policy {
+        ladder: Ladder {
+            all: Some(length * all / 100),
+            rungs: rungs.iter().map(rung).collect(),
+        },
+        immutable: 0,
+    }
+}
+
+fn end_time(store: &VolumeStore) -> WallTime {
+    store.time_of(store.timeline().end()).unwrap()
+}
+
+fn length(store: &VolumeStore) -> i64 {
+    end_time(store).0 - store.segments().next().unwrap().time_start.0
+}
+
+/// Takes what a policy says now into use; gives whether anything changed.
+fn keep(store: &mut VolumeStore, policy: &Policy) -> bool {
+    let plan = store.plan(policy, end_time(store)).run().unwrap();
+    plan.is_some_and(|plan| store.keep(&plan).unwrap())
+}
+
+/// Prunes all that is to be pruned; gives how many segments were written anew.
+fn sweep(store: &mut VolumeStore) -> u64 {
+    let mut pruned = 0;
+    while let Some(mut sweep) = store.sweep(Compression::Zstd(1)) {
+        loop {
+            match sweep.step().unwrap() {
+                Swept::Done => break,
+                Swept::Read => {}
+                Swept::Stays(sequence, hash) => store.stays(sequence, hash),
+                Swept::Pruned(done) => {
+                    store.replace_pruned(&done).unwrap();
+                    pruned += 1;
+                }
+            }
+        }
+    }
+    pruned
+}
+
+/// Everything that resolves reads as it was recorded; everything else is refused, with neighbours that resolve.
+fn check(sample: &mut Sample, others: u64) {
+    let kept: Vec<KeptEntry> = sample.store.kept().entries.clone();
+    let below = sample.store.kept().below;
+    let end = sample.store.timeline().end();
+    for lsn in kept.iter().map(KeptEntry::lsn).chain([below, end]) {
+        assert_eq!(sample.store.timeline().check(lsn), Ok(lsn));
+        assert!(read(&sample.store, lsn) == sample.image(lsn), "kept {lsn}");
+    }
+    let (mut above, mut refused) = (0, 0);
+    for _ in 0..others {
+        let lsn = Lsn(3 + sample.random() % (end.0 - 2));
+        match sample.store.timeline().check(lsn) {
+            Ok(lsn) => {
+                assert!(read(&sample.store, lsn) == sample.image(lsn), "LSN {lsn}");
+                above += 1;
+            }
+            Err(outside) => {
+                assert!(outside.pruned && lsn < below, "{lsn}: {outside:?}");
+                for near in outside.before.into_iter().chain(outside.after) {
+                    assert!(sample.store.timeline().check(near).is_ok(), "{near}");
+                }
+                assert!(outside.before.is_none_or(|before| before < lsn));
+                assert!(outside.after.is_some_and(|after| after > lsn));
+                refused += 1;
+            }
+        }
+    }
+    assert!(
+        refused > 0 && (above > 0 || others < 20),
+        "{above} {refused}"
+    );
+}
+
+#[test]
+fn what_a_policy_keeps_reads_as_it_was_recorded() {
+    for (round, settle) in [(0, false), (1, true), (2, true)] {
+        let directory = tempfile::tempdir().unwrap();
+        let mut sample = Sample::new(directory.path(), VOLUME_BYTES, SEGMENT_BYTES, true);
+        (0..round * 7).for_each(|_| drop(sample.random()));
+        let mut last = u64::MAX;
+        for turn in 0..4u64 {
+            sample.mixed(1200);
+            if settle {
+                sample.settle_all(Compression::Lz4);
+            }
+            if round != 1 {
+                sample.map_all();
+            }
+            let before = sample.store.stored_bytes();
+            let span = length(&sample.store);
+            let policy = policy(span, 30, &[(40, 60), (10, 90)]);
+            assert!(keep(&mut sample.store, &policy), "turn {turn}");
+            assert!(sweep(&mut sample.store) > 3);
+            assert_eq!(sweep(&mut sample.store), 0, "nothing is left to do");
+            assert!(sample.store.stored_bytes() < before);
+            check(&mut sample, 40);
+            last = sample.store.stored_bytes();
+        }
+        assert_eq!(scrub(&sample.store).damage, [], "round {round}");
+        assert_eq!(sample.store.scrub().structure(), []);
+        // What came of it says the same after opening anew, and with maps made of what is left.
+        let kept = sample.store.kept().entries.clone();
+        assert!(kept.len() > 5, "{} instants are kept", kept.len());
+        for path in files(directory.path(), "maps") {
+            std::fs::remove_file(path).unwrap();
+        }
+        let elsewhere = tempfile::tempdir().unwrap();
+        sample.store = VolumeStore::open(elsewhere.path(), VOLUME).unwrap();
+        sample.store = VolumeStore::open(directory.path(), VOLUME).unwrap();
+        assert_eq!(sample.store.kept().entries, kept);
+        check(&mut sample, 20);
+        sample.map_all();
+        check(&mut sample, 20);
+        // Without the limit of what is younger nearly everything goes but one image.
+        let span = length(&sample.store);
+        let nothing = policy(span, 1, &[]);
+        assert!(keep(&mut sample.store, &nothing));
+        assert!(sweep(&mut sample.store) > 0);
+        assert!(sample.store.kept().entries.is_empty());
+        assert!(sample.store.stored_bytes() < last);
+        let end = sample.store.timeline().end();
+        assert!(read(&sample.store, end) == sample.image(end));
+        assert_eq!(scrub(&sample.store).damage, []);
+    }
+}
+
+#[test]
+fn a_finer_policy_brings_nothing_back_and_a_window_is_never_pruned() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut sample = Sample::new(directory.path(), VOLUME_BYTES, SEGMENT_BYTES, true);
+    sample.mixed(3000);
+    let span = length(&sample.store);
+    let mut coarse = policy(span, 10, &[(10, 100)]);
+    coarse.immutable = span / 2;
+    assert!(keep(&mut sample.store, &coarse));
+    assert!(sweep(&mut sample.store) > 0);
+    let window = WallTime(end_time(&sample.store).0 - span / 2);
+    assert!(sample.store.kept().below_time <= window);
+    let before = sample.store.kept().entries.clone();
+    let fine = policy(span, 90, &[(1000, 100)]);
+    keep(&mut sample.store, &fine);
+    for entry in &sample.store.kept().entries {
+        assert!(before.contains(entry), "{entry:?} came back");
+    }
+    check(&mut sample, 30);
+}
+
+#[test]
+fn pins_points_and_open_images_stay() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut sample = Sample::new(directory.path(), VOLUME_BYTES, SEGMENT_BYTES, true);
+    sample.mixed(700);
+    let point = sample.point("before the upgrade");
+    let pinned = sample.mixed(300);
+    let open = Lsn(pinned.0 - 100);
+    sample.store.pin(pinned).unwrap();
+    let image = Image::open(&sample.store, open).unwrap();
+    sample.mixed(2000);
+    let span = length(&sample.store);
+    let short = policy(span, 10, &[]);
+    let long = policy(span, 10, &[(3, 100)]);
+    assert!(keep(&mut sample.store, &long));
+    assert!(sweep(&mut sample.store) > 0);
+    for lsn in [point, pinned, open] {
+        assert!(sample.store.timeline().check(lsn).is_ok(), "{lsn}");
+    }
+    check(&mut sample, 20);
+    let mut bytes = vec![0; image.bytes() as usize];
+    image.read(0, &mut bytes).unwrap();
+    assert!(bytes == sample.image(open));
+    drop(image);
+    // A point goes with the last rung, an image's instant with the image; a pin goes when it is taken out.
+    assert!(keep(&mut sample.store, &short));
+    sweep(&mut sample.store);
+    for lsn in [point, open] {
+        assert!(sample.store.timeline().check(lsn).is_err(), "{lsn}");
+    }
+    assert!(read(&sample.store, pinned) == sample.image(pinned));
+    assert!(sample.store.unpin(pinned).unwrap() && !sample.store.unpin(pinned).unwrap());
+    assert!(keep(&mut sample.store, &short));
+    assert!(sweep(&mut sample.store) > 0);
+    assert!(sample.store.timeline().check(pinned).is_err());
+    check(&mut sample, 20);
+}
+
+/// The process dies between any two steps: what it leaves reads as it should, and pruning goes on.
+#[test]
+fn a_crash_between_any_two_steps_loses_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut sample = Sample::new(directory.path(), VOLUME_BYTES, SEGMENT_BYTES, true);
+    sample.mixed(2500);
+    sample.settle_all(Compression::Zstd(1));
+    sample.map_all();
+    let span = length(&sample.store);
+    assert!(keep(&mut sample.store, &policy(span, 20, &[(20, 100)])));
+    check(&mut sample, 20); // The list is there, nothing is pruned.
+    let elsewhere = tempfile::tempdir().unwrap();
+    let mut crashes = 0;
+    loop {
+        sample.store = VolumeStore::open(elsewhere.path(), VOLUME).unwrap();
+        sample.store = VolumeStore::open(directory.path(), VOLUME).unwrap();
+        assert!(sample.store.damaged().is_empty());
+        let Some(mut sweep) = sample.store.sweep(Compression::Lz4) else {
+            break;
+        };
+        let done = loop {
+            match sweep.step().unwrap() {
+                Swept::Done => break None,
+                Swept::Read => {}
+                Swept::Stays(sequence, hash) => sample.store.stays(sequence, hash),
+                Swept::Pruned(done) => break Some(done),
+            }
+        };
+        let Some(done) = done else {
+            break;
+        };
+        crashes += 1;
+        match crashes % 3 {
+            // The new file is there, without its name.
+            1 if crashes < 40 => assert!(
+                files(directory.path(), "segments")
+                    .iter()
+                    .any(|path| path.extension().unwrap() == "new")
+            ),
+            // The segment has its name, the run is the old one.
+            2 => {
+                let runs = files(directory.path(), "runs");
+                let old: Vec<Vec<u8>> = runs.iter().map(|p| std::fs::read(p).unwrap()).collect();
+                sample.store.replace_pruned(&done).unwrap();
+                for (path, bytes) in runs.iter().zip(&old) {
+                    std::fs::write(path, bytes).unwrap();
+                }
+                assert_eq!(scrub(&sample.store).damage, []);
+            }
+            _ => sample.store.replace_pruned(&done).unwrap(),
+        }
+        if crashes % 10 == 0 {
+            check(&mut sample, 10);
+        }
+    }
+    assert!(crashes > 20, "{crashes}");
+    check(&mut sample, 20);
+    assert_eq!(scrub(&sample.store).damage, []);
+}
+
+#[test]
+fn lists_and_runs_that_are_lost_are_made_good() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut sample = Sample::new(directory.path(), VOLUME_BYTES, SEGMENT_BYTES, true);
+    sample.mixed(2500);
+    let span = length(&sample.store);
+    assert!(keep(&mut sample.store, &policy(span, 20, &[(20, 100)])));
+    assert!(sweep(&mut sample.store) > 0);
+    let elsewhere = tempfile::tempdir().unwrap();
+    let again = |sample: &mut Sample| {
+        sample.store = VolumeStore::open(elsewhere.path(), VOLUME).unwrap();
+        sample.store = VolumeStore::open(directory.path(), VOLUME).unwrap();
+    };
+    // All runs: those of pruned segments are in the segments.
+    for path in files(directory.path(), "runs") {
+        std::fs::remove_file(path).unwrap();
+    }
+    again(&mut sample);
+    assert!(sample.store.damaged().is_empty());
+    assert_eq!(scrub(&sample.store).damage, []);
+    check(&mut sample, 20);
+    // One list.
+    let folder = volume_directory(directory.path(), VOLUME);
+    let kept = sample.store.kept().entries.clone();
+    for name in ["kept", "kept-copy"] {
+        let path = folder.join(name);
+        let whole = std::fs::read(&path).unwrap();
+        for at in [5, 40, 5000] {
+            let mut bytes = whole.clone();
+            let at = at.min(bytes.len() - 1);
+            bytes[at] ^= 4;
+            std::fs::write(&path, bytes).unwrap();
+            again(&mut sample);
+            assert_eq!(sample.store.kept().entries, kept, "{name} {at}");
+            assert_eq!(sample.store.healed().len(), 1, "{name} {at}");
+        }
+        std::fs::write(&path, whole).unwrap();
+    }
+    // Both: what is left resolves, nothing wrong is given out, and it is said.
+    let below = sample.store.kept().below;
+    for name in ["kept", "kept-copy"] {
+        std::fs::remove_file(folder.join(name)).unwrap();
+    }
+    again(&mut sample);
+    assert_eq!(sample.store.damaged().len(), 1);
+    for entry in kept
+        .iter()
+        .filter(|entry| entry.lsn() < sample.store.kept().below)
+    {
+        assert!(sample.store.timeline().check(entry.lsn()).is_err());
+    }
+    let end = sample.store.timeline().end();
+    assert!(sample.store.kept().below <= below && sample.store.kept().below > Lsn(0));
+    for lsn in [sample.store.kept().below, end, Lsn(end.0 - 50)] {
+        assert!(read(&sample.store, lsn) == sample.image(lsn));
+    }
+}
+
+/// Each bit of what a pruned segment keeps counts.
+#[test]
+fn damage_in_a_pruned_segment_is_noticed_and_located() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut sample = Sample::new(directory.path(), 1 << 20, 64 << 10, true);
+    sample.mixed(900);
+    let span = length(&sample.store);
+    assert!(keep(&mut sample.store, &policy(span, 20, &[(10, 100)])));
+    assert!(sweep(&mut sample.store) > 2);
+    let pruned: Vec<PathBuf> = sample
+        .store
+        .segments()
+        .filter(|segment| segment.pruned_for != 0)
+        .map(varve_store::StoredSegment::path)
+        .collect();
+    let kept = sample.store.kept().entries.clone();
+    let mut lost = 0;
+    for round in 0..150 {
+        let victim = &pruned[sample.random() as usize % pruned.len()];
+        let whole = std::fs::read(victim).unwrap();
+        let mut bytes = whole.clone();
+        let at = sample.random() as usize % bytes.len();
+        bytes[at] ^= 1 << (sample.random() % 8);
+        std::fs::write(victim, &bytes).unwrap();
+        let found = scrub(&sample.store);
+        assert!(
+            !found.damage.is_empty(),
+            "round {round}: byte {at} of {}",
+            victim.display()
+        );
+        lost += usize::from(!found.damage[0].blocks.is_empty());
+        for entry in &kept {
+            let wanted = sample.image(entry.lsn());
+            let image = Image::open(&sample.store, entry.lsn()).unwrap();
+            for offset in (0..image.bytes()).step_by(4096) {
+                let mut bytes = [0; 4096];
+                if image.read(offset, &mut bytes).is_ok() {
+                    let offset = offset as usize;
+                    assert!(bytes == wanted[offset..offset + 4096], "round {round}");
+                }
+            }
+        }
+        std::fs::write(victim, whole).unwrap();
+    }
+    assert!(lost > 20, "{lost}: the flips hit nothing");
+    assert_eq!(scrub(&sample.store).damage, []);
+}
+
+/// A reader in another language, written from FORMAT.md alone, restores kept instants, and refuses others.
+#[test]
+fn a_reader_written_from_the_format_alone_restores_what_is_kept() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut sample = Sample::new(directory.path(), 256 << 10, 32 << 10, true);
+    sample.mixed(250);
+    let span = length(&sample.store);
+    assert!(keep(&mut sample.store, &policy(span, 20, &[(8, 100)])));
+    assert!(sweep(&mut sample.store) > 0);
+    let output = directory.path().join("image");
+    let run = |lsn: Lsn| {
+        let reader = varve_tests::guest::repository().join("tests/reader.py");
+        std::process::Command::new("python3")
+            .arg(reader)
+            .arg(volume_directory(directory.path(), VOLUME))
+            .arg(lsn.0.to_string())
+            .arg(&output)
+            .output()
+            .unwrap()
+    };
+    let kept = sample.store.kept().entries.clone();
+    let last = [sample.store.kept().below, sample.store.timeline().end()];
+    for lsn in kept.iter().map(KeptEntry::lsn).chain(last) {
+        let said = run(lsn);
+        assert!(said.status.success(), "{said:?}");
+        assert!(
+            std::fs::read(&output).unwrap() == sample.image(lsn),
+            "LSN {lsn}"
+        );
+    }
+    let said = run(Lsn(kept[1].lsn().0 + 1));
+    assert!(!said.status.success() && String::from_utf8_lossy(&said.stderr).contains("kept"));
+}
