@@ -71,11 +71,17 @@ impl Stamper {
         journal.write_all(&entry).map_err(|e| e.to_string())
     }
 
+    /// The block that a stamp goes to.
+    #[must_use]
+    pub fn place(stamp: u64, blocks: u64) -> u64 {
+        stamp.wrapping_mul(0x9e37_79b9_7f4a_7c15) % blocks
+    }
+
     /// Writes one stamp somewhere; flushes if asked.
     pub fn write(&mut self, flush: bool) -> Result<(), String> {
         let stamp = self.next;
         self.next += 1;
-        let block = stamp.wrapping_mul(0x9e37_79b9_7f4a_7c15) % self.blocks;
+        let block = Stamper::place(stamp, self.blocks);
         self.note(block, stamp)?;
         let mut space = vec![0u8; 2 * BLOCK];
         let skip = space.as_ptr().align_offset(BLOCK);

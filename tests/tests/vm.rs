@@ -62,6 +62,7 @@ in_guests! {
     killed_in_a_rewind_finishes_it: |kernel| everywhere(kernel, &["rewind-killed"]);
     lost_history_is_said_and_made_whole: |kernel| everywhere(kernel, &["holes"]);
     resized_device_is_followed: |kernel| everywhere(kernel, &["resize"]);
+    history_thins_out_as_the_policy_says: |kernel| everywhere(kernel, &["retention"]);
     history_is_compressed_and_proved_by_itself: |kernel| everywhere(kernel, &["store-life"]);
 }
 
@@ -108,6 +109,11 @@ fn fallback_sectors_sizes_and_partitions() {
 #[test]
 fn fallback_lost_history_is_said_and_made_whole() {
     fallback(&["holes"]);
+}
+
+#[test]
+fn fallback_history_thins_out_as_the_policy_says() {
+    fallback(&["retention"]);
 }
 
 #[test]

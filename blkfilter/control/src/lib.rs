@@ -21,5 +21,8 @@ pub use filter::{FilterOp, FilterReply, SealedInfo, VolumeInfo};
 pub use paths::Paths;
 pub use policy::StorePolicy;
 pub use spec::{Ack, FrontKind, SpecError, VolumeSpec, load_specs, save_spec};
-pub use store::{CheckInfo, DamageInfo, Instant, PointInfo, StoreOp, StoreReply, VolumeHistory};
+pub use store::{
+    CheckInfo, DamageInfo, Instant, KeptInfo, PointInfo, PolicyInfo, StoreOp, StoreReply,
+    VolumeHistory,
+};
 pub use wire::{ATTACH_BYTES_MAX, Client, ControlError, Progress, Reporter, serve};

@@ -11,6 +11,10 @@ pub struct StorePolicy {
     pub compression: String,
     /// Percent of one processor that compressing and merging may take, 1 to 100.
     pub background_percent: u32,
+    /// How much of the past is kept: `all 48h, 1m 7d, 1h 30d, 1d 1y`, or `all`.
+    pub keep: String,
+    /// What is younger is never pruned, whatever `keep` says: `7d`; empty: nothing is held so.
+    pub immutable: String,
 }
 
 impl Default for StorePolicy {
@@ -18,11 +22,28 @@ impl Default for StorePolicy {
         StorePolicy {
             compression: "zstd:3".to_owned(),
             background_percent: 50,
+            keep: "all 48h, 1m 7d, 1h 30d, 1d 1y".to_owned(),
+            immutable: String::new(),
         }
     }
 }
 
 impl StorePolicy {
+    /// Writes the policy: the whole file is there, or the old one.
+    pub fn save(&self, path: &Path) -> Result<(), String> {
+        let wrong = |why: &dyn std::fmt::Display| format!("{}: {why}", path.display());
+        let text = toml::to_string(self).map_err(|error| wrong(&error))?;
+        let new = path.with_extension("new");
+        let write = || {
+            let mut file = std::fs::File::create(&new)?;
+            std::io::Write::write_all(&mut file, text.as_bytes())?;
+            file.sync_all()?;
+            std::fs::rename(&new, path)
+        };
+        let folder = path.parent().map_or(Ok(()), std::fs::create_dir_all);
+        folder.and_then(|()| write()).map_err(|error| wrong(&error))
+    }
+
     /// Reads the policy; the default if there is no file. An error says what is wrong with which file.
     pub fn load(path: &Path) -> Result<StorePolicy, String> {
         let wrong = |why: &dyn std::fmt::Display| {

@@ -87,6 +87,26 @@ pub enum StoreOp {
         /// Name.
         volume: String,
     },
+    /// What is kept of a volume's history, or would be.
+    Policy {
+        /// Name.
+        volume: String,
+        /// Another ladder than the store's.
+        keep: Option<String>,
+        /// Another window than the store's.
+        immutable: Option<String>,
+        /// Also say how many bytes go: all records below the limit are looked at.
+        bytes: bool,
+    },
+    /// Keep an instant whatever the policy says, or no more.
+    Pin {
+        /// Name.
+        volume: String,
+        /// Instant.
+        instant: Instant,
+        /// Or unpinned.
+        pinned: bool,
+    },
     /// Forget a volume's history.
     Forget {
         /// Volume ID.
@@ -133,8 +153,57 @@ pub struct VolumeHistory {
     pub gaps: Vec<(i64, i64)>,
     /// Recovery points.
     pub points: Vec<PointInfo>,
+    /// Below this LSN only the instants that are kept resolve; 0: nothing was pruned.
+    pub pruned_below_lsn: u64,
+    /// Its wall time, ns.
+    pub pruned_below_ns: i64,
+    /// The instants that are kept below it, and what is pinned.
+    pub kept: Vec<KeptInfo>,
     /// The last comparison of device and history.
     pub last_check: Option<CheckInfo>,
+}
+
+/// An instant that retention keeps.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct KeptInfo {
+    /// LSN.
+    pub lsn: u64,
+    /// Wall time, ns.
+    pub time_ns: i64,
+    /// Whatever the policy says.
+    pub pinned: bool,
+}
+
+/// What a policy keeps of a history.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PolicyInfo {
+    /// The ladder, in words.
+    pub keep: String,
+    /// What is younger than this is never pruned, in words; empty: there is no such window.
+    pub immutable: String,
+    /// The store's clock, ns.
+    pub now_ns: i64,
+    /// Below this LSN not every instant is kept; 0: all of them are.
+    pub below_lsn: u64,
+    /// Its wall time, ns.
+    pub below_ns: i64,
+    /// Instants below it that each rung keeps: (rung, number).
+    pub rungs: Vec<(String, u64)>,
+    /// Recovery points that are kept besides.
+    pub points: u64,
+    /// Instants that are pinned.
+    pub pinned: u64,
+    /// Instants below the limit now, without what the policy would change: LSN and time of the first.
+    pub first: Option<(u64, i64)>,
+    /// Payload that would go and stay below the limit, in bytes, if asked for.
+    pub gone_and_kept_bytes: Option<(u64, u64)>,
+    /// Bytes in the store now.
+    pub stored_bytes: u64,
+    /// Bytes that are free on its disk.
+    pub free_bytes: u64,
+    /// Bytes that were added a day, lately.
+    pub bytes_per_day: u64,
 }
 
 /// What a comparison of device and history found.
@@ -214,6 +283,11 @@ pub enum StoreReply {
         from_segment: u64,
         /// What is wrong.
         damage: Vec<DamageInfo>,
+    },
+    /// What a policy keeps.
+    Policy {
+        /// It.
+        policy: Box<PolicyInfo>,
     },
     /// A rewind was done (or computed).
     Rewound {

@@ -1,8 +1,9 @@
-//! What goes on behind the store's back: maps are made, segments are settled. One thread for all volumes, within its share of a processor, and without
+//! What goes on behind the store's back: maps are made, segments are settled, what the policy does not keep is pruned. One thread for all volumes, within its share of a processor, and without
 //! the store's lock but for the moment in which a finished file gets its place.
 //!
 //! Proving that a settled segment comes back from the disk as it was is a thread of its own: it reads while the next one is compressed.
 
+use crate::retention::policy_of;
 use crate::service::Service;
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use nix::sys::statvfs::statvfs;
@@ -10,12 +11,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use varve_control::StorePolicy;
-use varve_store::{Compression, MapJob, SettleJob, Settling, StoreError};
+use varve_store::{Compression, MapJob, Policy, SettleJob, Settling, StoreError, Sweep, Swept};
 
 /// How often it looks for work while there is none.
 const IDLE: Duration = Duration::from_secs(1);
 /// How long a volume is left alone after something failed.
 const BACK_OFF: Duration = Duration::from_secs(60);
+/// How often the policy is asked what it keeps; more often if it keeps everything for moments only.
+const RETAIN_EVERY: Duration = Duration::from_secs(30);
 /// Room that settling leaves on the store's disk beside the segment that it writes: the logs must go on being drained.
 const ROOM_BYTES: u64 = 256 << 20;
 
@@ -36,6 +39,9 @@ struct Background {
     /// Being proved.
     under_way: BTreeSet<(String, u64)>,
     resting: BTreeMap<String, Instant>,
+    /// When the policy was asked last.
+    retained: BTreeMap<String, Instant>,
+    sweeps: BTreeMap<String, Sweep>,
     proofs: Sender<(String, u64, Settling)>,
     proved: Receiver<(String, u64, Option<StoreError>)>,
     said: String,
@@ -64,6 +70,8 @@ pub(crate) fn run(service: Arc<Service>) {
         given_up: BTreeMap::new(),
         under_way: BTreeSet::new(),
         resting: BTreeMap::new(),
+        retained: BTreeMap::new(),
+        sweeps: BTreeMap::new(),
         proofs,
         proved,
         said: String::new(),
@@ -83,19 +91,24 @@ impl Background {
         }
         let path = self.service.paths().store_policy();
         let policy = StorePolicy::load(&path).and_then(|policy| {
-            let compression = policy.compression.parse::<Compression>();
-            let named = compression.map_err(|why| format!("{}: {why}", path.display()))?;
-            Ok((named, policy.background_percent))
+            let named = |why| format!("{}: {why}", path.display());
+            let compression = policy.compression.parse::<Compression>().map_err(named)?;
+            let kept = policy_of(&policy, (None, None)).map_err(named)?;
+            Ok((compression, policy.background_percent, Some(kept)))
         });
-        let (compression, percent) = policy.unwrap_or_else(|why| {
-            self.say(why);
+        let (compression, percent, kept) = policy.unwrap_or_else(|why| {
+            self.say(format!("{why}. Nothing is pruned"));
             let percent = StorePolicy::default().background_percent;
-            (Compression::default(), percent)
+            (Compression::default(), percent, None)
         });
+        let _ = self.service.clock_ns(); // A jump is noticed between two looks.
         let began = Instant::now();
         let mut worked = false;
         for id in self.service.open_ids() {
-            worked |= self.one(&id, compression);
+            worked |= self.one(&id, compression)
+                || kept
+                    .as_ref()
+                    .is_some_and(|kept| self.prune(&id, kept, compression));
         }
         if worked {
             let took = began.elapsed();
@@ -107,11 +120,7 @@ impl Background {
 
     /// One piece of work for a volume, if there is any.
     fn one(&mut self, id: &str, compression: Compression) -> bool {
-        if self
-            .resting
-            .get(id)
-            .is_some_and(|until| Instant::now() < *until)
-        {
+        if self.is_resting(id) {
             return false;
         }
         let given_up = self.given_up.get(id);
@@ -139,6 +148,63 @@ impl Background {
             }
             Some(Work::Settle(job)) => self.settle(id, job),
         }
+    }
+
+    /// One step of pruning, if there is any. While a segment is being proved it waits: both would replace the same file.
+    fn prune(&mut self, id: &str, policy: &Policy, compression: Compression) -> bool {
+        if self.is_resting(id) || self.under_way.iter().any(|(volume, _)| volume == id) {
+            return false;
+        }
+        let all = policy.ladder.all.unwrap_or(i64::MAX).unsigned_abs();
+        let every = RETAIN_EVERY.min(Duration::from_nanos(all / 3));
+        let due = |last: &Instant| last.elapsed() >= every;
+        if self.retained.get(id).is_none_or(due) {
+            self.retained.insert(id.to_owned(), Instant::now());
+            if let Err(error) = self.service.retain(id, policy) {
+                self.failed(id, None, &error);
+                return false;
+            }
+        }
+        let sweep = self.sweeps.remove(id);
+        let sweep = self.service.if_open(id, |store| match sweep {
+            Some(sweep) if sweep.is_for(store.kept()) => Some(sweep),
+            _ => store.sweep(compression),
+        });
+        let Some(mut sweep) = sweep.flatten() else {
+            return false;
+        };
+        let swept = sweep.step();
+        let done = swept.and_then(|swept| match swept {
+            Swept::Done => Ok(false),
+            Swept::Read => Ok(true),
+            Swept::Stays(sequence, hash) => {
+                self.service
+                    .if_open(id, |store| store.stays(sequence, hash));
+                Ok(true)
+            }
+            Swept::Pruned(pruned) => {
+                let replaced = self
+                    .service
+                    .if_open(id, |store| store.replace_pruned(&pruned));
+                replaced.unwrap_or(Ok(())).map(|()| true)
+            }
+        });
+        match done {
+            Ok(true) => {
+                self.sweeps.insert(id.to_owned(), sweep);
+                true
+            }
+            Ok(false) => false,
+            Err(error) => {
+                self.failed(id, None, &error);
+                false
+            }
+        }
+    }
+
+    fn is_resting(&self, id: &str) -> bool {
+        let until = self.resting.get(id);
+        until.is_some_and(|until| Instant::now() < *until)
     }
 
     fn map(&mut self, id: &str, job: &MapJob) {

@@ -1,6 +1,6 @@
 //! A store's timeline in words and numbers.
 
-use varve_control::{CheckInfo, PointInfo, VolumeHistory};
+use varve_control::{CheckInfo, KeptInfo, PointInfo, VolumeHistory};
 use varve_format::{Lsn, WallTime};
 use varve_store::{Nearest, StoreError, VolumeStore};
 
@@ -45,6 +45,17 @@ pub(crate) fn history(store: &VolumeStore) -> Result<VolumeHistory, StoreError> 
             time_ns: point.time.0,
         })
         .collect();
+    let kept = timeline.kept();
+    (answer.pruned_below_lsn, answer.pruned_below_ns) = (kept.below.0, kept.below_time.0);
+    answer.kept = kept
+        .entries
+        .iter()
+        .map(|entry| KeptInfo {
+            lsn: entry.lsn().0,
+            time_ns: entry.time().0,
+            pinned: entry.is_pinned(),
+        })
+        .collect();
     answer.last_check = store.last_check().map(|check| CheckInfo {
         time_ns: check.time_ns,
         lsn: check.lsn,
@@ -63,6 +74,9 @@ pub(crate) fn span_name(kind: varve_format::SpanKind) -> &'static str {
         Rewind => "rewind",
     }
 }
+
+/// Why an instant does not resolve that did once.
+pub(crate) const PRUNED: &str = "pruned by the policy";
 
 pub(crate) fn describe(wanted: &str, why: &str, nearest: &Nearest) -> String {
     let side = |instant: Option<(Lsn, WallTime)>, word: &str| {

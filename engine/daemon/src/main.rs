@@ -6,9 +6,11 @@ mod describe;
 mod export;
 mod image_device;
 mod overlay;
+mod retention;
 mod rewind;
 mod scrub;
 mod service;
+mod store_clock;
 mod verify;
 
 use service::Service;

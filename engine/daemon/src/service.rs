@@ -1,7 +1,8 @@
 //! What `varved` does: follows the logs, answers questions about the past.
 
-use crate::describe::{clock, describe, history, span_name};
+use crate::describe::{PRUNED, clock, describe, history, span_name};
 use crate::export::Exports;
+use crate::store_clock::StoreClock;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -25,6 +26,8 @@ pub struct Service {
     exports: Exports,
     /// Volumes that this process is rewinding or comparing; another's interrupted rewind is finished by `follow`.
     claimed: Mutex<BTreeSet<String>>,
+    /// By which history ages; not read before it is needed.
+    clock: Mutex<Option<StoreClock>>,
 }
 
 /// Held while this process rewinds or compares a volume.
@@ -65,7 +68,19 @@ impl Service {
             stores: Mutex::new(BTreeMap::new()),
             exports: Exports::default(),
             claimed: Mutex::new(BTreeSet::new()),
+            clock: Mutex::new(None),
         }
+    }
+
+    /// The store's time, in nanoseconds since 1970.
+    pub(crate) fn clock_ns(&self) -> i64 {
+        let mut clock = self
+            .clock
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        clock
+            .get_or_insert_with(|| StoreClock::open(&self.paths.store()))
+            .now_ns()
     }
 
     fn stores(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, VolumeStore>> {
@@ -379,6 +394,13 @@ impl Service {
                         describe("that time", "in a gap without single writes", &nearest),
                     ));
                 }
+                let pruned = store.pruned_at(WallTime(*ns));
+                if let Some(nearest) = pruned.map_err(|e| store_error(&e))? {
+                    return Err(error(
+                        "I007-pruned",
+                        describe("that time", PRUNED, &nearest),
+                    ));
+                }
                 store.at_time(WallTime(*ns)).map_err(|e| store_error(&e))?
             }
             Instant::Point(name) => {
@@ -397,11 +419,12 @@ impl Service {
         };
         let checked = store.check(wanted).map_err(|e| store_error(&e))?;
         checked.map_err(|nearest| {
-            let why = nearest.reason.map_or("outside the history", span_name);
-            error(
-                "I004-closed",
-                describe(&format!("LSN {wanted}"), why, &nearest),
-            )
+            let (code, why) = match (nearest.pruned, nearest.reason) {
+                (true, _) => ("I007-pruned", PRUNED),
+                (false, Some(kind)) => ("I004-closed", span_name(kind)),
+                (false, None) => ("I004-closed", "outside the history"),
+            };
+            error(code, describe(&format!("LSN {wanted}"), why, &nearest))
         })
     }
 
@@ -471,6 +494,20 @@ impl Service {
                 bytes_per_second,
             } => self.scrub(&volume, bytes_per_second, reporter),
             StoreOp::Check { volume } => self.check(&volume),
+            StoreOp::Policy {
+                volume,
+                keep,
+                immutable,
+                bytes,
+            } => {
+                let simulated = (keep.as_deref(), immutable.as_deref());
+                self.policy(&volume, simulated, bytes, reporter)
+            }
+            StoreOp::Pin {
+                volume,
+                instant,
+                pinned,
+            } => self.pin(&volume, &instant, pinned),
             StoreOp::Forget { id } => {
                 let volume = VolumeId::parse(&id)
                     .ok_or_else(|| error("V029-id", "the volume's id is not 32 hex digits"))?;

@@ -23,7 +23,7 @@ use crate::{Compression, StoreError, StoredSegment, VolumeStore, durable, run_fi
 use roaring::RoaringBitmap;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use varve_format::{
     BLOCK_BYTES, Lsn, RECORD_PAYLOAD_BYTES_MAX, RecordKind, RunEntry, RunHeader, SETTLED_BYTES_MAX,
     SegmentSequence, payload_crc,
@@ -75,7 +75,8 @@ pub struct Sweep {
     at: SegmentSequence,
     cover: Cover,
     compression: Compression,
-    _lease: Arc<()>,
+    /// Whoever deletes the history waits for a step, not for a sweep.
+    lease: Weak<()>,
 }
 
 /// One step of a sweep.
@@ -173,7 +174,7 @@ impl VolumeStore {
                 until: kept.below,
             },
             compression,
-            _lease: self.lease(),
+            lease: Arc::downgrade(&self.lease()),
         })
     }
 
@@ -229,6 +230,9 @@ impl Sweep {
 
     /// The next segment. After an error the sweep is to be given up.
     pub fn step(&mut self) -> Result<Swept, StoreError> {
+        let Some(_lease) = self.lease.upgrade() else {
+            return Ok(Swept::Done);
+        };
         let Some((segment, is_dirty)) = self.next() else {
             return Ok(Swept::Done);
         };
@@ -258,7 +262,13 @@ impl Sweep {
         if written.is_err() {
             let _ = std::fs::remove_file(&new);
         }
-        written.map(|pruned| Swept::Pruned(Box::new(pruned)))
+        match written {
+            // What is wrong with it a scrub says. Whole or not, nothing of it is thrown away.
+            Err(StoreError::Root(_) | StoreError::Damaged(..)) => {
+                Ok(Swept::Stays(segment.sequence, hash))
+            }
+            written => written.map(|pruned| Swept::Pruned(Box::new(pruned))),
+        }
     }
 
     /// What would stay and go of the next segments; nothing is written. None: there is nothing left to look at.

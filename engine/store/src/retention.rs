@@ -38,8 +38,10 @@ pub struct RetentionJob {
 pub struct Plan {
     /// The list as it would be.
     pub kept: KeptInstants,
-    /// How many instants each rung keeps, the youngest first; then pins.
+    /// How many instants each rung keeps, the youngest first.
     pub by_rung: Vec<u64>,
+    /// Recovery points that are kept besides.
+    pub points: u64,
     /// Instants that are pinned.
     pub pinned: u64,
 }
@@ -183,6 +185,7 @@ impl RetentionJob {
         }
         // Points live as long as the last rung.
         let oldest = ladder.rungs.last().map_or(all, |rung| rung.age);
+        let without_points = found.len();
         for point in &self.timeline.points {
             if point.lsn < below
                 && point.time.0 > now.saturating_sub(oldest)
@@ -193,6 +196,7 @@ impl RetentionJob {
                     .or_insert(KeptEntry::new(point.lsn, point.time, false));
             }
         }
+        let points = (found.len() - without_points) as u64;
         let pins = old.entries.iter().filter(|entry| entry.is_pinned());
         found.extend(pins.clone().map(|entry| (entry.lsn(), *entry)));
         Ok(Some(Plan {
@@ -203,6 +207,7 @@ impl RetentionJob {
                 entries: found.into_values().collect(),
             },
             by_rung,
+            points,
         }))
     }
 

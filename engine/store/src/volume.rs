@@ -418,6 +418,23 @@ impl VolumeStore {
         self.with_times(&outside).map(Some)
     }
 
+    /// Whether retention has pruned the instant at `time`: the nearest on both sides that are left.
+    pub fn pruned_at(&self, time: WallTime) -> Result<Option<Nearest>, StoreError> {
+        let kept = self.kept();
+        let before = kept.at_time(time);
+        if time >= kept.below_time || before.is_some_and(|before| before.time() == time) {
+            return Ok(None);
+        }
+        let (_, after) = kept.around(before.map_or(Lsn(0), |before| before.lsn().plus(1)));
+        let outside = Outside {
+            before: before.map(varve_format::KeptEntry::lsn),
+            after: Some(after),
+            reason: None,
+            pruned: true,
+        };
+        self.with_times(&outside).map(Some)
+    }
+
     fn with_times(&self, outside: &Outside) -> Result<Nearest, StoreError> {
         let with_time = |lsn: Option<Lsn>| {
             lsn.map(|lsn| self.time_of(lsn).map(|time| (lsn, time)))

@@ -6,6 +6,7 @@ mod fstab;
 mod manual;
 mod next_boot;
 mod past;
+mod policy;
 mod proof;
 mod protect;
 mod status;
@@ -174,6 +175,27 @@ enum Command {
         #[command(flatten)]
         volume: Volume,
     },
+    /// What is kept of the past, and for how long.
+    Policy {
+        #[command(flatten)]
+        volume: Volume,
+        #[command(subcommand)]
+        command: Option<policy::PolicyCommand>,
+    },
+    /// Keep an instant whatever the policy says.
+    Pin {
+        /// As for `mount`.
+        instant: String,
+        #[command(flatten)]
+        volume: Volume,
+    },
+    /// The policy decides about an instant again.
+    Unpin {
+        /// As for `mount`.
+        instant: String,
+        #[command(flatten)]
+        volume: Volume,
+    },
     /// Print completions for a shell (`make install` puts them where shells look).
     Completions {
         /// bash, zsh, fish, …
@@ -281,6 +303,16 @@ fn run(context: &Context, command: Command) -> Result<ExitCode, ControlError> {
         Command::Compare { volume } => past::compare(context, volume.name),
         Command::Scrub { rate, volume } => proof::scrub(context, volume.name, rate),
         Command::Check { volume } => proof::check(context, volume.name),
+        Command::Policy { volume, command } => {
+            let command = command.unwrap_or(policy::PolicyCommand::Show);
+            policy::run(context, volume.name, command).map(done)
+        }
+        Command::Pin { instant, volume } => {
+            policy::pin(context, volume.name, &instant, true).map(done)
+        }
+        Command::Unpin { instant, volume } => {
+            policy::pin(context, volume.name, &instant, false).map(done)
+        }
         Command::Completions { shell } => {
             manual::completions(shell);
             Ok(ExitCode::SUCCESS)

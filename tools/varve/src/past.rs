@@ -9,7 +9,7 @@ use varve_control::{
     ControlError, FilterOp, FilterReply, Instant, StoreOp, StoreReply, VolumeHistory,
 };
 
-fn instant(text: &str) -> Result<Instant, ControlError> {
+pub(crate) fn instant(text: &str) -> Result<Instant, ControlError> {
     parse_instant(text, &jiff::Zoned::now()).map_err(|why| ControlError::new("I005-instant", why))
 }
 
@@ -122,10 +122,13 @@ pub fn history(context: &Context, volume: Option<String>) -> Result<(), ControlE
             println!("{name}: no instant yet; the first full copy is running (`varve status`)");
             return;
         }
+        let (since_ns, since) = match history.pruned_below_lsn {
+            0 => (history.first_ns, history.first_lsn),
+            below => (history.pruned_below_ns, below),
+        };
         println!(
-            "{name}: any instant from {} (lsn:{})",
-            show_time(history.first_ns),
-            history.first_lsn
+            "{name}: any instant from {} (lsn:{since})",
+            show_time(since_ns)
         );
         println!(
             "{:width$}                to {} (lsn:{})",
@@ -147,6 +150,18 @@ pub fn history(context: &Context, volume: Option<String>) -> Result<(), ControlE
             history.records as f64 / seconds,
             show_bytes((history.payload_bytes as f64 / seconds) as u64)
         );
+        let before = history.kept.iter().filter(|kept| kept.lsn < since);
+        if let Some(first) = before.clone().next() {
+            println!(
+                "  and {} instants before that, the first {} (lsn:{}); --json lists them",
+                before.count(),
+                show_time(first.time_ns),
+                first.lsn
+            );
+        }
+        for kept in history.kept.iter().filter(|kept| kept.pinned) {
+            println!("  pinned  {}  lsn:{}", show_time(kept.time_ns), kept.lsn);
+        }
         for (from, to, from_ns, to_ns, why) in &history.closed {
             println!(
                 "  closed  {} to {}  lsn:{from} to lsn:{to}  {why}",

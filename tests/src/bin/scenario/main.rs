@@ -9,6 +9,7 @@ mod holes;
 mod instants;
 mod log_fault;
 mod origin;
+mod retention;
 mod rewinds;
 mod shapes;
 mod store_life;
@@ -61,6 +62,7 @@ fn main() -> ExitCode {
         "after-rewind-cut" => rewinds::after_cut(&installation),
         "holes" => holes::holes(&installation, device),
         "store-life" => store_life::store_life(&installation, device),
+        "retention" => retention::retention(&installation, device),
         "copies" => copies::stamps(&installation, device, argument.parse().unwrap_or(20)),
         "copies-fs" => copies::file_system(&installation, device, argument, number),
         "copies-killed" => copies::killed(&installation, device, argument.parse().unwrap_or(6)),

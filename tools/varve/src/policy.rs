@@ -1,0 +1,181 @@
+//! What is kept for how long: `varve policy`, `varve pin`, `varve unpin`.
+
+use crate::past::{ask, instant, unexpected};
+use crate::{Context, daemons};
+use clap::Subcommand;
+use varve_cli::{show_bytes, show_time};
+use varve_control::{ControlError, PolicyInfo, StoreOp, StorePolicy, StoreReply};
+
+#[derive(Subcommand)]
+pub enum PolicyCommand {
+    /// What is kept now, and how long the store's disk lasts.
+    Show,
+    /// What another policy would keep; nothing is changed.
+    Simulate {
+        /// Like `all 48h, 1m 7d, 1h 30d, 1d 1y`; `all` keeps everything.
+        #[arg(long, value_name = "LADDER")]
+        keep: Option<String>,
+        /// What is younger is never pruned: `7d`.
+        #[arg(long, value_name = "SPAN")]
+        immutable: Option<String>,
+    },
+    /// Change the policy of this store (in etc/varve/store.toml).
+    Set {
+        /// Like `all 48h, 1m 7d, 1h 30d, 1d 1y`; `all` keeps everything.
+        #[arg(long, value_name = "LADDER")]
+        keep: Option<String>,
+        /// What is younger is never pruned: `7d`; `0` for no such window.
+        #[arg(long, value_name = "SPAN")]
+        immutable: Option<String>,
+    },
+}
+
+/// `varve policy`.
+pub fn run(
+    context: &Context,
+    volume: Option<String>,
+    command: PolicyCommand,
+) -> Result<(), ControlError> {
+    let volume = daemons::volume(context, volume)?;
+    let (keep, immutable, simulated) = match command {
+        PolicyCommand::Show => (None, None, false),
+        PolicyCommand::Simulate { keep, immutable } => (keep, immutable.map(no_window), true),
+        PolicyCommand::Set { keep, immutable } => {
+            return set(context, &volume, keep, immutable.map(no_window));
+        }
+    };
+    let policy = fetch(context, &volume, keep, immutable, simulated)?;
+    context
+        .output
+        .result(&policy, || show(&volume, &policy, simulated));
+    Ok(())
+}
+
+fn no_window(text: String) -> String {
+    match text.as_str() {
+        "0" => String::new(),
+        _ => text,
+    }
+}
+
+fn fetch(
+    context: &Context,
+    volume: &str,
+    keep: Option<String>,
+    immutable: Option<String>,
+    bytes: bool,
+) -> Result<PolicyInfo, ControlError> {
+    let op = StoreOp::Policy {
+        volume: volume.to_owned(),
+        keep,
+        immutable,
+        bytes,
+    };
+    match ask(context, &op, "reading the history")? {
+        StoreReply::Policy { policy } => Ok(*policy),
+        _ => Err(unexpected()),
+    }
+}
+
+fn set(
+    context: &Context,
+    volume: &str,
+    keep: Option<String>,
+    immutable: Option<String>,
+) -> Result<(), ControlError> {
+    let wrong = |why: String| ControlError::new("X006-policy", why);
+    // The daemon knows whether it makes sense.
+    let policy = fetch(context, volume, keep.clone(), immutable.clone(), false)?;
+    let path = context.paths.store_policy();
+    let mut stored = StorePolicy::load(&path).map_err(wrong)?;
+    stored.keep = keep.unwrap_or(stored.keep);
+    stored.immutable = immutable.unwrap_or(stored.immutable);
+    stored.save(&path).map_err(wrong)?;
+    context.output.result(&policy, || {
+        let done = format!("{} says so now; it counts within a minute", path.display());
+        context.output.say(done);
+        show(volume, &policy, true);
+    });
+    Ok(())
+}
+
+fn show(volume: &str, policy: &PolicyInfo, simulated: bool) {
+    println!("{volume}: keeps {}", policy.keep);
+    if !policy.immutable.is_empty() {
+        println!("  nothing younger than {} is pruned", policy.immutable);
+    }
+    if policy.below_lsn == 0 {
+        println!("  every instant of the history is kept");
+    } else {
+        println!(
+            "  every instant since {} (lsn:{})",
+            show_time(policy.below_ns),
+            policy.below_lsn
+        );
+        for (rung, count) in &policy.rungs {
+            println!("  {count} instants before, by `{rung}`");
+        }
+        if policy.points > 0 {
+            println!("  {} recovery points besides", policy.points);
+        }
+        if policy.pinned > 0 {
+            println!("  {} pinned", policy.pinned);
+        }
+        if let Some((lsn, time)) = policy.first {
+            println!("  the first is {} (lsn:{lsn})", show_time(time));
+        }
+    }
+    if let Some((gone, kept)) = policy.gone_and_kept_bytes
+        && simulated
+    {
+        println!(
+            "  of the writes before compression that are looked at, {} would go and {} stay",
+            show_bytes(gone),
+            show_bytes(kept)
+        );
+    }
+    println!(
+        "  {} stored, {} a day lately, {} free: {}",
+        show_bytes(policy.stored_bytes),
+        show_bytes(policy.bytes_per_day),
+        show_bytes(policy.free_bytes),
+        forecast(policy)
+    );
+}
+
+/// How long the disk lasts if nothing is pruned.
+fn forecast(policy: &PolicyInfo) -> String {
+    match policy.free_bytes.checked_div(policy.bytes_per_day) {
+        None => "nothing was added lately".to_owned(),
+        Some(0) => "LESS THAN A DAY of history fits, unless something is pruned".to_owned(),
+        Some(days) if days > 3650 => "years of history fit".to_owned(),
+        Some(days) => format!("{days} more days of history fit, even if nothing is pruned"),
+    }
+}
+
+/// `varve pin` and `varve unpin`.
+pub fn pin(
+    context: &Context,
+    volume: Option<String>,
+    text: &str,
+    pinned: bool,
+) -> Result<(), ControlError> {
+    let volume = daemons::volume(context, volume)?;
+    let op = StoreOp::Pin {
+        volume: volume.clone(),
+        instant: instant(text)?,
+        pinned,
+    };
+    let reply = ask(context, &op, "looking it up")?;
+    let StoreReply::Resolved { lsn, time_ns } = reply else {
+        return Err(unexpected());
+    };
+    context.output.result(&reply, || {
+        let time = show_time(time_ns);
+        context.output.say(match pinned {
+            true => format!("{volume}: {time} (lsn:{lsn}) is kept until `varve unpin lsn:{lsn}`"),
+            false => format!("{volume}: the policy decides about {time} (lsn:{lsn}) again"),
+        });
+    });
+    Ok(())
+}
