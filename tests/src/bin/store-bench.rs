@@ -28,6 +28,7 @@ fn main() {
         history(Path::new(directory), millions.parse().unwrap());
     }
     content(Path::new(directory));
+    pruning(Path::new(directory));
 }
 
 fn random(state: &mut u64) -> u64 {
@@ -158,6 +159,72 @@ fn content(directory: &Path) {
     drop(sample);
     std::fs::remove_dir_all(&root).unwrap();
     std::fs::remove_file(directory.join("flat")).unwrap();
+}
+
+/// Bytes that this process has read and written, whatever they came from.
+fn moved_bytes() -> (u64, u64) {
+    let text = std::fs::read_to_string("/proc/self/io").unwrap();
+    let field = |name: &str| {
+        let line = text.lines().find(|line| line.starts_with(name)).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    };
+    (field("rchar"), field("wchar"))
+}
+
+/// What pruning reads and writes, beside what stays. Pages of a hot set are written eight times over; ten instants are kept.
+fn pruning(directory: &Path) {
+    let root = directory.join("pruning");
+    let mut sample = Sample::new(&root, 64 << 20, SEGMENT_BYTES / 4, false);
+    let mut seed = 0x0123_4567_89ab_cdef;
+    for _ in 0..131_072 {
+        let block = sample.random() % (16 << 10);
+        let bytes = page(&mut seed);
+        sample.write(block * 4096, bytes);
+    }
+    let end = sample.seal();
+    sample.settle_all(Compression::Zstd(3));
+    let store = &mut sample.store;
+    let time = |store: &VolumeStore, lsn| store.time_of(lsn).unwrap().0;
+    let span = time(store, end) - time(store, Lsn(3));
+    let policy = varve_store::Policy {
+        ladder: varve_store::Ladder {
+            all: Some(span / 100),
+            rungs: vec![varve_store::Rung {
+                step: span / 10,
+                age: span * 2,
+            }],
+        },
+        immutable: 0,
+    };
+    let now = varve_format::WallTime(time(store, end));
+    let before = store.stored_bytes();
+    let began = Instant::now();
+    let plan = store.plan(&policy, now).run().unwrap().unwrap();
+    store.keep(&plan).unwrap();
+    let (read, written) = moved_bytes();
+    let mut sweep = store.sweep(Compression::Zstd(3)).unwrap();
+    loop {
+        match sweep.step().unwrap() {
+            varve_store::Swept::Done => break,
+            varve_store::Swept::Read => {}
+            varve_store::Swept::Stays(sequence, hash) => store.stays(sequence, hash),
+            varve_store::Swept::Pruned(pruned) => store.replace_pruned(&pruned).unwrap(),
+        }
+    }
+    let (read, written) = (moved_bytes().0 - read, moved_bytes().1 - written);
+    let after = store.stored_bytes();
+    println!(
+        "pruning 512 MiB of writes to {} instants: {:.0} MiB stored, {:.0} before; read {:.2} times what stays, written {:.2} times (limit 1 and 1; \
+         what is written is read again to prove it), in {:.1} s",
+        plan.kept.entries.len(),
+        after as f64 / f64::from(1 << 20),
+        before as f64 / f64::from(1 << 20),
+        read as f64 / after as f64,
+        written as f64 / after as f64,
+        began.elapsed().as_secs_f64()
+    );
+    drop(sample);
+    std::fs::remove_dir_all(&root).unwrap();
 }
 
 fn flat_reader(directory: &Path) -> std::fs::File {

@@ -157,6 +157,17 @@ enum Command {
         #[command(flatten)]
         volume: Volume,
     },
+    /// Which block ranges were written since an instant? For what copies only changes.
+    Changed {
+        /// As for `mount`.
+        #[arg(long, value_name = "INSTANT")]
+        since: String,
+        /// Until when.
+        #[arg(long, value_name = "INSTANT", default_value = "now")]
+        until: String,
+        #[command(flatten)]
+        volume: Volume,
+    },
     /// Compare the device with the end of its history.
     Compare {
         #[command(flatten)]
@@ -300,6 +311,11 @@ fn run(context: &Context, command: Command) -> Result<ExitCode, ControlError> {
         Command::Diff { from, to, volume } => {
             past::diff(context, volume.name, &from, &to).map(done)
         }
+        Command::Changed {
+            since,
+            until,
+            volume,
+        } => past::diff(context, volume.name, &since, &until).map(done),
         Command::Compare { volume } => past::compare(context, volume.name),
         Command::Scrub { rate, volume } => proof::scrub(context, volume.name, rate),
         Command::Check { volume } => proof::check(context, volume.name),
