@@ -17,7 +17,7 @@ use crate::cache::Cache;
 use crate::kept::KeptInstants;
 use crate::segment_file::SegmentFile;
 use crate::settle::from_the_disk;
-use crate::settled_file::{self, root_of};
+use crate::settled_file::{self, WINDOW_FRAMES, root_of};
 use crate::volume::Segments;
 use crate::{Compression, StoreError, StoredSegment, VolumeStore, durable, run_file};
 use roaring::RoaringBitmap;
@@ -352,7 +352,7 @@ impl Sweep {
             blocks: &blocks,
             run: &run,
         };
-        settled_file::write(&source, new, self.compression, Some(&kept))?;
+        settled_file::write(&source, &entries, new, self.compression, Some(&kept))?;
         let (written, stored_bytes) = from_the_disk(new)?;
         prove(segment, &source, &written, &entries, new)?;
         let after = StoredSegment::new(&self.directory, &head, events.clone(), stored_bytes);
@@ -435,7 +435,7 @@ pub(crate) fn first_damaged<'a>(
     file: &SegmentFile,
     entries: &'a [RunEntry],
 ) -> Option<&'a RunEntry> {
-    let cache = Cache::new(16);
+    let cache = Cache::new(WINDOW_FRAMES);
     entries.iter().find(|entry| {
         payload_of(entry).is_some_and(|(at, length)| {
             let mut payload = vec![0u8; length.min(RECORD_PAYLOAD_BYTES_MAX) as usize];

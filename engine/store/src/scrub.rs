@@ -9,7 +9,7 @@ use crate::map_file::MapCursor;
 use crate::maps::MapPlace;
 use crate::prune::first_damaged;
 use crate::segment_file::{SegmentBytes, SegmentFile};
-use crate::settled_file::root_of;
+use crate::settled_file::{WINDOW_FRAMES, root_of};
 use crate::volume::Segments;
 use crate::{StoreError, StoredSegment, VolumeStore, run_file};
 use std::ops::ControlFlow;
@@ -310,7 +310,7 @@ fn cover(left: &mut Vec<(u64, u64)>, offset: u64, length: u64) {
 /// Records of a damaged segment whose payload cannot be read.
 fn lost_records(segment: &StoredSegment, entries: &[RunEntry]) -> Vec<RunEntry> {
     let file = SegmentFile::open(segment).ok();
-    let cache = Cache::new(4);
+    let cache = Cache::new(WINDOW_FRAMES);
     let is_lost = |entry: &&RunEntry| {
         if entry.kind != varve_format::RecordKind::Write as u8 {
             return false;

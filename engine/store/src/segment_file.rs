@@ -1,6 +1,7 @@
 //! A segment's file, sealed or settled, read by the addresses of the sealed one.
 
 use crate::cache::Cache;
+use crate::settled_file::WINDOW_FRAMES;
 use crate::{StoreError, StoredSegment, compression};
 use std::fs::File;
 use std::io;
@@ -255,8 +256,7 @@ impl<'a> SegmentBytes<'a> {
     pub(crate) fn new(file: &'a SegmentFile) -> SegmentBytes<'a> {
         SegmentBytes {
             file,
-            // The frame at hand, and some that later blocks may be copies of.
-            cache: Cache::new(16),
+            cache: Cache::new(WINDOW_FRAMES),
         }
     }
 }

@@ -97,7 +97,9 @@ impl SettleJob {
     /// Compresses it into a new file, durably.
     pub fn compress(self) -> Result<Settling, StoreError> {
         let source = SegmentFile::open(&self.segment)?;
-        let written = settled_file::write(&source, &self.new, self.compression, None);
+        // Without them the blocks lie in the order of time.
+        let entries = self.segment.entries().unwrap_or_default();
+        let written = settled_file::write(&source, &entries, &self.new, self.compression, None);
         if written.is_err() {
             let _ = std::fs::remove_file(&self.new);
         }

@@ -1,4 +1,8 @@
 //! Writes a settled segment: blocks of a segment in, frames out; all of them, or those that somebody still needs.
+//!
+//! Blocks lie in the order of the volume, not of time: whoever reads a range of an image finds its neighbours in the same frame, however scattered they
+//! were written. That goes for each window of 16 MiB by itself, so that whoever reads in the order of time needs no more than a window's frames at once.
+//! Where a block belongs is only a hint; addresses go through the block table.
 
 use crate::compression::Packer;
 use crate::segment_file::{SegmentBytes, SegmentFile};
@@ -9,8 +13,8 @@ use std::fs::File;
 use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::path::Path;
 use varve_format::{
-    BLOCK_BYTES, BLOCK_IS_GONE, BLOCK_IS_ZERO, FRAME_BYTES, FrameEntry, SETTLED_IS_PRUNED,
-    SettledHeader, crc32c, frame_crc,
+    BLOCK_BYTES, BLOCK_IS_GONE, BLOCK_IS_ZERO, FRAME_BLOCKS, FRAME_BYTES, FrameEntry, RecordKind,
+    RunEntry, SETTLED_IS_PRUNED, SettledHeader, crc32c, frame_crc,
 };
 use varve_log::ReadAt;
 use zerocopy::{FromZeros, IntoBytes};
@@ -18,6 +22,11 @@ use zerocopy::{FromZeros, IntoBytes};
 const BLOCK: usize = BLOCK_BYTES as usize;
 /// Bytes that are read at a time.
 const STEP_BYTES: usize = 1 << 20;
+
+/// Blocks that are put in order together: 16 MiB.
+const WINDOW_BLOCKS: u32 = 4096;
+/// Frames that reading in the order of time needs at hand: a window's, and some that later blocks are copies of.
+pub(crate) const WINDOW_FRAMES: usize = (WINDOW_BLOCKS as u64 / FRAME_BLOCKS) as usize + 16;
 
 /// What a pruned segment keeps.
 pub(crate) struct Kept<'a> {
@@ -107,9 +116,10 @@ impl FrameWriter<'_> {
     }
 }
 
-/// Writes `source` into a new file, durably. `kept`: only what is named there.
+/// Writes `source`, whose records are `entries`, into a new file, durably. `kept`: only what is named there.
 pub(crate) fn write(
     source: &SegmentFile,
+    entries: &[RunEntry],
     new: &Path,
     compression: Compression,
     kept: Option<&Kept<'_>>,
@@ -126,7 +136,7 @@ pub(crate) fn write(
         at: BLOCK_BYTES,
     };
     writer.out.write_all(&[0u8; BLOCK]).map_err(&io)?;
-    let written = write_blocks(source, &mut writer, kept.map(|kept| kept.blocks))?;
+    let written = write_blocks(source, &mut writer, entries, kept.map(|kept| kept.blocks))?;
     writer.end_frame()?;
     let mut tables = writer.table.as_bytes().to_vec();
     tables.extend(
@@ -171,56 +181,85 @@ struct Written {
     root: [u8; 32],
 }
 
+/// Where each block of a segment belongs on the volume; all ones: nowhere, it is a batch's head.
+fn places(source: &SegmentFile, entries: &[RunEntry]) -> Vec<u64> {
+    let count = source.footer().data_bytes.get() / BLOCK_BYTES;
+    let mut places = vec![u64::MAX; count as usize];
+    let writes = entries
+        .iter()
+        .filter(|entry| entry.kind == RecordKind::Write as u8);
+    for entry in writes {
+        let (at, length) = (entry.payload.get(), entry.length.get());
+        let blocks = at / BLOCK_BYTES..at.saturating_add(length).div_ceil(BLOCK_BYTES).min(count);
+        for block in blocks {
+            let within = (block * BLOCK_BYTES).saturating_sub(at);
+            let place = &mut places[block as usize];
+            *place = (*place).min(entry.offset.get().saturating_add(within));
+        }
+    }
+    places
+}
+
 fn write_blocks(
     source: &SegmentFile,
     writer: &mut FrameWriter<'_>,
+    entries: &[RunEntry],
     blocks: Option<&[bool]>,
 ) -> Result<Written, StoreError> {
     let count = source.footer().data_bytes.get() / BLOCK_BYTES;
     let wanted = |block: u64| blocks.is_none_or(|blocks| blocks.get(block as usize) == Some(&true));
     let mut numbers = vec![BLOCK_IS_GONE; count as usize];
-    // Kept blocks by checksum: where the first of its kind lies in the source, and its number.
-    let mut seen: HashMap<u32, (u64, u32)> = HashMap::new();
+    // Blocks by checksum: the first of its kind, and those that are the same.
+    let mut seen: HashMap<u32, u32> = HashMap::new();
+    let mut copies: Vec<(u32, u32)> = Vec::new();
+    let mut kept: Vec<u32> = Vec::new();
     let mut earlier = vec![0u8; BLOCK];
     let mut again = SegmentBytes::new(source);
-    let mut kept = 0u32;
     let mut hasher = blake3::Hasher::new();
     each_step(source, wanted, |first, bytes| {
         if blocks.is_some() {
             hasher.update(bytes);
         }
-        for (index, block) in bytes.chunks_exact(BLOCK).enumerate() {
-            let place = first + index as u64;
-            let number = &mut numbers[place as usize];
-            if block == [0u8; BLOCK] {
-                *number = BLOCK_IS_ZERO;
+        for (block, bytes) in (first as u32..).zip(bytes.chunks_exact(BLOCK)) {
+            if bytes == [0u8; BLOCK] {
+                numbers[block as usize] = BLOCK_IS_ZERO;
                 continue;
             }
             // A checksum only says where to look; what counts are the bytes.
-            match seen.entry(crc32c(block)) {
+            match seen.entry(crc32c(bytes)) {
                 Entry::Occupied(found) => {
-                    let (there, earlier_number) = *found.get();
+                    let there = *found.get();
                     again
-                        .read_at(there, &mut earlier)
+                        .read_at(u64::from(there) * BLOCK_BYTES, &mut earlier)
                         .map_err(StoreError::io(source.path()))?;
-                    if earlier == block {
-                        *number = earlier_number;
+                    if earlier == bytes {
+                        copies.push((block, there));
                         continue;
                     }
                 }
                 Entry::Vacant(free) => {
-                    free.insert((place * BLOCK_BYTES, kept));
+                    free.insert(block);
                 }
             }
-            *number = kept;
-            kept += 1;
-            writer.keep(block)?;
+            kept.push(block);
         }
         Ok(())
     })?;
+    let places = places(source, entries);
+    kept.sort_by_key(|block| (*block / WINDOW_BLOCKS, places[*block as usize]));
+    for (number, block) in (0..).zip(&kept) {
+        numbers[*block as usize] = number;
+        again
+            .read_at(u64::from(*block) * BLOCK_BYTES, &mut earlier)
+            .map_err(StoreError::io(source.path()))?;
+        writer.keep(&earlier)?;
+    }
+    for (block, there) in copies {
+        numbers[block as usize] = numbers[there as usize];
+    }
     Ok(Written {
         numbers,
-        kept,
+        kept: kept.len() as u32,
         root: *hasher.finalize().as_bytes(),
     })
 }
