@@ -19,6 +19,8 @@ const IDLE: Duration = Duration::from_secs(1);
 const BACK_OFF: Duration = Duration::from_secs(60);
 /// How often the policy is asked what it keeps; more often if it keeps everything for moments only.
 const RETAIN_EVERY: Duration = Duration::from_secs(30);
+/// How long pruning has its turn, about.
+const PRUNE_FOR: Duration = Duration::from_millis(300);
 /// Room that settling leaves on the store's disk beside the segment that it writes: the logs must go on being drained.
 const ROOM_BYTES: u64 = 256 << 20;
 
@@ -84,10 +86,7 @@ pub(crate) fn run(service: Arc<Service>) {
 impl Background {
     fn turn(&mut self) {
         while let Ok((id, sequence, failed)) = self.proved.try_recv() {
-            self.under_way.remove(&(id.clone(), sequence));
-            if let Some(error) = failed {
-                self.failed(&id, Some(sequence), &error);
-            }
+            self.proved(id, sequence, failed);
         }
         let path = self.service.paths().store_policy();
         let policy = StorePolicy::load(&path).and_then(|policy| {
@@ -105,10 +104,10 @@ impl Background {
         let began = Instant::now();
         let mut worked = false;
         for id in self.service.open_ids() {
-            worked |= self.one(&id, compression)
-                || kept
-                    .as_ref()
-                    .is_some_and(|kept| self.prune(&id, kept, compression));
+            worked |= self.one(&id, compression);
+            if let Some(kept) = &kept {
+                worked |= self.prune(&id, kept, compression);
+            }
         }
         if worked {
             let took = began.elapsed();
@@ -150,9 +149,9 @@ impl Background {
         }
     }
 
-    /// One step of pruning, if there is any. While a segment is being proved it waits: both would replace the same file.
+    /// Some steps of pruning, if there are any. What is being proved is waited for: both would replace the same file.
     fn prune(&mut self, id: &str, policy: &Policy, compression: Compression) -> bool {
-        if self.is_resting(id) || self.under_way.iter().any(|(volume, _)| volume == id) {
+        if self.is_resting(id) || !self.service.was_taken(id) {
             return false;
         }
         let all = policy.ladder.all.unwrap_or(i64::MAX).unsigned_abs();
@@ -173,33 +172,52 @@ impl Background {
         let Some(mut sweep) = sweep.flatten() else {
             return false;
         };
-        let swept = sweep.step();
-        let done = swept.and_then(|swept| match swept {
-            Swept::Done => Ok(false),
-            Swept::Read => Ok(true),
+        while self.under_way.iter().any(|(volume, _)| volume == id) {
+            let Ok((id, sequence, failed)) = self.proved.recv() else {
+                return false;
+            };
+            self.proved(id, sequence, failed);
+        }
+        let began = Instant::now();
+        while began.elapsed() < PRUNE_FOR {
+            match self.prune_step(id, &mut sweep) {
+                Ok(true) => {}
+                Ok(false) => return true,
+                Err(error) => {
+                    self.failed(id, None, &error);
+                    return false;
+                }
+            }
+        }
+        self.sweeps.insert(id.to_owned(), sweep);
+        true
+    }
+
+    /// One step; says whether there are more.
+    fn prune_step(&self, id: &str, sweep: &mut Sweep) -> Result<bool, StoreError> {
+        match sweep.step()? {
+            Swept::Done => return Ok(false),
+            Swept::Read => {}
             Swept::Stays(sequence, hash) => {
                 self.service
                     .if_open(id, |store| store.stays(sequence, hash));
-                Ok(true)
             }
             Swept::Pruned(pruned) => {
                 let replaced = self
                     .service
                     .if_open(id, |store| store.replace_pruned(&pruned));
-                replaced.unwrap_or(Ok(())).map(|()| true)
-            }
-        });
-        match done {
-            Ok(true) => {
-                self.sweeps.insert(id.to_owned(), sweep);
-                true
-            }
-            Ok(false) => false,
-            Err(error) => {
-                self.failed(id, None, &error);
-                false
+                replaced.unwrap_or(Ok(()))?;
             }
         }
+        Ok(true)
+    }
+
+    /// A proof has come to its end.
+    fn proved(&mut self, id: String, sequence: u64, failed: Option<StoreError>) {
+        if let Some(error) = failed {
+            self.failed(&id, Some(sequence), &error);
+        }
+        self.under_way.remove(&(id, sequence));
     }
 
     fn is_resting(&self, id: &str) -> bool {
@@ -215,8 +233,9 @@ impl Background {
         });
         if let Err(error) = made {
             self.failed(id, None, &error);
-            // A map that is damaged is not asked again, but made again; for anything else that does not pass by itself, this one is done without.
-            if !passes(&error) && !matches!(error, StoreError::Damaged(..)) {
+            // A smaller map that is damaged is not asked again, but made again; for anything else that does not pass by itself, this one is done without.
+            let smaller_map = job.reads_maps() && matches!(error, StoreError::Damaged(..));
+            if !passes(&error) && !smaller_map {
                 self.service.if_open(id, |store| store.give_up_map(job));
             }
         }

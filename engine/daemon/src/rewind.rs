@@ -65,7 +65,8 @@ impl Service {
                 ),
             ));
         }
-        drop(image);
+        // While it is open its instant is kept: until the span is in the history, and says where it goes.
+        let held = image;
         let _claim = self.claim(volume).ok_or_else(|| {
             error(
                 "V023-rewinding",
@@ -83,6 +84,7 @@ impl Service {
             Ok(store.timeline().last().map_or(0, |lsn| lsn.0))
         })?;
         let written_bytes = self.write_back(&begun, target, reporter)?;
+        drop(held);
         Ok(StoreReply::Rewound {
             lsn: target.0,
             time_ns,

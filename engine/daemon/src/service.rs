@@ -28,6 +28,8 @@ pub struct Service {
     claimed: Mutex<BTreeSet<String>>,
     /// By which history ages; not read before it is needed.
     clock: Mutex<Option<StoreClock>>,
+    /// Histories whose logs were taken since this process began: what was in them may say what is still needed (a rewind that was interrupted).
+    taken: Mutex<BTreeSet<String>>,
 }
 
 /// Held while this process rewinds or compares a volume.
@@ -69,7 +71,17 @@ impl Service {
             exports: Exports::default(),
             claimed: Mutex::new(BTreeSet::new()),
             clock: Mutex::new(None),
+            taken: Mutex::new(BTreeSet::new()),
         }
+    }
+
+    /// Whether a history holds all that its log has sealed, or did since this process began.
+    pub(crate) fn was_taken(&self, id: &str) -> bool {
+        let taken = self
+            .taken
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        taken.contains(id)
     }
 
     /// The store's time, in nanoseconds since 1970.
@@ -306,7 +318,9 @@ impl Service {
             );
             return Err(error("V034-loop", message));
         }
+        let now = WallTime(self.clock_ns());
         let done = self.with_store(&volume.id, |store| {
+            store.set_now(now);
             let mut log = DirectFile::open(&spec.log)
                 .map_err(|e| error("V014-log", format!("the log {}: {e}", spec.log.display())))?;
             ingest(
@@ -321,6 +335,12 @@ impl Service {
         for problem in &done.problems {
             eprintln!("varved: {}: {problem}", volume.name);
         }
+        let mut taken = self
+            .taken
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        taken.insert(volume.id.clone());
+        drop(taken);
         let incomplete =
             self.with_store(&volume.id, |store| Ok(store.timeline().is_incomplete()))?;
         if incomplete && volume.state == "protected" {

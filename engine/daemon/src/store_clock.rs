@@ -89,7 +89,8 @@ impl StoreClock {
         let noted = std::fs::read_to_string(&path).ok();
         let state = noted.as_deref().and_then(State::parse).map_or_else(
             || State {
-                time_ns: now.wall_ns,
+                // One that is damaged was right when it was written.
+                time_ns: written_ns(&path).map_or(now.wall_ns, |then| then.min(now.wall_ns)),
                 then: now.clone(),
             },
             |state| state.advance(now.clone()),
@@ -106,15 +107,26 @@ impl StoreClock {
         self.state = self.state.advance(read());
         if self.state.time_ns.saturating_sub(self.noted_ns) >= NOTE_EVERY_NS {
             // What is lost of it makes history younger, not older.
-            let new = self.path.with_extension("new");
-            let noted = std::fs::write(&new, self.state.text())
-                .and_then(|()| std::fs::rename(&new, &self.path));
-            if noted.is_ok() {
+            if self.note().is_ok() {
                 self.noted_ns = self.state.time_ns;
             }
         }
         self.state.time_ns
     }
+
+    fn note(&self) -> std::io::Result<()> {
+        let new = self.path.with_extension("new");
+        let mut file = std::fs::File::create(&new)?;
+        std::io::Write::write_all(&mut file, self.state.text().as_bytes())?;
+        file.sync_all()?;
+        std::fs::rename(&new, &self.path)
+    }
+}
+
+fn written_ns(path: &Path) -> Option<i64> {
+    let modified = std::fs::metadata(path).ok()?.modified().ok()?;
+    let since = modified.duration_since(std::time::UNIX_EPOCH).ok()?;
+    Some(since.as_nanos() as i64)
 }
 
 #[cfg(test)]

@@ -149,6 +149,7 @@ pub fn markdown() -> String {
             sector_bytes,
             pruned_for,
             pruned_until,
+            stored_at,
             reserved
         ]
     );

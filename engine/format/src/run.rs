@@ -69,8 +69,10 @@ pub struct RunHeader {
     pub pruned_for: U64,
     /// The first of them behind the segment: between its end and this one no instant resolves.
     pub pruned_until: U64,
+    /// When the store took the segment, by the store's own clock, in nanoseconds since 1970: by this it ages; 0: it is not known.
+    pub stored_at: I64,
     /// Zero.
-    pub reserved: [u8; 3900],
+    pub reserved: [u8; 3892],
 }
 const _: () = assert!(size_of::<RunHeader>() == BLOCK_BYTES as usize);
 

@@ -35,6 +35,8 @@ pub enum StoreError {
         /// What is wrong.
         why: String,
     },
+    /// The policy has pruned this instant.
+    PrunedInstant(varve_format::Lsn),
     /// The policy has pruned what was asked for.
     Pruned(SegmentSequence),
     /// A frame of a settled segment is not what was stored.
@@ -66,7 +68,7 @@ impl StoreError {
             StoreError::Frame { .. } => "S009-frame",
             StoreError::Root(_) => "S010-root",
             StoreError::Proof(_) => "S011-proof",
-            StoreError::Pruned(_) => "S014-pruned",
+            StoreError::Pruned(_) | StoreError::PrunedInstant(_) => "S014-pruned",
         }
     }
 
@@ -137,6 +139,10 @@ impl fmt::Display for StoreError {
             StoreError::Pruned(segment) => write!(
                 f,
                 "segment {segment}: retention has pruned what was asked for; `varve history` says which instants are kept"
+            ),
+            StoreError::PrunedInstant(lsn) => write!(
+                f,
+                "LSN {lsn} was pruned by the policy; `varve history` says which instants are kept"
             ),
             StoreError::Root(segment) => write!(
                 f,

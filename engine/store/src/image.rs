@@ -55,8 +55,12 @@ pub struct Image {
 }
 
 impl Image {
-    /// Opens the image at `lsn`. The caller has asked the timeline whether it resolves. It outlives changes of the store.
+    /// Opens the image at `lsn`. The caller has asked the timeline whether it resolves; what was pruned is refused here, too. It outlives changes of
+    /// the store.
     pub fn open(store: &VolumeStore, lsn: Lsn) -> Result<Image, StoreError> {
+        if !store.kept().resolves(lsn) {
+            return Err(StoreError::PrunedInstant(lsn));
+        }
         let (bytes, sector_bytes) = store.shape(lsn);
         Ok(Image {
             bytes,

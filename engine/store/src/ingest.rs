@@ -149,9 +149,13 @@ fn take(
     let path = segment_path(store.directory(), sequence);
     let run = run_path(store.directory(), sequence);
     let new = durable::unfinished(&path);
-    footer.root = copy(log, segment.base, data_bytes, &new, footer)?;
+    footer.root = copy(log, segment.base, data_bytes, &new, footer).inspect_err(|_| {
+        // On a full disk half a file would keep it full.
+        let _ = std::fs::remove_file(&new);
+    })?;
     durable::name(&new, &path)?;
-    let (head, events) = run_file::head_of(&segment.header, &footer, &entries);
+    let (mut head, events) = run_file::head_of(&segment.header, &footer, &entries);
+    head.stored_at = store.now.unwrap_or(time_end).0.into();
     run_file::write(&run, &head, &entries, &events)?;
     let stored_bytes = data_bytes + SEGMENT_FOOTER_BYTES as u64;
     Ok(Some(StoredSegment::new(

@@ -12,9 +12,11 @@ use std::path::Path;
 use varve_format::{KeptEntry, Lsn, VolumeId, WallTime, encode_kept, parse_kept};
 
 const NAMES: [&str; 2] = ["kept", "kept-copy"];
+/// More than a policy can name.
+const KEPT_FILE_BYTES_MAX: u64 = 512 << 20;
 
 /// What is kept.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct KeptInstants {
     /// Below this only the instants that are listed resolve.
     pub below: Lsn,
@@ -60,19 +62,40 @@ impl KeptInstants {
     /// The newest that is not newer than `time`, among those below the limit.
     #[must_use]
     pub fn at_time(&self, time: WallTime) -> Option<&KeptEntry> {
-        let mut below = self.entries.iter().rev();
-        below.find(|entry| entry.lsn() < self.below && entry.time() <= time)
+        let below = self
+            .entries
+            .partition_point(|entry| entry.lsn() < self.below);
+        // Where the clock was set back between two, the later one counts.
+        let later = self.entries[..below].partition_point(|entry| entry.time() <= time);
+        let found = self.entries[..later].last();
+        found.filter(|entry| entry.time() <= time).or_else(|| {
+            let mut all = self.entries[..below].iter().rev();
+            all.find(|entry| entry.time() <= time)
+        })
     }
 
     /// Reads the list of a volume. An error is in words; what can be known is what the other file says, or nothing.
     pub(crate) fn load(directory: &Path, volume: VolumeId) -> (Option<KeptInstants>, Vec<String>) {
         let mut problems = Vec::new();
         let mut newest: Option<KeptInstants> = None;
+        let mut missing = Vec::new();
         for name in NAMES {
             let path = directory.join(name);
-            let bytes = match std::fs::read(&path) {
+            let bounded = |path: &Path| {
+                let length = std::fs::metadata(path)?.len();
+                match length > KEPT_FILE_BYTES_MAX {
+                    true => Err(std::io::Error::other(format!(
+                        "{length} bytes are too many"
+                    ))),
+                    false => std::fs::read(path),
+                }
+            };
+            let bytes = match bounded(&path) {
                 Ok(bytes) => bytes,
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                    missing.push(path);
+                    continue;
+                }
                 Err(error) => {
                     problems.push(format!("{}: {error}", path.display()));
                     continue;
@@ -89,10 +112,24 @@ impl KeptInstants {
                         entries: entries.to_vec(),
                     };
                     // The first is written first: where they differ it is the newer one.
-                    newest.get_or_insert(found);
+                    match &newest {
+                        Some(first) if *first != found => {
+                            problems
+                                .push(format!("{}: it is older than the other", path.display()));
+                        }
+                        Some(_) => {}
+                        None => newest = Some(found),
+                    }
                 }
                 Err(error) => problems.push(format!("{}: {error}", path.display())),
             }
+        }
+        if newest.is_some() {
+            problems.extend(
+                missing
+                    .iter()
+                    .map(|path| format!("{} is missing", path.display())),
+            );
         }
         (newest, problems)
     }

@@ -9,6 +9,11 @@ use std::str::FromStr;
 /// A span of time in nanoseconds.
 pub type Nanoseconds = i64;
 
+/// Longest span: what is added to a time stays a time.
+const SPAN_MAX: Nanoseconds = 100 * 365 * 86_400_000_000_000;
+/// Instants that a ladder may keep: each of them is looked up at every plan.
+const INSTANTS_MAX: i64 = 1_000_000;
+
 const UNITS: [(&str, Nanoseconds); 7] = [
     ("y", 365 * 86_400_000_000_000),
     ("w", 7 * 86_400_000_000_000),
@@ -50,8 +55,9 @@ pub fn parse_span(word: &str) -> Result<Nanoseconds, String> {
         .filter(|number| *number > 0)
         .zip(unit)
         .and_then(|(number, (_, unit))| number.checked_mul(*unit))
+        .filter(|span| *span <= SPAN_MAX)
         .ok_or_else(|| {
-            format!("`{word}` is not a span of time; write it like 90s, 15m, 48h, 7d, 4w or 1y")
+            format!("`{word}` is not a span of time; write it like 90s, 15m, 48h, 7d, 4w or 1y (up to 100y)")
         })
 }
 
@@ -117,7 +123,17 @@ impl FromStr for Ladder {
                     show_span(before_step)
                 ));
             }
+            if rung.step > rung.age {
+                return Err(format!("`{text}`: {step} is longer than {age}"));
+            }
             ladder.rungs.push(rung);
+        }
+        let instants = ladder.rungs.iter().map(|rung| rung.age / rung.step);
+        let instants: i64 = instants.fold(0, i64::saturating_add);
+        if instants > INSTANTS_MAX {
+            return Err(format!(
+                "`{text}` would keep {instants} instants; {INSTANTS_MAX} are the most. Take longer steps"
+            ));
         }
         Ok(ladder)
     }
@@ -165,6 +181,9 @@ mod tests {
             ("all 99999999999y", "not a span"),
             ("all 48h 3d", "comma"),
             ("all 48h, 1m", "pairs"),
+            ("all 101y", "not a span"),
+            ("all 1h, 1s 30d", "instants"),
+            ("all 1h, 3d 2d", "longer than 2d"),
             ("all, 1m 7d", "already"),
             ("all 48h, 1m 1d", "longer than 2d"),
             ("all 48h, 1h 7d, 1m 30d", "multiple of 1h"),

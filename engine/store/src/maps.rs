@@ -217,6 +217,12 @@ impl MapJob {
         write_merged(&self.path, &self.identity, cursors.collect())
     }
 
+    /// Whether it is made of smaller maps.
+    #[must_use]
+    pub fn reads_maps(&self) -> bool {
+        !self.maps.is_empty()
+    }
+
     /// Bytes that are read for it, about.
     #[must_use]
     pub fn bytes(&self) -> u64 {

@@ -2,7 +2,7 @@
 //!
 //! Kept instants cut history into intervals. Within one, of each block only the last write is ever seen: a record all of whose blocks were written again
 //! before the interval's end is needed by nobody. A sweep goes through the records backwards and remembers which blocks were written since the end of
-//! the interval it is in; what they cover is struck. Memory: a bitmap of blocks, at most 32 MiB for a TiB.
+//! the interval it is in; what they cover is struck. Memory: a bitmap of blocks, at most 32 MiB for a TiB, and 16 MiB for what was written in parts of blocks.
 //!
 //!   … w(7) │ w(9) w(7) w(9) ◀──sweep──  │ kept    the first w(9) goes; the w(7) left of the other kept instant │ stays
 //!
@@ -21,7 +21,7 @@ use crate::settled_file::{self, WINDOW_FRAMES, root_of};
 use crate::volume::Segments;
 use crate::{Compression, StoreError, StoredSegment, VolumeStore, durable, run_file};
 use roaring::RoaringBitmap;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 use varve_format::{
@@ -32,34 +32,101 @@ use varve_format::{
 /// A segment is written anew when at least one in so many of its bytes goes: what stays in spite of that is less than a tenth.
 const WORTH_ONE_IN: u64 = 10;
 
+/// Logical sectors are no smaller.
+const SECTOR: u64 = 512;
+/// Blocks that are remembered in parts: 16 MiB or so.
+const PARTS_MAX: usize = 1 << 20;
+
 /// What was seen of a segment: for which instants it was looked at.
 pub(crate) type Looked = BTreeMap<SegmentSequence, u64>;
 
 /// Blocks that were written since the end of the interval, going backwards.
 struct Cover {
     blocks: RoaringBitmap,
+    /// Of blocks that were written in parts: a bit for each sector of 512 bytes.
+    parts: HashMap<u32, u8>,
     /// The interval's end.
     until: Lsn,
 }
 
-fn block_of(byte: u64) -> Option<u32> {
-    u32::try_from(byte / BLOCK_BYTES).ok()
+/// A range of the volume: the blocks that it covers wholly, and sectors of the two at its edges.
+struct Range {
+    whole: std::ops::Range<u32>,
+    edges: [Option<(u32, u8)>; 2],
+}
+
+impl Range {
+    /// None: it is none, or lies where no bitmap reaches (16 TiB).
+    fn of(offset: u64, length: u64) -> Option<Range> {
+        let end = offset.checked_add(length)?;
+        let last = u32::try_from(end.div_ceil(BLOCK_BYTES)).ok()?;
+        let first = (offset / BLOCK_BYTES) as u32;
+        // The sectors of a block that lie in the range, rounded inwards.
+        let mask = |block: u32| {
+            let start = u64::from(block) * BLOCK_BYTES;
+            (0..8).fold(0u8, |mask, sector| {
+                let at = start + sector * SECTOR;
+                mask | u8::from(offset <= at && at + SECTOR <= end) << sector
+            })
+        };
+        let whole = |block: u32| mask(block) == u8::MAX;
+        let mut range = Range {
+            whole: first..last,
+            edges: [None, None],
+        };
+        if length == 0 {
+            return None;
+        }
+        if !whole(first) {
+            range.edges[0] = Some((first, mask(first)));
+            range.whole.start += 1;
+        }
+        if last - 1 > first && !whole(last - 1) {
+            range.edges[1] = Some((last - 1, mask(last - 1)));
+            range.whole.end -= 1;
+        }
+        Some(range)
+    }
 }
 
 impl Cover {
     /// Whether all of a range was written.
     fn has(&self, offset: u64, length: u64) -> bool {
-        let blocks = block_of(offset).zip(block_of(offset + length - 1));
-        blocks.is_some_and(|(first, last)| self.blocks.contains_range(first..=last))
+        let Some(range) = Range::of(offset, length) else {
+            return false;
+        };
+        let edge = |(block, mask): (u32, u8)| {
+            let written = self.parts.get(&block).copied().unwrap_or(0);
+            self.blocks.contains(block) || written & mask == mask
+        };
+        let whole = range.whole.is_empty() || self.blocks.contains_range(range.whole);
+        whole && range.edges.into_iter().flatten().all(edge)
     }
 
-    /// Notes the blocks that a range covers wholly.
+    /// Notes a range.
     fn add(&mut self, offset: u64, length: u64) {
-        let first = block_of(offset.next_multiple_of(BLOCK_BYTES));
-        let end = block_of((offset + length) / BLOCK_BYTES * BLOCK_BYTES);
-        if let Some((first, end)) = first.zip(end) {
-            self.blocks.insert_range(first..end);
+        let Some(range) = Range::of(offset, length) else {
+            return;
+        };
+        self.blocks.insert_range(range.whole);
+        for (block, mask) in range.edges.into_iter().flatten() {
+            let room = self.parts.len() < PARTS_MAX || self.parts.contains_key(&block);
+            if self.blocks.contains(block) || !room {
+                continue; // Less is remembered than was written: more stays.
+            }
+            let written = self.parts.entry(block).or_default();
+            *written |= mask;
+            if *written == u8::MAX {
+                self.parts.remove(&block);
+                self.blocks.insert(block);
+            }
         }
+    }
+
+    fn clear(&mut self, until: Lsn) {
+        self.blocks.clear();
+        self.parts.clear();
+        self.until = until;
     }
 }
 
@@ -171,6 +238,7 @@ impl VolumeStore {
             at,
             cover: Cover {
                 blocks: RoaringBitmap::new(),
+                parts: HashMap::new(),
                 until: kept.below,
             },
             compression,
@@ -236,14 +304,18 @@ impl Sweep {
         let Some((segment, is_dirty)) = self.next() else {
             return Ok(Swept::Done);
         };
-        let entries = segment.entries()?;
-        let needed = self.strike(&entries);
-        if !is_dirty {
-            return Ok(Swept::Read);
-        }
-        let Some((hash, until)) = deciding(&self.kept, &segment) else {
+        let deciding = deciding(&self.kept, &segment);
+        let Some((hash, until)) = deciding.filter(|_| is_dirty) else {
+            // What cannot be read covers nothing: more stays.
+            if let Ok(entries) = segment.entries() {
+                self.strike(&entries);
+            }
             return Ok(Swept::Read);
         };
+        let Ok(entries) = segment.entries() else {
+            return Ok(Swept::Stays(segment.sequence, hash));
+        };
+        let needed = self.strike(&entries);
         let verdict = verdict_of(&entries, &needed);
         if verdict.gone_bytes == 0
             || verdict.gone_bytes * WORTH_ONE_IN < verdict.gone_bytes + verdict.kept_bytes
@@ -263,11 +335,13 @@ impl Sweep {
             let _ = std::fs::remove_file(&new);
         }
         match written {
-            // What is wrong with it a scrub says. Whole or not, nothing of it is thrown away.
-            Err(StoreError::Root(_) | StoreError::Damaged(..)) => {
-                Ok(Swept::Stays(segment.sequence, hash))
+            Ok(pruned) => Ok(Swept::Pruned(Box::new(pruned))),
+            // A disk that does not take what is written: that goes for all of them.
+            Err(error @ (StoreError::Full(_) | StoreError::ReadOnly(_) | StoreError::Proof(_))) => {
+                Err(error)
             }
-            written => written.map(|pruned| Swept::Pruned(Box::new(pruned))),
+            // What is wrong with the segment a scrub says. Whole or not, nothing of it is thrown away, and it holds up no other.
+            Err(_) => Ok(Swept::Stays(segment.sequence, hash)),
         }
     }
 
@@ -314,8 +388,7 @@ impl Sweep {
                 continue;
             };
             if *until != self.cover.until {
-                self.cover.blocks.clear();
-                self.cover.until = *until;
+                self.cover.clear(*until);
             }
             let (offset, length) = (entry.offset.get(), entry.length.get());
             let sane = offset.checked_add(length).is_some();
@@ -346,6 +419,7 @@ impl Sweep {
         );
         head.pruned_for = hash.into();
         head.pruned_until = until.0.into();
+        head.stored_at = segment.stored_at.0.into();
         let blocks = blocks_of(segment, &entries)?;
         let run = run_file::encode(&head, &entries, &events);
         let kept = settled_file::Kept {

@@ -10,7 +10,7 @@ use crate::volume::Segments;
 use crate::{StoreError, Timeline, VolumeStore};
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use varve_format::{KeptEntry, Lsn, RunEntry, SegmentSequence, WallTime};
+use varve_format::{KeptEntry, Lsn, RecordKind, RunEntry, SegmentSequence, SpanKind, WallTime};
 
 /// Without rungs the limit moves in steps of this: each step looks at everything below it.
 const STEP_WITHOUT_RUNGS: Nanoseconds = 3_600_000_000_000;
@@ -72,7 +72,10 @@ impl VolumeStore {
         }
         let pins = old.entries.iter().filter(|entry| entry.is_pinned());
         let mut must: Vec<KeptEntry> = pins.copied().collect();
-        for lsn in self.open_instants() {
+        // A rewind that was interrupted goes on to where it was going.
+        let mut wanted = self.open_instants();
+        wanted.extend(self.rewind_target());
+        for lsn in wanted {
             let is_free = lsn < kept.below && kept.get(lsn).is_none();
             if is_free && self.timeline().check(lsn).is_ok() {
                 must.push(KeptEntry::new(lsn, self.time_of(lsn)?, false));
@@ -87,6 +90,18 @@ impl VolumeStore {
         }
         self.set_kept(kept)?;
         Ok(true)
+    }
+
+    /// Where the rewind goes that has not ended.
+    fn rewind_target(&self) -> Option<Lsn> {
+        let closed = self.timeline().closed().last();
+        closed.filter(|span| span.open && span.kind == SpanKind::Rewind)?;
+        let begins = |entry: &&RunEntry| {
+            entry.kind == RecordKind::SpanBegin as u8 && entry.detail == SpanKind::Rewind as u8
+        };
+        let mut segments = self.segments().rev();
+        let begin = segments.find_map(|segment| segment.events.iter().rfind(begins).copied());
+        begin.map(|begin| Lsn(begin.offset.get()))
     }
 
     /// Keeps an instant until it is unpinned.
@@ -123,7 +138,7 @@ impl KeptInstants {
 }
 
 fn floor(time: i64, step: Nanoseconds) -> i64 {
-    time.div_euclid(step) * step
+    time.div_euclid(step).saturating_mul(step)
 }
 
 impl RetentionJob {
@@ -143,6 +158,14 @@ impl RetentionJob {
         let horizon = floor(youngest, step);
         let mut finder = Finder::new(&self.segments);
         let limit = self.resolving(&mut finder, WallTime(horizon))?;
+        // Records' times are the machine's, whose clock may be wrong. What the store took since then is young, whatever they say.
+        let limit = match self.first_young(WallTime(youngest)) {
+            Some((bound, time)) if limit.is_some_and(|(lsn, _)| lsn > bound) => {
+                let resolves = self.timeline.check(bound).is_ok();
+                resolves.then_some((bound, time))
+            }
+            _ => limit,
+        };
         let (below, below_time) = match limit.filter(|(lsn, _)| *lsn > old.below) {
             Some(found) => found,
             None => (old.below, old.below_time),
@@ -171,17 +194,29 @@ impl RetentionJob {
                 {
                     count += u64::from(found.insert(lsn, KeptEntry::new(lsn, at, false)).is_none());
                 }
-                // Nothing was written for a while: on to where something was.
+                let next = time - rung.step;
+                // Nothing was written for a while: on to where something was; but not past the list, whose times are another clock's, perhaps.
+                let listed = old.below_time.0;
                 time = match entry {
-                    Some((_, at)) if at.0 <= time - rung.step => {
-                        floor(at.0 + rung.step - 1, rung.step).min(time - rung.step)
+                    Some((_, at)) if at.0 <= next => {
+                        let there = floor(at.0 + rung.step - 1, rung.step).min(next);
+                        match there < listed && listed <= next {
+                            true => floor(listed, rung.step).min(next),
+                            false => there,
+                        }
                     }
-                    Some(_) => time - rung.step,
+                    Some(_) => next,
                     None => break,
                 };
             }
             by_rung.push(count);
             upper = upper.min(lower);
+        }
+        // A policy that keeps more than the last one does not lose what is left.
+        for entry in &old.entries {
+            if entry.lsn() < below && entry.time().0 > horizon {
+                found.entry(entry.lsn()).or_insert(*entry);
+            }
         }
         // Points live as long as the last rung.
         let oldest = ladder.rungs.last().map_or(all, |rung| rung.age);
@@ -209,6 +244,20 @@ impl RetentionJob {
             by_rung,
             points,
         }))
+    }
+
+    /// The beginning of what the store took after `time`; and the time of the last record before it.
+    fn first_young(&self, time: WallTime) -> Option<(Lsn, WallTime)> {
+        let mut before = WallTime(i64::MIN);
+        for segment in self.segments.values() {
+            if segment.stored_at > time {
+                return Some((segment.lsn_start, before));
+            }
+            if segment.entry_count > 0 {
+                before = segment.time_end;
+            }
+        }
+        None
     }
 
     fn first_time(&self) -> WallTime {

@@ -151,16 +151,39 @@ impl ScrubJob {
         run_file::write(&segment.run_path(), &head, entries, &events)
     }
 
-    /// Reads a segment; gives the hash of its last batch.
+    /// Reads a segment; gives the hash of its last batch. One that was pruned while it was read is read again.
     fn segment(
         &self,
         segment: &StoredSegment,
         previous: Option<&(Arc<StoredSegment>, Option<Hash128>)>,
         found: &mut Scrubbed,
     ) -> Option<Hash128> {
+        let pruned = || {
+            SegmentFile::open(segment)
+                .ok()
+                .and_then(|file| file.kept_root())
+        };
         found.segments += 1;
         found.bytes += segment.stored_bytes;
         found.history_bytes += segment.data_bytes;
+        let (mut before, so_far) = (pruned(), found.damage.len());
+        loop {
+            let hash = self.segment_once(segment, previous, found);
+            let after = pruned();
+            if found.damage.len() == so_far || after == before {
+                return hash;
+            }
+            before = after;
+            found.damage.truncate(so_far);
+        }
+    }
+
+    fn segment_once(
+        &self,
+        segment: &StoredSegment,
+        previous: Option<&(Arc<StoredSegment>, Option<Hash128>)>,
+        found: &mut Scrubbed,
+    ) -> Option<Hash128> {
         let follows = |(before, hash): &(Arc<StoredSegment>, Option<Hash128>)| Follows {
             lsn_end: before.lsn_end,
             next: before.sequence.0 + 1 == segment.sequence.0,

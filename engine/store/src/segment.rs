@@ -48,6 +48,8 @@ pub struct StoredSegment {
     pub pruned_for: u64,
     /// The first of them behind it.
     pub pruned_until: Lsn,
+    /// When the store took it, by the store's own clock: it ages by this.
+    pub stored_at: WallTime,
 }
 
 impl StoredSegment {
@@ -82,6 +84,7 @@ impl StoredSegment {
             settled: stored_bytes != sealed_bytes,
             pruned_for: run.pruned_for.get(),
             pruned_until: Lsn(run.pruned_until.get()),
+            stored_at: WallTime(run.stored_at.get()),
         }
     }
 

@@ -253,6 +253,13 @@ impl Timeline {
         if lsn > self.end {
             return outside(Some(last), None, None);
         }
+        if !self.kept.resolves(lsn) {
+            let (before, after) = self.kept.around(lsn);
+            return outside(before, Some(after), None).map_err(|outside: Outside| Outside {
+                pruned: true,
+                ..outside
+            });
+        }
         match self
             .closed
             .iter()
@@ -263,14 +270,7 @@ impl Timeline {
                 (!closed.open).then(|| closed.to.plus(1)),
                 Some(closed.kind),
             ),
-            None if self.kept.resolves(lsn) => Ok(lsn),
-            None => {
-                let (before, after) = self.kept.around(lsn);
-                outside(before, Some(after), None).map_err(|outside: Outside| Outside {
-                    pruned: true,
-                    ..outside
-                })
-            }
+            None => Ok(lsn),
         }
     }
 }

@@ -54,6 +54,8 @@ pub struct VolumeStore {
     in_use: Arc<()>,
     /// LSNs of images that are open, and how many of each.
     open: OpenInstants,
+    /// The store's own clock, if who opened it has told.
+    pub(crate) now: Option<WallTime>,
     /// Segments that pruning has looked at, and left as they are.
     pub(crate) looked: Looked,
     _lock: Flock<File>,
@@ -85,6 +87,7 @@ impl VolumeStore {
             healed: Vec::new(),
             in_use: Arc::new(()),
             open: OpenInstants::default(),
+            now: None,
             looked: Looked::new(),
             _lock: lock,
         };
@@ -138,7 +141,13 @@ impl VolumeStore {
     }
 
     fn load_kept(&mut self) {
-        let (kept, problems) = KeptInstants::load(&self.directory, self.volume);
+        let (kept, mut problems) = KeptInstants::load(&self.directory, self.volume);
+        // The two say the same again before anything is pruned by what one of them says.
+        if let Some(kept) = kept.as_ref().filter(|_| !problems.is_empty())
+            && let Err(error) = kept.write(&self.directory, self.volume)
+        {
+            problems.push(error.to_string());
+        }
         // What the segments were pruned for: behind the last of these everything resolves, whatever the lists say.
         let pruned = self.segments().filter(|segment| segment.pruned_for != 0);
         let until = pruned.map(|segment| segment.pruned_until).max();
@@ -148,7 +157,9 @@ impl VolumeStore {
         });
         if kept.below != Lsn(0) || !kept.entries.is_empty() {
             self.healed.extend(problems.into_iter().map(|why| {
-                format!("{why}. The other list of kept instants is whole; it is written anew with the next change")
+                format!(
+                    "{why}. The other list of kept instants is whole, and was written in its place"
+                )
             }));
         }
         if let Some(until) = until.filter(|until| *until > kept.below) {
@@ -184,7 +195,11 @@ impl VolumeStore {
                     let error = FormatError::Foreign("segment of another volume or place");
                     return Err(StoreError::Damaged(path, error));
                 }
-                let (head, entries, events) = run_file::of_segment(&file)?;
+                let (mut head, entries, events) = run_file::of_segment(&file)?;
+                if head.stored_at.get() == 0 {
+                    // When it was written last: it may seem younger than it is, not older.
+                    head.stored_at = modified_ns(&path).into();
+                }
                 if let Err(error) = run_file::write(&run, &head, &entries, &events) {
                     self.healed.push(format!("{error}. It is done without"));
                 }
@@ -320,6 +335,11 @@ impl VolumeStore {
         open.keys().copied().collect()
     }
 
+    /// Tells the time of the store's own clock: what is taken from now on ages by it.
+    pub fn set_now(&mut self, now: WallTime) {
+        self.now = Some(now);
+    }
+
     /// What retention has left.
     #[must_use]
     pub fn kept(&self) -> &Arc<KeptInstants> {
@@ -390,6 +410,9 @@ impl VolumeStore {
         let Some(segment) = newest else {
             return Ok(Lsn(0));
         };
+        if segment.time_end <= time {
+            return Ok(segment.lsn_end);
+        }
         let entries = segment.entries()?;
         let last = entries.iter().rev().find(|entry| entry.time() <= time);
         Ok(last.map_or(segment.lsn_start, |entry| entry.lsn().plus(1)))
@@ -468,6 +491,14 @@ impl VolumeStore {
 
 /// No history has as many segments.
 const SEQUENCES: u64 = 1 << 60;
+
+fn modified_ns(path: &Path) -> i64 {
+    let modified = std::fs::metadata(path).and_then(|found| found.modified());
+    let since = modified
+        .ok()
+        .and_then(|time| time.duration_since(std::time::UNIX_EPOCH).ok());
+    since.map_or(i64::MAX, |since| since.as_nanos() as i64)
+}
 
 fn sequence_of(path: &Path, ending: &str) -> Option<SegmentSequence> {
     let known = path.extension().is_some_and(|found| found == ending);
