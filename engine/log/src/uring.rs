@@ -413,8 +413,9 @@ impl<P: Port> Medium for UringMedium<P> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::Buffer;
+    use super::{DISK_PLACES, OwnRing, UringMedium};
+    use crate::{Buffer, Disk, Medium, Operation};
+    use std::fs::File;
     use std::os::unix::fs::FileExt;
 
     fn read(offset: u64, buffer: &Buffer) -> Operation {
