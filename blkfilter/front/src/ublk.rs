@@ -15,8 +15,9 @@ use libublk::io::{BufDescList, UblkDev, UblkQueue, with_task_io_ring_mut};
 use libublk::{BufDesc, UblkError, UblkFlags, UblkIORes, sys};
 use std::fmt;
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use varve_log::{Buffer, Memory, TARGET_BIT};
 
 /// Requests in flight.
@@ -110,7 +111,9 @@ pub fn serve(
     let geometry = options.geometry;
     let shared: SharedFactory = Arc::new(Mutex::new(Some(factory)));
     let (queue_waker, queue_stopper) = (waker.clone(), stopper.clone());
-    let stopper = stopper.clone();
+    let (stopper, waker) = (stopper.clone(), waker.clone());
+    let ending = Arc::new(Ending::default());
+    let queue_ending = Arc::clone(&ending);
     let lasting = options.lasting;
     control.run_target(
         move |device| {
@@ -120,8 +123,9 @@ pub fn serve(
         move |queue_id, device| {
             let factory = shared.lock().ok().and_then(|mut slot| slot.take());
             if let Some(factory) = factory {
-                run_queue(queue_id, device, factory, &queue_waker);
+                run_queue(queue_id, device, factory, &queue_waker, &queue_ending);
             }
+            queue_ending.ended.store(true, Ordering::Release);
             queue_stopper.stop(); // If the kernel stopped the queue, the waiting thread goes on, too.
         },
         move |control| {
@@ -135,12 +139,40 @@ pub fn serve(
                 control.disown();
             }
             let _ = control.kill_dev();
+            ending.see(&waker);
         },
     )?;
     if lasting {
         let _ = control.del_dev();
     }
     Ok(())
+}
+
+/// How a queue ends whose device is gone.
+#[derive(Default)]
+struct Ending {
+    /// The kernel has stopped the device: no request is left, and none comes.
+    gone: AtomicBool,
+    /// The queue's thread is past its loop.
+    ended: AtomicBool,
+}
+
+/// How long the kernel may take to give back the commands of a device that it has stopped.
+const LAST_COMMANDS: Duration = Duration::from_secs(1);
+
+impl Ending {
+    /// Waits until the queue has ended. A command that is handed to the kernel in the moment in which it stops the device never comes back (seen on
+    /// 7.3 with four devices under load): after a while the queue is told to go without it.
+    fn see(&self, waker: &Waker) {
+        let since = Instant::now();
+        while !self.ended.load(Ordering::Acquire) && since.elapsed() < 30 * LAST_COMMANDS {
+            if since.elapsed() > LAST_COMMANDS {
+                self.gone.store(true, Ordering::Release);
+                waker.wake();
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
 }
 
 /// Everything happens on the calling thread, because libublk's control ring belongs to a thread. Some kernels never come back from ADD_DEV: whoever
@@ -222,7 +254,13 @@ fn push_shared(entry: &io_uring::squeue::Entry) {
     with_task_io_ring_mut(|ring| push_into(ring, entry));
 }
 
-fn run_queue(queue_id: u16, device: &UblkDev, factory: DeviceFactory, waker: &Waker) {
+fn run_queue(
+    queue_id: u16,
+    device: &UblkDev,
+    factory: DeviceFactory,
+    waker: &Waker,
+    ending: &Ending,
+) {
     let buffers = device.alloc_queue_io_bufs();
     let Ok(queue) = UblkQueue::new(queue_id, device) else {
         return;
@@ -269,6 +307,7 @@ fn run_queue(queue_id: u16, device: &UblkDev, factory: DeviceFactory, waker: &Wa
             1,
         );
         match turn {
+            Ok(_) if ending.gone.load(Ordering::Acquire) => break,
             Ok(_) => {}
             Err(UblkError::QueueIsDown) => break,
             // A debugger, a frozen group, a suspended machine: the wait was interrupted, nothing more.
