@@ -167,7 +167,11 @@ impl Ending {
         let since = Instant::now();
         while !self.ended.load(Ordering::Acquire) && since.elapsed() < 30 * LAST_COMMANDS {
             if since.elapsed() > LAST_COMMANDS {
-                self.gone.store(true, Ordering::Release);
+                if !self.gone.swap(true, Ordering::AcqRel) {
+                    eprintln!(
+                        "varve: the kernel keeps a command of a ublk device that it has stopped; going on without it"
+                    );
+                }
                 waker.wake();
             }
             std::thread::sleep(Duration::from_millis(20));
