@@ -7,7 +7,7 @@
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use varve_format::{KeptEntry, Lsn, SegmentSequence, WallTime};
+use varve_format::{KeptEntry, Lsn, RunEntry, RunHeader, SegmentSequence, WallTime};
 use varve_store::{
     Compression, Image, Ladder, Policy, Rung, Scrubbed, Swept, VolumeStore, volume_directory,
 };
@@ -243,6 +243,91 @@ fn what_the_store_took_lately_is_young_whatever_its_records_say() {
     let below = sample.store.kept().below;
     assert!(below <= first && below.0 > first.0 / 2, "{below}, {first}");
     check(&mut sample, 40);
+}
+
+/// Moves the times of a segment's records, as a machine's clock does that is wrong; not when the store took it.
+fn skew(run: &Path, by: i64) {
+    let mut bytes = std::fs::read(run).unwrap();
+    let (head, rest) = bytes.split_at_mut(4096);
+    for entry in rest.chunks_exact_mut(size_of::<RunEntry>()) {
+        let time = &mut entry[std::mem::offset_of!(RunEntry, wall_time)..][..8];
+        let moved = i64::from_le_bytes(time.try_into().unwrap()) + by;
+        time.copy_from_slice(&moved.to_le_bytes());
+    }
+    let mut header = RunHeader::parse(head, 4096 + rest.len() as u64).unwrap();
+    let entries = header.entry_count.get() as usize * size_of::<RunEntry>();
+    header.entries_crc = varve_format::crc32c(&rest[..entries]).into();
+    header.events_crc = varve_format::crc32c(&rest[entries..]).into();
+    header.time_start = (header.time_start.get() + by).into();
+    header.time_end = (header.time_end.get() + by).into();
+    head.copy_from_slice(&header.to_block());
+    std::fs::write(run, bytes).unwrap();
+}
+
+/// The clock was behind for a while, and ahead for a while. No instant is lost but those that a right clock would lose, and time goes on.
+#[test]
+fn clocks_that_were_wrong_lose_nothing_else() {
+    const YEARS: i64 = 1_000_000_000_000_000_000;
+    let directory = tempfile::tempdir().unwrap();
+    let mut sample = Sample::new(directory.path(), VOLUME_BYTES, SEGMENT_BYTES, true);
+    sample.mixed(3000);
+    let (first, span) = (
+        sample.store.segments().next().unwrap().time_start.0,
+        length(&sample.store),
+    );
+    let runs = files(directory.path(), "runs");
+    let count = runs.len();
+    let (behind, ahead) = (count / 5..count / 4, count / 2..count / 2 + count / 10);
+    let step = span / 40;
+    let mut right = std::collections::BTreeSet::new();
+    for (index, segment) in sample.store.segments().enumerate() {
+        if !behind.contains(&index) && !ahead.contains(&index) {
+            let entries = segment.entries().unwrap();
+            let number = |entry: &RunEntry| (entry.time().0 + step - 1).div_euclid(step);
+            right.extend(entries.iter().filter(|e| e.changes_image()).map(number));
+        }
+    }
+    let elsewhere = tempfile::tempdir().unwrap();
+    sample.store = VolumeStore::open(elsewhere.path(), VOLUME).unwrap();
+    behind.clone().for_each(|index| skew(&runs[index], -YEARS));
+    ahead.clone().for_each(|index| skew(&runs[index], YEARS));
+    sample.store = VolumeStore::open(directory.path(), VOLUME).unwrap();
+    assert!(sample.store.damaged().is_empty() && sample.store.healed().is_empty());
+    let policy = policy(span, 20, &[(40, 200)]);
+    for part in 4..=10 {
+        let now = WallTime(first + span * part / 10);
+        if let Some(plan) = sample.store.plan(&policy, now).run().unwrap() {
+            sample.store.keep(&plan).unwrap();
+        }
+        sweep(&mut sample.store);
+        let below = sample.store.kept().below_time;
+        assert!(below.0 <= now.0 - span / 5, "{below:?} is young at {now:?}");
+        let lately = WallTime(now.0 - span / 10);
+        assert!(sample.store.pruned_at(lately).unwrap().is_none());
+    }
+    let below = sample.store.kept().below;
+    assert!(
+        below.0 > sample.store.timeline().end().0 / 2,
+        "the limit stands still at {below}"
+    );
+    for entry in sample.store.kept().entries.clone() {
+        assert!(read(&sample.store, entry.lsn()) == sample.image(entry.lsn()));
+    }
+    // Each step in which the clock was right has its instant.
+    let kept = sample.store.kept().entries.clone();
+    let mut steps = 0;
+    for number in right {
+        let end = number * step;
+        if end < sample.store.kept().below_time.0 {
+            steps += 1;
+            let within = |at: i64| end - step < at && at <= end;
+            assert!(
+                kept.iter().any(|entry| within(entry.time().0)),
+                "nothing is kept at {end}"
+            );
+        }
+    }
+    assert!(steps > 8, "{steps} steps");
 }
 
 /// A segment that cannot be read stays as it is, and holds up no other.

@@ -329,6 +329,7 @@ fn run_queue(
             }
         }
     }
+    ending.ended.store(true, Ordering::Release);
     drain(target.as_mut(), &port, waker);
     target.closed();
 }

@@ -24,6 +24,11 @@ const PRUNE_FOR: Duration = Duration::from_millis(300);
 /// Room that settling leaves on the store's disk beside the segment that it writes: the logs must go on being drained.
 const ROOM_BYTES: u64 = 256 << 20;
 
+fn every(policy: &Policy) -> Duration {
+    let all = policy.ladder.all.unwrap_or(i64::MAX).unsigned_abs();
+    RETAIN_EVERY.min(Duration::from_nanos(all / 3))
+}
+
 /// Whether it may be better by itself in a while.
 fn passes(error: &StoreError) -> bool {
     matches!(error, StoreError::Full(_) | StoreError::ReadOnly(_))
@@ -44,6 +49,8 @@ struct Background {
     /// When the policy was asked last.
     retained: BTreeMap<String, Instant>,
     sweeps: BTreeMap<String, Sweep>,
+    /// What the policy file says, and since when.
+    policy: Option<(Policy, Instant)>,
     proofs: Sender<(String, u64, Settling)>,
     proved: Receiver<(String, u64, Option<StoreError>)>,
     said: String,
@@ -74,6 +81,7 @@ pub(crate) fn run(service: Arc<Service>) {
         resting: BTreeMap::new(),
         retained: BTreeMap::new(),
         sweeps: BTreeMap::new(),
+        policy: None,
         proofs,
         proved,
         said: String::new(),
@@ -101,6 +109,7 @@ impl Background {
             (Compression::default(), percent, None)
         });
         let _ = self.service.clock_ns(); // A jump is noticed between two looks.
+        let kept = self.settled_policy(kept);
         let began = Instant::now();
         let mut worked = false;
         for id in self.service.open_ids() {
@@ -114,6 +123,20 @@ impl Background {
             std::thread::sleep(took * (100 - percent) / percent);
         } else {
             std::thread::sleep(IDLE);
+        }
+    }
+
+    /// The policy, once it has said the same for a while: a file that is being written anew may be empty, or away, for a moment.
+    fn settled_policy(&mut self, policy: Option<Policy>) -> Option<Policy> {
+        let policy = policy?;
+        match &self.policy {
+            Some((known, since)) if *known == policy => {
+                (since.elapsed() >= every(&policy)).then_some(policy)
+            }
+            _ => {
+                self.policy = Some((policy, Instant::now()));
+                None
+            }
         }
     }
 
@@ -154,14 +177,18 @@ impl Background {
         if self.is_resting(id) || !self.service.was_taken(id) {
             return false;
         }
-        let all = policy.ladder.all.unwrap_or(i64::MAX).unsigned_abs();
-        let every = RETAIN_EVERY.min(Duration::from_nanos(all / 3));
+        let every = every(policy);
         let due = |last: &Instant| last.elapsed() >= every;
         if self.retained.get(id).is_none_or(due) {
             self.retained.insert(id.to_owned(), Instant::now());
-            if let Err(error) = self.service.retain(id, policy) {
-                self.failed(id, None, &error);
-                return false;
+            match self.service.retain(id, policy) {
+                Ok(()) => {}
+                // What was struck before can be pruned all the same, and makes room.
+                Err(error @ StoreError::Full(_)) => self.say(format!("{id}: {error}")),
+                Err(error) => {
+                    self.failed(id, None, &error);
+                    return false;
+                }
             }
         }
         let sweep = self.sweeps.remove(id);
@@ -174,7 +201,8 @@ impl Background {
         };
         while self.under_way.iter().any(|(volume, _)| volume == id) {
             let Ok((id, sequence, failed)) = self.proved.recv() else {
-                return false;
+                eprintln!("varved: proving has ended unexpectedly; ending, to begin anew");
+                std::process::exit(1);
             };
             self.proved(id, sequence, failed);
         }

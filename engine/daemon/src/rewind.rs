@@ -73,6 +73,8 @@ impl Service {
                 format!("{volume} is being rewound already; wait for it (`varve status`)"),
             )
         })?;
+        // Nothing is pruned until it has ended: the store may not yet know where it goes.
+        self.note_taken(&info.id, false);
         self.filter()?
             .call::<_, FilterReply>(&FilterOp::RewindBegin {
                 name: volume.to_owned(),

@@ -75,7 +75,18 @@ impl Service {
         }
     }
 
-    /// Whether a history holds all that its log has sealed, or did since this process began.
+    pub(crate) fn note_taken(&self, id: &str, is: bool) {
+        let mut taken = self
+            .taken
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        match is {
+            true => taken.insert(id.to_owned()),
+            false => taken.remove(id),
+        };
+    }
+
+    /// Whether a history holds what its log has sealed, or did since this process began, and no rewind is under way.
     pub(crate) fn was_taken(&self, id: &str) -> bool {
         let taken = self
             .taken
@@ -201,6 +212,11 @@ impl Service {
                 } else {
                     Ok(())
                 };
+                if volume.state == "rewinding" {
+                    self.note_taken(&volume.id, false);
+                } else if outcome.is_ok() {
+                    self.note_taken(&volume.id, true);
+                }
                 // Said once, not twice a second.
                 match outcome {
                     Err(failed) if told.get(&volume.name) != Some(&failed.message) => {
@@ -335,12 +351,6 @@ impl Service {
         for problem in &done.problems {
             eprintln!("varved: {}: {problem}", volume.name);
         }
-        let mut taken = self
-            .taken
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
-        taken.insert(volume.id.clone());
-        drop(taken);
         let incomplete =
             self.with_store(&volume.id, |store| Ok(store.timeline().is_incomplete()))?;
         if incomplete && volume.state == "protected" {

@@ -1,7 +1,8 @@
 //! The store's own clock, by which history ages. It never goes faster than the machine runs: whoever sets the wall clock ahead ages nothing.
 //!
 //! Within one boot it advances by the lesser of what the wall clock and the boot clock (which goes on in suspend) have advanced; over a reboot, when
-//! there is no boot clock, by what the wall clock says, but seven days at most. A wall clock that was set back stops it until the two agree again.
+//! there is no boot clock, by what the wall clock says, but seven days at most. A wall clock that is set back stops it for that moment. What it lags
+//! behind it never catches up: history is kept longer, and `varve policy` says so.
 
 use nix::time::{ClockId, clock_gettime};
 use std::path::{Path, PathBuf};

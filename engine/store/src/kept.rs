@@ -62,16 +62,10 @@ impl KeptInstants {
     /// The newest that is not newer than `time`, among those below the limit.
     #[must_use]
     pub fn at_time(&self, time: WallTime) -> Option<&KeptEntry> {
-        let below = self
-            .entries
-            .partition_point(|entry| entry.lsn() < self.below);
-        // Where the clock was set back between two, the later one counts.
-        let later = self.entries[..below].partition_point(|entry| entry.time() <= time);
-        let found = self.entries[..later].last();
-        found.filter(|entry| entry.time() <= time).or_else(|| {
-            let mut all = self.entries[..below].iter().rev();
-            all.find(|entry| entry.time() <= time)
-        })
+        // A clock may have been wrong between two: they need not be in the order of time.
+        let below = self.entries.iter().filter(|entry| entry.lsn() < self.below);
+        let not_newer = below.filter(|entry| entry.time() <= time);
+        not_newer.max_by_key(|entry| (entry.time(), entry.lsn()))
     }
 
     /// Reads the list of a volume. An error is in words; what can be known is what the other file says, or nothing.

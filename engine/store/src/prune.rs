@@ -95,6 +95,9 @@ impl Cover {
         let Some(range) = Range::of(offset, length) else {
             return false;
         };
+        if !(offset | length).is_multiple_of(SECTOR) {
+            return false; // No device writes like that.
+        }
         let edge = |(block, mask): (u32, u8)| {
             let written = self.parts.get(&block).copied().unwrap_or(0);
             self.blocks.contains(block) || written & mask == mask
@@ -142,6 +145,8 @@ pub struct Sweep {
     at: SegmentSequence,
     cover: Cover,
     compression: Compression,
+    /// Some did not fit on the disk.
+    full: Option<StoreError>,
     /// Whoever deletes the history waits for a step, not for a sweep.
     lease: Weak<()>,
 }
@@ -242,6 +247,7 @@ impl VolumeStore {
                 until: kept.below,
             },
             compression,
+            full: None,
             lease: Arc::downgrade(&self.lease()),
         })
     }
@@ -302,7 +308,7 @@ impl Sweep {
             return Ok(Swept::Done);
         };
         let Some((segment, is_dirty)) = self.next() else {
-            return Ok(Swept::Done);
+            return self.full.take().map_or(Ok(Swept::Done), Err);
         };
         let deciding = deciding(&self.kept, &segment);
         let Some((hash, until)) = deciding.filter(|_| is_dirty) else {
@@ -337,8 +343,11 @@ impl Sweep {
         match written {
             Ok(pruned) => Ok(Swept::Pruned(Box::new(pruned))),
             // A disk that does not take what is written: that goes for all of them.
-            Err(error @ (StoreError::Full(_) | StoreError::ReadOnly(_) | StoreError::Proof(_))) => {
-                Err(error)
+            Err(error @ (StoreError::ReadOnly(_) | StoreError::Proof(_))) => Err(error),
+            // An older one, of which less is left, may fit, and make room.
+            Err(error @ StoreError::Full(_)) => {
+                self.full = Some(error);
+                Ok(Swept::Read)
             }
             // What is wrong with the segment a scrub says. Whole or not, nothing of it is thrown away, and it holds up no other.
             Err(_) => Ok(Swept::Stays(segment.sequence, hash)),

@@ -10,13 +10,13 @@ use crate::volume::Segments;
 use crate::{StoreError, Timeline, VolumeStore};
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use varve_format::{KeptEntry, Lsn, RecordKind, RunEntry, SegmentSequence, SpanKind, WallTime};
+use varve_format::{KeptEntry, Lsn, RecordKind, RunEntry, SpanKind, WallTime};
 
 /// Without rungs the limit moves in steps of this: each step looks at everything below it.
 const STEP_WITHOUT_RUNGS: Nanoseconds = 3_600_000_000_000;
 
 /// What is to be kept.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Policy {
     /// How much of the past.
     pub ladder: Ladder,
@@ -141,8 +141,17 @@ fn floor(time: i64, step: Nanoseconds) -> i64 {
     time.div_euclid(step).saturating_mul(step)
 }
 
+/// The step that an instant of this time belongs to: the newest instant of a step is the one that is kept.
+fn bucket(time: i64, step: Nanoseconds) -> i64 {
+    time.saturating_add(step - 1).div_euclid(step)
+}
+
 impl RetentionJob {
     /// Makes it. None: nothing would be pruned.
+    ///
+    /// Records' times are the machine's, whose clock may be wrong, for a moment or for long. So nothing here looks instants up by their time: the limit
+    /// goes by when the store took a segment, and a rung keeps the last instant of each run of instants that belong to one step, in the order of the
+    /// LSN. Where a clock jumps, that is one more.
     pub fn run(&self) -> Result<Option<Plan>, StoreError> {
         let ladder = &self.policy.ladder;
         let Some(all) = ladder.all else {
@@ -150,71 +159,45 @@ impl RetentionJob {
         };
         let old = &self.timeline.kept;
         let now = self.now.0;
-        let youngest = now.saturating_sub(all.max(self.policy.immutable));
         let step = ladder
             .rungs
             .first()
             .map_or(STEP_WITHOUT_RUNGS.min(all), |rung| rung.step);
-        let horizon = floor(youngest, step);
-        let mut finder = Finder::new(&self.segments);
-        let limit = self.resolving(&mut finder, WallTime(horizon))?;
-        // Records' times are the machine's, whose clock may be wrong. What the store took since then is young, whatever they say.
-        let limit = match self.first_young(WallTime(youngest)) {
-            Some((bound, time)) if limit.is_some_and(|(lsn, _)| lsn > bound) => {
-                let resolves = self.timeline.check(bound).is_ok();
-                resolves.then_some((bound, time))
+        let young = floor(now.saturating_sub(all.max(self.policy.immutable)), step);
+        let (below, below_time) = match self.limit(WallTime(young)) {
+            Some((lsn, time)) if lsn > old.below => {
+                // Between the last limit and what is young, whatever a record says: times are compared with it.
+                let most = young.max(old.below_time.0);
+                (lsn, WallTime(time.0.clamp(old.below_time.0, most)))
             }
-            _ => limit,
-        };
-        let (below, below_time) = match limit.filter(|(lsn, _)| *lsn > old.below) {
-            Some(found) => found,
-            None => (old.below, old.below_time),
+            _ => (old.below, old.below_time),
         };
         if below == Lsn(0) {
             return Ok(None);
         }
         let mut found: BTreeMap<Lsn, KeptEntry> = BTreeMap::new();
-        let mut by_rung = Vec::new();
-        let mut upper = horizon;
-        for (index, rung) in ladder.rungs.iter().enumerate() {
-            // Where the next rung takes over, in whole steps of that: then a segment is not written anew for each instant that goes.
-            let next = ladder
-                .rungs
-                .get(index + 1)
-                .map_or(rung.step, |next| next.step);
-            let lower =
-                floor(now.saturating_sub(rung.age), next).max(self.first_time().0 - rung.step);
-            let mut count = 0;
-            let mut time = floor(upper, rung.step);
-            while time > lower {
-                let entry = self.resolving(&mut finder, WallTime(time))?;
-                if let Some((lsn, at)) = entry
-                    && at.0 > time - rung.step
-                    && lsn < below
-                {
-                    count += u64::from(found.insert(lsn, KeptEntry::new(lsn, at, false)).is_none());
-                }
-                let next = time - rung.step;
-                // Nothing was written for a while: on to where something was; but not past the list, whose times are another clock's, perhaps.
-                let listed = old.below_time.0;
-                time = match entry {
-                    Some((_, at)) if at.0 <= next => {
-                        let there = floor(at.0 + rung.step - 1, rung.step).min(next);
-                        match there < listed && listed <= next {
-                            true => floor(listed, rung.step).min(next),
-                            false => there,
-                        }
-                    }
-                    Some(_) => next,
-                    None => break,
-                };
+        let mut by_rung = vec![0; ladder.rungs.len()];
+        let mut last: Option<((usize, i64), KeptEntry)> = None;
+        let mut keep = |(rung, _): (usize, i64), entry: KeptEntry| {
+            by_rung[rung] += 1;
+            found.insert(entry.lsn(), entry);
+        };
+        for entry in self.candidates(below, step)? {
+            let Some(place) = self.place(entry.time()) else {
+                continue;
+            };
+            if let Some((before, kept)) = last.replace((place, entry))
+                && before != place
+            {
+                keep(before, kept);
             }
-            by_rung.push(count);
-            upper = upper.min(lower);
+        }
+        if let Some((place, kept)) = last {
+            keep(place, kept);
         }
         // A policy that keeps more than the last one does not lose what is left.
         for entry in &old.entries {
-            if entry.lsn() < below && entry.time().0 > horizon {
+            if entry.lsn() < below && entry.time().0 > young {
                 found.entry(entry.lsn()).or_insert(*entry);
             }
         }
@@ -246,92 +229,71 @@ impl RetentionJob {
         }))
     }
 
-    /// The beginning of what the store took after `time`; and the time of the last record before it.
-    fn first_young(&self, time: WallTime) -> Option<(Lsn, WallTime)> {
-        let mut before = WallTime(i64::MIN);
+    /// The first LSN of what the store took after `young`, or of the span around it; and the time of the last record before it.
+    fn limit(&self, young: WallTime) -> Option<(Lsn, WallTime)> {
+        let mut limit = None;
         for segment in self.segments.values() {
-            if segment.stored_at > time {
-                return Some((segment.lsn_start, before));
+            if segment.stored_at > young {
+                break;
             }
-            if segment.entry_count > 0 {
-                before = segment.time_end;
-            }
+            let before = limit.map_or(segment.time_start, |(_, time)| time);
+            let told = segment.entry_count > 0;
+            limit = Some((
+                segment.lsn_end,
+                if told { segment.time_end } else { before },
+            ));
         }
-        None
-    }
-
-    fn first_time(&self) -> WallTime {
-        let first = self
-            .segments
-            .values()
-            .find(|segment| segment.entry_count > 0);
-        first.map_or(WallTime(0), |segment| segment.time_start)
-    }
-
-    /// The newest instant that resolves and is not newer than `time`; and the time of its last record.
-    fn resolving(
-        &self,
-        finder: &mut Finder<'_>,
-        time: WallTime,
-    ) -> Result<Option<(Lsn, WallTime)>, StoreError> {
-        let kept = &self.timeline.kept;
-        if time < kept.below_time {
-            return Ok(kept.at_time(time).map(|entry| (entry.lsn(), entry.time())));
-        }
-        let Some((lsn, at)) = finder.at(time)? else {
-            return Ok(None);
-        };
+        let (lsn, time) = limit?;
         match self.timeline.check(lsn) {
-            Ok(lsn) => Ok(Some((lsn, at))),
+            Ok(lsn) => Some((lsn, time)),
             Err(outside) => {
-                let span = self
-                    .timeline
-                    .closed()
-                    .iter()
-                    .find(|c| Some(c.from) == outside.before);
-                Ok(span.map(|span| (span.from, span.from_time)))
+                let spans = self.timeline.closed().iter();
+                let span = spans.rev().find(|span| Some(span.from) == outside.before)?;
+                let resolves = self.timeline.check(span.from).is_ok();
+                resolves.then_some((span.from, span.from_time))
             }
         }
     }
-}
 
-/// Looks times up; those of one segment read its run once.
-struct Finder<'a> {
-    segments: &'a Segments,
-    last: Option<(SegmentSequence, Vec<RunEntry>)>,
-}
-
-impl<'a> Finder<'a> {
-    fn new(segments: &'a Segments) -> Finder<'a> {
-        Finder {
-            segments,
-            last: None,
+    /// Instants below `below` that may be kept, in order: what is listed, and behind the last limit the last one of each `step`.
+    fn candidates(&self, below: Lsn, step: Nanoseconds) -> Result<Vec<KeptEntry>, StoreError> {
+        let old = &self.timeline.kept;
+        let listed = old.entries.iter().filter(|entry| entry.lsn() < old.below);
+        let mut candidates: Vec<KeptEntry> = listed.copied().collect();
+        let mut push = |lsn: Lsn, time: WallTime| {
+            if lsn >= old.below && lsn < below && self.timeline.check(lsn).is_ok() {
+                candidates.push(KeptEntry::new(lsn, time, false));
+            }
+        };
+        if old.below > Lsn(0) && old.below < below {
+            push(old.below, old.below_time);
         }
+        let mut before: Option<WallTime> = None;
+        for segment in self.segments.values() {
+            if segment.lsn_end <= old.below || segment.lsn_start >= below {
+                continue;
+            }
+            for entry in segment.entries()? {
+                if let Some(time) = before
+                    && bucket(time.0, step) != bucket(entry.wall_time.get(), step)
+                {
+                    push(entry.lsn(), time);
+                }
+                before = Some(entry.time());
+            }
+        }
+        Ok(candidates)
     }
 
-    /// The LSN behind the last record that is not newer than `time`, and that record's time.
-    fn at(&mut self, time: WallTime) -> Result<Option<(Lsn, WallTime)>, StoreError> {
-        let newest = self
-            .segments
-            .values()
-            .rev()
-            .find(|segment| segment.entry_count > 0 && segment.time_start <= time);
-        let Some(segment) = newest else {
-            return Ok(None);
-        };
-        if segment.time_end <= time {
-            return Ok(Some((segment.lsn_end, segment.time_end)));
-        }
-        let known = self.last.take().filter(|(s, _)| *s == segment.sequence);
-        let entries = match known {
-            Some((_, entries)) => entries,
-            None => segment.entries()?,
-        };
-        let last = entries.iter().rev().find(|entry| entry.time() <= time);
-        let found = last.map_or((segment.lsn_start, segment.time_start), |entry| {
-            (entry.lsn().plus(1), entry.time())
-        });
-        self.last = Some((segment.sequence, entries));
-        Ok(Some(found))
+    /// The rung and the step of it that an instant of this time belongs to; none: it is too old for all of them.
+    fn place(&self, time: WallTime) -> Option<(usize, i64)> {
+        let rungs = &self.policy.ladder.rungs;
+        let now = self.now.0;
+        let rung = rungs.iter().enumerate().position(|(index, rung)| {
+            // Where the next rung takes over, in whole steps of that: then a segment is not written anew for each instant that goes.
+            let next = rungs.get(index + 1).map_or(rung.step, |next| next.step);
+            time.0 > floor(now.saturating_sub(rung.age), next)
+        })?;
+        Some((rung, bucket(time.0, rungs[rung].step)))
     }
 }

@@ -147,7 +147,8 @@ impl ScrubJob {
         let source = SegmentBytes::new(&file);
         let reader = SegmentReader::open(source, 0, segment.data_bytes);
         let header = *reader.map_err(StoreError::segment(file.path()))?.header();
-        let (head, events) = run_file::head_of(&header, file.footer(), entries);
+        let (mut head, events) = run_file::head_of(&header, file.footer(), entries);
+        head.stored_at = segment.stored_at.0.into();
         run_file::write(&segment.run_path(), &head, entries, &events)
     }
 

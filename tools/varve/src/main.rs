@@ -228,7 +228,7 @@ enum Command {
 #[derive(Args)]
 struct Volume {
     /// Volume; not needed while there is only one.
-    #[arg(long = "volume", short = 'V', value_name = "NAME")]
+    #[arg(long = "volume", short = 'V', value_name = "NAME", global = true)]
     name: Option<String>,
 }
 

@@ -134,6 +134,13 @@ fn show(volume: &str, policy: &PolicyInfo, simulated: bool) {
             show_bytes(kept)
         );
     }
+    let behind = jiff::Timestamp::now().as_nanosecond() as i64 - policy.now_ns;
+    if behind > 3_600_000_000_000 {
+        println!(
+            "  the store's clock is {} hours behind this machine's: history ages by the store's, which takes no jump",
+            behind / 3_600_000_000_000
+        );
+    }
     println!(
         "  {} stored, {} a day lately, {} free: {}",
         show_bytes(policy.stored_bytes),
