@@ -3,7 +3,8 @@
 //!
 //! Order: the progress record is there before the target is touched, so that whatever a crash leaves is known as ours; what the record calls done was
 //! flushed before the record was. A target that was there before is written over, not replaced: a device,
-//! or a file that holds an older copy. Reads and writes go past the page cache where the file systems allow it.
+//! or a file that holds an older copy. Reads go past the page cache where the file systems allow it, so that what is verified comes from the disk; so do
+//! writes to devices. A file is written through the cache, and flushed every other second: its file system then lays it out in large pieces.
 
 use crate::resume::Resume;
 use std::collections::HashMap;
@@ -268,10 +269,11 @@ pub fn copy_ranges<Bar: FnMut(u64, u64)>(
                     stop = (stop + HOLE).min(length);
                 }
                 let place = offset + at as u64;
-                target
-                    .file(place, stop - at)
-                    .write_all_at(&bytes[at..stop], place)
-                    .map_err(writing)?;
+                let to = match is_device {
+                    true => target.file(place, stop - at),
+                    false => &target.cached,
+                };
+                to.write_all_at(&bytes[at..stop], place).map_err(writing)?;
                 written.fetch_add((stop - at) as u64, Ordering::Relaxed);
                 at = stop;
             }
