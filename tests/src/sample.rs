@@ -3,7 +3,8 @@
 //! The ring lies in memory and completes at once: what a crash does to a log is another test's business.
 
 use std::collections::VecDeque;
-use std::path::Path;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
 use varve_format::{
     Checkpoint, EpochId, Hash128, Lsn, Record, RecordKind, SegmentSequence, SpanKind, VolumeId,
     VolumeState, WallTime,
@@ -12,7 +13,7 @@ use varve_log::{
     BatchBuffer, Completion, Disk, LogGeometry, LogWriter, Medium, Memory, Now, Operation, ReadAt,
     SLOT_BYTES, SegmentOpening,
 };
-use varve_store::{VolumeStore, ingest};
+use varve_store::{Image, Scrubbed, VolumeStore, ingest, volume_directory};
 
 /// The volume of all samples.
 pub const VOLUME: VolumeId = VolumeId([5; 16]);
@@ -322,6 +323,38 @@ impl Sample {
         }
         settled
     }
+}
+
+/// The files of a kind (`segments`, `runs`, `maps`) of the history under `root`, in order.
+///
+/// # Panics
+/// If there is none.
+#[must_use]
+pub fn files(root: &Path, kind: &str) -> Vec<PathBuf> {
+    let folder = volume_directory(root, VOLUME).join(kind);
+    let entries = std::fs::read_dir(folder).unwrap();
+    let mut files: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
+    files.sort();
+    files
+}
+
+/// The whole image at `lsn`.
+///
+/// # Panics
+/// If it cannot be read.
+#[must_use]
+pub fn read(store: &VolumeStore, lsn: Lsn) -> Vec<u8> {
+    let image = Image::open(store, lsn).unwrap();
+    let mut bytes = vec![0; image.bytes() as usize];
+    image.read(0, &mut bytes).unwrap();
+    bytes
+}
+
+/// A whole scrub.
+#[must_use]
+pub fn scrub(store: &VolumeStore) -> Scrubbed {
+    let go_on = |_, _: &Scrubbed| ControlFlow::Continue(());
+    store.scrub().run(SegmentSequence(0), go_on)
 }
 
 fn checkpoint() -> Checkpoint {

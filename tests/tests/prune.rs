@@ -5,37 +5,13 @@
     reason = "in tests a surprise should end the test"
 )]
 
-use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use varve_format::{KeptEntry, Lsn, RunEntry, RunHeader, SegmentSequence, WallTime};
-use varve_store::{
-    Compression, Image, Ladder, Policy, Rung, Scrubbed, Swept, VolumeStore, volume_directory,
-};
-use varve_tests::sample::{Sample, VOLUME};
+use varve_format::{KeptEntry, Lsn, RunEntry, RunHeader, WallTime};
+use varve_store::{Compression, Image, Ladder, Policy, Rung, Swept, VolumeStore, volume_directory};
+use varve_tests::sample::{Sample, VOLUME, files, read, scrub};
 
 const VOLUME_BYTES: u64 = 4 << 20;
 const SEGMENT_BYTES: u64 = 96 << 10;
-
-fn files(root: &Path, kind: &str) -> Vec<PathBuf> {
-    let folder = volume_directory(root, VOLUME).join(kind);
-    let entries = std::fs::read_dir(folder).unwrap();
-    let mut files: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
-    files.sort();
-    files
-}
-
-fn read(store: &VolumeStore, lsn: Lsn) -> Vec<u8> {
-    let image = Image::open(store, lsn).unwrap();
-    let mut bytes = vec![0; image.bytes() as usize];
-    image.read(0, &mut bytes).unwrap();
-    bytes
-}
-
-fn scrub(store: &VolumeStore) -> Scrubbed {
-    store
-        .scrub()
-        .run(SegmentSequence(0), |_, _| ControlFlow::Continue(()))
-}
 
 /// A policy by fractions of a history's length in time.
 fn policy(length: i64, all: i64, rungs: &[(i64, i64)]) -> Policy {

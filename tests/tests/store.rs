@@ -8,33 +8,12 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use varve_format::{Lsn, RecordKind, SegmentSequence, WallTime};
-use varve_store::{Compression, Image, RangeKind, Scrubbed, VolumeStore, volume_directory};
-use varve_tests::sample::{Sample, VOLUME};
+use varve_store::{Compression, Image, RangeKind, VolumeStore, volume_directory};
+use varve_tests::sample::{Sample, VOLUME, files, read, scrub};
 
 const VOLUME_BYTES: u64 = 4 << 20;
 const SEGMENT_BYTES: u64 = 96 << 10;
 const ALL: [Compression; 3] = [Compression::None, Compression::Lz4, Compression::Zstd(3)];
-
-fn files(root: &Path, kind: &str) -> Vec<PathBuf> {
-    let folder = volume_directory(root, VOLUME).join(kind);
-    let entries = std::fs::read_dir(folder).unwrap();
-    let mut files: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
-    files.sort();
-    files
-}
-
-fn read(store: &VolumeStore, lsn: Lsn) -> Vec<u8> {
-    let image = Image::open(store, lsn).unwrap();
-    let mut bytes = vec![0; image.bytes() as usize];
-    image.read(0, &mut bytes).unwrap();
-    bytes
-}
-
-fn scrub(store: &VolumeStore) -> Scrubbed {
-    store.scrub().run(SegmentSequence(0), |_, _| {
-        std::ops::ControlFlow::Continue(())
-    })
-}
 
 /// Compares images at instants of all kinds with what was recorded.
 fn compare(sample: &mut Sample, instants: u64) {
