@@ -4,7 +4,7 @@ use crate::source::{Source, find};
 use crate::{Cli, Context};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
-use varve_cli::{MountMode, daemons, file_system, mount_copy, show_bytes, show_time};
+use varve_cli::{MountMode, daemons, file_system, mount_copy, node_of, show_bytes, show_time};
 use varve_control::{ControlError, CopyInfo, FilterOp, FilterReply, NewCopy};
 
 /// A copy, and where it is mounted.
@@ -153,14 +153,7 @@ pub fn mount(
     device: &str,
     mode: MountMode,
 ) -> (Option<PathBuf>, String) {
-    let node = source
-        .partition
-        .map_or_else(|| device.to_owned(), |number| format!("{device}p{number}"));
-    // The kernel makes a partition's node a moment after the device's.
-    let since = std::time::Instant::now();
-    while !Path::new(&node).exists() && since.elapsed().as_secs() < 3 {
-        std::thread::sleep(std::time::Duration::from_millis(50));
-    }
+    let node = node_of(device, source.partition);
     if file_system(&node).is_empty() {
         let partitions = partitions(device);
         let note = if partitions.is_empty() {
@@ -181,7 +174,7 @@ pub fn mount(
         .map_err(|error| {
             ControlError::new("X005-directory", format!("{}: {error}", place.display()))
         })
-        .and_then(|()| mount_copy(&node, &place, mode));
+        .and_then(|()| mount_copy(&node, &place, mode, &[]));
     match mounted {
         Ok(()) => (Some(place), String::new()),
         Err(failed) => (None, format!("not mounted: {}", failed.message)),

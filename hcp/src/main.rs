@@ -1,11 +1,9 @@
 //! `hcp`: a point-in-time copy of a live device, at once. It asks the daemons; it opens neither logs nor stores itself.
 
 mod create;
-mod engine;
 mod list;
 mod out;
 mod past;
-mod resume;
 mod source;
 
 use clap::{CommandFactory, Parser};

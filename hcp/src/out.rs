@@ -4,29 +4,21 @@
 //! A hot copy that was made for it goes when all is done. If the command is interrupted it stays, and the same command goes on where it was.
 
 use crate::create::make;
-use crate::engine::{Job, Plan, copy_ranges, stream};
 use crate::list::find_copy;
-use crate::resume::Resume;
 use crate::source::find;
 use crate::{Cli, Context};
 use serde::Serialize;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::time::Instant;
+use varve_cli::copy_out::{self, Allowed, Copied, Identity, Options, Resume, Source, Target};
+use varve_cli::daemons;
 use varve_cli::device::{mounted_on, size};
-use varve_cli::{daemons, show_bytes};
-use varve_control::{ControlError, CopyInfo, FilterOp, FilterReply, is_same_storage};
+use varve_control::{ControlError, CopyInfo, FilterOp, FilterReply};
 
 #[derive(Serialize)]
-struct Copied {
-    source: String,
-    target: String,
-    bytes: u64,
-    read_bytes: u64,
-    written_bytes: u64,
-    verified: bool,
-    seconds: f64,
+struct Done {
+    #[serde(flatten)]
+    copied: Copied,
     /// The hot copy, if it was kept.
     kept: Option<String>,
 }
@@ -43,13 +35,19 @@ struct Origin {
 /// `hcp --to TARGET DEVICE`.
 pub fn copy_out(context: &Context, cli: &Cli, device: &str, to: &str) -> Result<(), ControlError> {
     let target = Target::parse(to)?;
-    let resume = target.file().and_then(Resume::load);
-    target.check(context, cli, resume.is_some())?;
+    let part = || target.file().and_then(Resume::load);
+    let resume = part();
+    let allowed = Allowed {
+        anything: cli.overwrite,
+        a_part: resume.is_some(),
+        an_older_copy: cli.incremental_from.is_some(),
+    };
+    target.check(&context.paths, allowed)?;
     let origin = origin(context, cli, device, resume.as_ref())?;
-    let outcome = copy_from(context, cli, to, &target, &origin, resume);
+    let outcome = copy_from(context, cli, &target, &origin);
     if outcome.is_err()
         && let Some(copy) = origin.copy.as_ref().filter(|_| origin.made)
-        && target.file().and_then(Resume::load).is_none()
+        && part().is_none()
     {
         // Nothing to go on from: what was made for it goes.
         let name = copy.name.clone();
@@ -62,10 +60,8 @@ pub fn copy_out(context: &Context, cli: &Cli, device: &str, to: &str) -> Result<
 fn copy_from(
     context: &Context,
     cli: &Cli,
-    to: &str,
     target: &Target,
     origin: &Origin,
-    resume: Option<Resume>,
 ) -> Result<(), ControlError> {
     // After the cut: what the base lacks by then is all that can differ.
     let changed = match (&cli.incremental_from, &origin.copy) {
@@ -78,56 +74,19 @@ fn copy_from(
         }
         (None, _) => None,
     };
-    let begun = Instant::now();
-    let mut copied = Copied {
-        source: origin.path.display().to_string(),
-        target: to.to_owned(),
+    let identity = origin.copy.as_ref().map(identity);
+    let source = Source {
+        path: &origin.path,
         bytes: origin.bytes,
-        read_bytes: 0,
-        written_bytes: 0,
-        verified: false,
-        seconds: 0.0,
-        kept: None,
+        identity: identity.as_ref(),
     };
-    match target {
-        Target::Stdout => {
-            copied.read_bytes = stream(&origin.path, origin.bytes, bar(context, "copying"))?;
-            copied.written_bytes = copied.read_bytes;
-        }
-        Target::Nbd(uri) => by_tool(&origin.path, uri)?,
-        Target::Qcow2(path) => {
-            qcow2(&origin.path, path, cli.no_verify)?;
-            copied.verified = !cli.no_verify;
-        }
-        Target::File(path) => {
-            // Only what this copy began, in a file that is still as it was left.
-            let resume = resume.filter(|resume| {
-                let same = origin.copy.as_ref().is_some_and(|copy| resume.is_of(copy));
-                same && size(path) == Some(origin.bytes)
-            });
-            let from = resume.as_ref().map_or(0, |resume| resume.done);
-            if from > 0 {
-                context
-                    .output
-                    .say(format!("  going on behind the first {}", show_bytes(from)));
-            }
-            let plan = Plan {
-                source: origin.path.clone(),
-                target: path.clone(),
-                bytes: origin.bytes,
-                from,
-                only: changed,
-                verify: !cli.no_verify,
-                overwrite: cli.overwrite || resume.is_some(),
-            };
-            let record = origin.copy.as_ref().map(|copy| Resume::of(path, copy));
-            let Job { read, written } =
-                copy_ranges(&plan, record.as_ref(), |what| bar(context, what))?;
-            (copied.read_bytes, copied.written_bytes) = (read, written);
-            copied.verified = plan.verify;
-        }
-    }
-    copied.seconds = begun.elapsed().as_secs_f64();
+    let options = Options {
+        only: changed,
+        overwrite: cli.overwrite,
+        verify: !cli.no_verify,
+    };
+    let copied = copy_out::copy_out(&context.output, source, target, options)?;
+    let mut kept = None;
     // What was copied must still have been the copy at the end.
     if let Some(copy) = &origin.copy {
         let now = find_copy(context, &copy.name)?;
@@ -135,7 +94,7 @@ fn copy_from(
             return Err(ControlError::new(
                 "H006-lost",
                 format!(
-                    "the hot copy {} was given up while it was copied ({}): {to} is not a copy of one instant. {}",
+                    "the hot copy {} was given up while it was copied ({}): {target} is not a copy of one instant. {}",
                     copy.name, now.lost, now.note
                 ),
             ));
@@ -146,40 +105,35 @@ fn copy_from(
             };
             daemons::filter(&context.paths)?.call::<_, FilterReply>(&op)?;
         } else {
-            copied.kept = Some(copy.name.clone());
+            kept = Some(copy.name.clone());
         }
     }
-    say(context, &copied);
+    say(context, &Done { copied, kept });
     Ok(())
 }
 
-fn say(context: &Context, copied: &Copied) {
-    context.output.result(copied, || {
-        let verified = if copied.verified { ", verified" } else { "" };
-        let text = format!(
-            "  {} copied to {} in {:.1} s ({} read, {} written{verified})",
-            show_bytes(copied.bytes),
-            copied.target,
-            copied.seconds,
-            show_bytes(copied.read_bytes),
-            show_bytes(copied.written_bytes)
-        );
-        if copied.target == "-" {
+fn identity(copy: &CopyInfo) -> Identity {
+    Identity {
+        name: copy.name.clone(),
+        time_ns: copy.created_ns,
+        bytes: copy.bytes,
+    }
+}
+
+fn say(context: &Context, done: &Done) {
+    context.output.result(done, || {
+        let text = format!("  {}", done.copied.words());
+        if done.copied.target == "-" {
             eprintln!("{text}");
         } else {
             context.output.say(text);
-            if let Some(name) = &copied.kept {
+            if let Some(name) = &done.kept {
                 context.output.say(format!(
                     "  the hot copy {name} is kept: --incremental-from {name} copies what changed since; hcp -r {name} ends it"
                 ));
             }
         }
     });
-}
-
-fn bar(context: &Context, what: &str) -> impl FnMut(u64, u64) + use<> {
-    let mut show = context.output.bar(what);
-    move |done, total| show(varve_control::Progress { done, total })
 }
 
 /// Finds or makes what is to be read.
@@ -212,12 +166,14 @@ fn origin(
             // The copy of an interrupted command.
             if let Some(copy) = resume
                 .and_then(|resume| {
-                    find_copy(context, &resume.copy)
+                    find_copy(context, &resume.source.name)
                         .ok()
                         .map(|copy| (resume, copy))
                 })
                 .filter(|(resume, copy)| {
-                    resume.is_of(copy) && copy.volume == source.volume.name && copy.lost.is_empty()
+                    resume.source == identity(copy)
+                        && copy.volume == source.volume.name
+                        && copy.lost.is_empty()
                 })
                 .map(|(_, copy)| copy)
             {
@@ -289,171 +245,4 @@ fn changed_since(
         FilterReply::Ranges { ranges } => Ok(ranges),
         _ => Err(daemons::unexpected("blkfilter")),
     }
-}
-
-enum Target {
-    Stdout,
-    Nbd(String),
-    Qcow2(PathBuf),
-    File(PathBuf),
-}
-
-impl Target {
-    fn parse(text: &str) -> Result<Target, ControlError> {
-        let path = || std::path::absolute(text);
-        Ok(match text {
-            "-" => Target::Stdout,
-            _ if text.starts_with("nbd://") || text.starts_with("nbd+unix://") => {
-                Target::Nbd(text.to_owned())
-            }
-            _ if text.ends_with(".qcow2") => Target::Qcow2(path()?),
-            _ => Target::File(path()?),
-        })
-    }
-
-    /// Before anything is made: whether it may be written, and can be.
-    fn check(&self, context: &Context, cli: &Cli, resumable: bool) -> Result<(), ControlError> {
-        let exists = |path: &Path| {
-            ControlError::new(
-                "H018-target",
-                format!(
-                    "{} holds something already. Nothing was written; remove it, choose another name, or say --overwrite",
-                    path.display()
-                ),
-            )
-        };
-        match self {
-            Target::Stdout => Ok(()),
-            Target::Nbd(_) => has_tool("nbdcopy", "libnbd-bin"),
-            Target::Qcow2(path) => {
-                has_tool("qemu-img", "qemu-utils")?;
-                if path.exists() && !cli.overwrite {
-                    return Err(exists(path));
-                }
-                Ok(())
-            }
-            Target::File(path) => {
-                let is_device =
-                    std::fs::metadata(path).is_ok_and(|m| m.file_type().is_block_device());
-                if cli.incremental_from.is_some() {
-                    return if path.exists() {
-                        Ok(())
-                    } else {
-                        Err(ControlError::new(
-                            "H015-base",
-                            format!(
-                                "{} is not there: --incremental-from needs a file or device that holds the older copy",
-                                path.display()
-                            ),
-                        ))
-                    };
-                }
-                if is_device {
-                    refuse_volumes(context, path)?;
-                }
-                let holds = if is_device {
-                    holds_data(path)?
-                } else {
-                    std::fs::metadata(path).is_ok_and(|metadata| metadata.len() > 0)
-                };
-                if holds && !resumable && !cli.overwrite {
-                    return Err(exists(path));
-                }
-                Ok(())
-            }
-        }
-    }
-
-    fn file(&self) -> Option<&Path> {
-        match self {
-            Target::File(path) => Some(path),
-            _ => None,
-        }
-    }
-}
-
-/// A device that belongs to a volume is nobody's target.
-fn refuse_volumes(context: &Context, path: &Path) -> Result<(), ControlError> {
-    for volume in daemons::volumes(&context.paths).unwrap_or_default() {
-        for place in [&volume.device, &volume.mapped] {
-            if !place.is_empty() && is_same_storage(path, Path::new(place)) {
-                return Err(ControlError::new(
-                    "V037-same",
-                    format!(
-                        "{} belongs to the volume `{}`. Nothing was written",
-                        path.display(),
-                        volume.name
-                    ),
-                ));
-            }
-        }
-    }
-    Ok(())
-}
-
-/// Whether the first MiB of a device is not all zero.
-fn holds_data(path: &Path) -> Result<bool, ControlError> {
-    let mut area = Vec::new();
-    std::io::Read::read_to_end(
-        &mut std::io::Read::take(std::fs::File::open(path)?, 1 << 20),
-        &mut area,
-    )?;
-    Ok(area.iter().any(|byte| *byte != 0))
-}
-
-fn has_tool(program: &str, package: &str) -> Result<(), ControlError> {
-    run_tool(program, package, &["--version"])
-}
-
-fn run_tool(program: &str, package: &str, arguments: &[&str]) -> Result<(), ControlError> {
-    let outcome = Command::new(program)
-        .args(arguments)
-        .stdin(Stdio::null())
-        .output()
-        .map_err(|error| {
-            ControlError::new(
-                "H014-tool",
-                format!("{program}: {error}; install {package}"),
-            )
-        })?;
-    if outcome.status.success() {
-        return Ok(());
-    }
-    let why = String::from_utf8_lossy(&outcome.stderr).trim().to_owned();
-    Err(ControlError::new("H014-tool", format!("{program}: {why}")))
-}
-
-/// To an NBD server: libnbd's own tool does it.
-fn by_tool(source: &Path, uri: &str) -> Result<(), ControlError> {
-    run_tool(
-        "nbdcopy",
-        "libnbd-bin",
-        &["--flush", "--", &source.display().to_string(), uri],
-    )
-}
-
-fn qcow2(source: &Path, target: &Path, no_verify: bool) -> Result<(), ControlError> {
-    // For nobody else's eyes: qemu-img keeps the mode of what is there.
-    std::fs::File::options()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(target)?;
-    let (source, target) = (source.display().to_string(), target.display().to_string());
-    run_tool(
-        "qemu-img",
-        "qemu-utils",
-        &[
-            "convert", "-f", "raw", "-O", "qcow2", "-W", "-T", "none", &source, &target,
-        ],
-    )?;
-    if no_verify {
-        return Ok(());
-    }
-    run_tool(
-        "qemu-img",
-        "qemu-utils",
-        &["compare", "-f", "raw", "-F", "qcow2", &source, &target],
-    )
 }

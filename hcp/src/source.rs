@@ -1,11 +1,10 @@
 //! Which volume a device is: by its name, as it is mapped, the disk under it, a partition of either, or a place where it is mounted.
 
 use crate::Context;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use varve_cli::daemons;
-use varve_cli::device::mounted_on;
-use varve_control::{ControlError, VolumeInfo, sysfs};
+use varve_cli::device::{mounted_on, partition_of};
+use varve_control::{ControlError, VolumeInfo};
 
 /// A volume, and which part of it is meant.
 pub struct Source {
@@ -63,24 +62,6 @@ fn mounted_device(directory: &Path) -> Option<PathBuf> {
     (!found.is_empty())
         .then(|| std::fs::canonicalize(found).ok())
         .flatten()
-}
-
-/// The number of a partition, if `path` is one of `disk`.
-fn partition_of(path: &Path, disk: &Path) -> Option<u32> {
-    let number = |path: &Path| {
-        let metadata = std::fs::metadata(path).ok()?;
-        metadata
-            .file_type()
-            .is_block_device()
-            .then(|| metadata.rdev())
-    };
-    let place = std::fs::canonicalize(sysfs(number(path)?)).ok()?;
-    let parent = std::fs::canonicalize(sysfs(number(disk)?)).ok()?;
-    if place.parent() != Some(parent.as_path()) {
-        return None;
-    }
-    let text = std::fs::read_to_string(place.join("partition")).ok()?;
-    text.trim().parse().ok()
 }
 
 /// A device that goes past Varve: what can be done.

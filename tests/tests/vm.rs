@@ -63,6 +63,10 @@ in_guests! {
     lost_history_is_said_and_made_whole: |kernel| everywhere(kernel, &["holes"]);
     resized_device_is_followed: |kernel| everywhere(kernel, &["resize"]);
     history_thins_out_as_the_policy_says: |kernel| everywhere(kernel, &["retention"]);
+    files_of_the_past_ext4: |kernel| everywhere(kernel, &["files", "ext4"]);
+    files_of_the_past_xfs: |kernel| everywhere(kernel, &["files", "xfs"]);
+    files_of_the_past_btrfs: |kernel| everywhere(kernel, &["files", "btrfs"]);
+    instants_are_copied_out: |kernel| everywhere(kernel, &["export-to"]);
     history_is_compressed_and_proved_by_itself: |kernel| everywhere(kernel, &["store-life"]);
 }
 
@@ -114,6 +118,21 @@ fn fallback_lost_history_is_said_and_made_whole() {
 #[test]
 fn fallback_history_thins_out_as_the_policy_says() {
     fallback(&["retention"]);
+}
+
+#[test]
+fn fallback_files_of_the_past_ext4() {
+    fallback(&["files", "ext4"]);
+}
+
+#[test]
+fn fallback_files_of_the_past_xfs() {
+    fallback(&["files", "xfs"]);
+}
+
+#[test]
+fn fallback_instants_are_copied_out() {
+    fallback(&["export-to"]);
 }
 
 #[test]

@@ -44,6 +44,17 @@ pub enum StoreOp {
         writable: bool,
         /// Serve NBD on this Unix socket instead of a block device.
         nbd: Option<String>,
+        /// It ends with the connection on which it was asked for.
+        held: bool,
+    },
+    /// The instant in the middle of two, by records.
+    Middle {
+        /// Name.
+        volume: String,
+        /// LSN of an instant.
+        after: u64,
+        /// LSN of a later one.
+        before: u64,
     },
     /// End an export.
     Unexport {
@@ -250,6 +261,8 @@ pub enum StoreReply {
         /// Wall time of the last record below it, ns.
         time_ns: i64,
     },
+    /// There is no instant between two.
+    Nothing,
     /// An image is shown.
     Shown {
         /// The block device or socket.

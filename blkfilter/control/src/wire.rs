@@ -161,15 +161,33 @@ impl Client {
     }
 }
 
+/// What is still to be done when a connection has ended.
+#[derive(Default)]
+struct AtEnd(Vec<Box<dyn FnOnce() + Send>>);
+
+impl Drop for AtEnd {
+    fn drop(&mut self) {
+        for work in self.0.drain(..) {
+            work();
+        }
+    }
+}
+
 /// Lets a handler tell how far it is.
 pub struct Reporter<'a> {
     stream: &'a mut UnixStream,
+    at_end: &'a mut AtEnd,
 }
 
 impl Reporter<'_> {
     /// Tells it. False: the client is gone.
     pub fn report(&mut self, done: u64, total: u64) -> bool {
         write_line(self.stream, &Line::<()>::Progress(Progress { done, total })).is_ok()
+    }
+
+    /// Work for when the client has gone, however it went.
+    pub fn at_end(&mut self, work: impl FnOnce() + Send + 'static) {
+        self.at_end.0.push(Box::new(work));
     }
 }
 
@@ -219,6 +237,7 @@ where
     Handler: Fn(Op, Vec<u8>, &mut Reporter<'_>) -> Result<Reply, ControlError>,
 {
     let mut reader = BufReader::new(stream.try_clone()?);
+    let mut at_end = AtEnd::default();
     loop {
         let envelope = match read_line::<Envelope<Op>>(&mut reader) {
             Ok(Some(envelope)) => envelope,
@@ -252,6 +271,7 @@ where
             attached,
             &mut Reporter {
                 stream: &mut stream,
+                at_end: &mut at_end,
             },
         ) {
             Ok(reply) => Line::Ok(reply),

@@ -4,9 +4,11 @@ use crate::image_device::ImageDevice;
 use crate::overlay::Overlay;
 use crossbeam_channel::bounded;
 use std::collections::BTreeMap;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use varve_control::{ControlError, Paths};
 use varve_front::channel;
 use varve_front::{
@@ -16,11 +18,29 @@ use varve_front::{
 use varve_store::Image;
 
 const SHOW_WAIT: Duration = Duration::from_secs(30);
+/// How long the device of a client that has gone may still be in use: its mounts end with it, a moment later.
+const LET_GO_WAIT: Duration = Duration::from_secs(10);
 
 struct Export {
+    /// Device names are used again; this is not.
+    number: u64,
     what: String,
     stopper: Stopper,
     thread: std::thread::JoinHandle<Result<(), String>>,
+}
+
+fn next_number() -> u64 {
+    static NUMBER: AtomicU64 = AtomicU64::new(0);
+    NUMBER.fetch_add(1, Ordering::Relaxed)
+}
+
+/// Whether a block device is mounted or held.
+fn is_in_use(name: &str) -> bool {
+    let exclusive = std::fs::File::options()
+        .read(true)
+        .custom_flags(libc::O_EXCL)
+        .open(name);
+    exclusive.is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
 }
 
 /// All exports.
@@ -36,7 +56,7 @@ impl Exports {
             .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// Shows an image; the answer is the block device, or the NBD socket.
+    /// Shows an image; the answer is the block device, or the NBD socket, and the number of this export.
     pub fn show(
         &self,
         paths: &Paths,
@@ -44,7 +64,7 @@ impl Exports {
         what: String,
         writable: bool,
         socket: Option<String>,
-    ) -> Result<String, ControlError> {
+    ) -> Result<(String, u64), ControlError> {
         let geometry = Geometry {
             bytes: image.bytes(),
             sector_bytes: image.sector_bytes(),
@@ -66,6 +86,7 @@ impl Exports {
         });
         let waker = Waker::new()?;
         let stopper = Stopper::new(&waker);
+        let number = next_number();
         let (shown, thread) = match socket {
             Some(socket) => {
                 let (shown_in, shown) = bounded(1);
@@ -83,7 +104,6 @@ impl Exports {
                 (shown, thread)
             }
             None => {
-                let number = self.next_number();
                 let name = format!("image-{}-{number}", std::process::id());
                 let showing = Showing {
                     thread: "export".to_owned(),
@@ -106,12 +126,13 @@ impl Exports {
                 self.shown().insert(
                     name.clone(),
                     Export {
+                        number,
                         what,
                         stopper,
                         thread,
                     },
                 );
-                Ok(name)
+                Ok((name, number))
             }
             Err(_) => {
                 stopper.stop();
@@ -128,9 +149,18 @@ impl Exports {
         }
     }
 
-    fn next_number(&self) -> u64 {
-        static NUMBER: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
-        NUMBER.fetch_add(1, std::sync::atomic::Ordering::Relaxed)
+    /// Ends the export of a client that has gone, if it has not ended it itself.
+    pub fn let_go(&self, name: &str, number: u64) {
+        let is_there = || self.shown().get(name).is_some_and(|e| e.number == number);
+        let since = Instant::now();
+        while is_there() && is_in_use(name) && since.elapsed() < LET_GO_WAIT {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        if is_there()
+            && let Err(failed) = self.hide(name)
+        {
+            eprintln!("varved: {name}: {failed}");
+        }
     }
 
     /// Ends an export.

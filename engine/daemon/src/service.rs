@@ -490,6 +490,7 @@ impl Service {
                 instant,
                 writable,
                 nbd,
+                held,
             } => {
                 let (image, time_ns) = self.image(&volume, &instant)?;
                 let lsn = image.lsn().0;
@@ -498,13 +499,33 @@ impl Service {
                     clock(time_ns),
                     if writable { ", writable" } else { "" }
                 );
-                let device = self.exports.show(&self.paths, image, what, writable, nbd)?;
+                let shown = self.exports.show(&self.paths, image, what, writable, nbd);
+                let (device, number) = shown?;
+                if held {
+                    let (service, device) = (Arc::clone(self), device.clone());
+                    reporter.at_end(move || service.exports.let_go(&device, number));
+                }
                 Ok(StoreReply::Shown {
                     device,
                     lsn,
                     time_ns,
                 })
             }
+            StoreOp::Middle {
+                volume,
+                after,
+                before,
+            } => self.with_store(&self.id_of(&volume)?, |store| {
+                let middle = store.timeline().middle(Lsn(after), Lsn(before));
+                let time = |lsn: Lsn| store.time_of(lsn).map_err(|e| store_error(&e));
+                Ok(match middle {
+                    Some(lsn) => StoreReply::Resolved {
+                        lsn: lsn.0,
+                        time_ns: time(lsn)?.0,
+                    },
+                    None => StoreReply::Nothing,
+                })
+            }),
             StoreOp::Unexport { device } => {
                 self.exports.hide(&device)?;
                 Ok(StoreReply::Done)
@@ -559,13 +580,27 @@ impl Service {
         }
     }
 
+    /// The ID of a volume whose history reaches up to an instant. What was taken long ago needs no new segment.
+    fn refreshed_for(&self, volume: &str, instant: &Instant) -> Result<String, ControlError> {
+        if let (Instant::Lsn(lsn), Ok(id)) = (instant, self.id_of(volume)) {
+            let known = self.with_store(&id, |store| {
+                let timeline = store.timeline();
+                Ok(Lsn(*lsn) <= timeline.end() && timeline.check(Lsn(*lsn)).is_ok())
+            })?;
+            if known {
+                return Ok(id);
+            }
+        }
+        Ok(self.refresh(volume)?.id)
+    }
+
     pub(crate) fn image(
         &self,
         volume: &str,
         instant: &Instant,
     ) -> Result<(Image, i64), ControlError> {
-        let info = self.refresh(volume)?;
-        self.with_store(&info.id, |store| {
+        let id = self.refreshed_for(volume, instant)?;
+        self.with_store(&id, |store| {
             let lsn = self.resolve(store, instant)?;
             let image = Image::open(store, lsn).map_err(|e| store_error(&e))?;
             let time = store.time_of(lsn).map_err(|e| store_error(&e))?;

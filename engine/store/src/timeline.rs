@@ -273,4 +273,24 @@ impl Timeline {
             None => Ok(lsn),
         }
     }
+
+    /// The instant that lies nearest to the middle of two, by records; none if there is none between them.
+    #[must_use]
+    pub fn middle(&self, after: Lsn, before: Lsn) -> Option<Lsn> {
+        let between = |lsn: &Lsn| *lsn > after && *lsn < before;
+        let middle = Lsn(after.0 + before.0.saturating_sub(after.0) / 2);
+        // From one closed interval to the next, first towards the older end.
+        let walk = |step: fn(Outside) -> Option<Lsn>| {
+            let mut at = Some(middle).filter(between)?;
+            loop {
+                match self.check(at) {
+                    Ok(lsn) => return Some(lsn),
+                    Err(outside) => {
+                        at = step(outside).filter(between).filter(|next| *next != at)?
+                    }
+                }
+            }
+        };
+        walk(|outside| outside.before).or_else(|| walk(|outside| outside.after))
+    }
 }

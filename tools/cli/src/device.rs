@@ -140,3 +140,22 @@ pub fn refuse_used_parts(device: &Path) -> Result<(), ControlError> {
     }
     Ok(())
 }
+
+/// The number of a partition, if `path` is one of `disk`.
+#[must_use]
+pub fn partition_of(path: &Path, disk: &Path) -> Option<u32> {
+    let number = |path: &Path| {
+        let metadata = std::fs::metadata(path).ok()?;
+        metadata
+            .file_type()
+            .is_block_device()
+            .then(|| metadata.rdev())
+    };
+    let place = std::fs::canonicalize(sysfs(number(path)?)).ok()?;
+    let parent = std::fs::canonicalize(sysfs(number(disk)?)).ok()?;
+    if place.parent() != Some(parent.as_path()) {
+        return None;
+    }
+    let text = std::fs::read_to_string(place.join("partition")).ok()?;
+    text.trim().parse().ok()
+}

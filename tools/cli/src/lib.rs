@@ -1,5 +1,6 @@
 //! What every command shares: exit codes, JSON envelope, progress, confirmation, instants and sizes as people write them, the way to the daemons.
 
+pub mod copy_out;
 pub mod daemons;
 pub mod device;
 mod instant;
@@ -7,5 +8,5 @@ mod mounting;
 mod output;
 
 pub use instant::{parse_instant, show_ago, show_time};
-pub use mounting::{MountMode, file_system, mount_copy, output_of};
+pub use mounting::{MountMode, file_system, keep_mounts_private, mount_copy, node_of, output_of};
 pub use output::{Output, confirm, end_quietly_without_reader, exit_code, show_bytes};

@@ -1,14 +1,20 @@
 //! `varve`: protects devices, shows their past, brings it back. It asks the daemons; it opens neither logs nor stores itself.
 
+mod bisect;
+mod command;
 mod daemons;
 mod doctor;
+mod export;
+mod files;
 mod fstab;
+mod image;
 mod manual;
 mod next_boot;
 mod past;
 mod policy;
 mod proof;
 mod protect;
+mod show;
 mod status;
 
 use clap::{Args, Parser, Subcommand};
@@ -115,7 +121,7 @@ enum Command {
         /// Where it is mounted.
         directory: PathBuf,
     },
-    /// Show an instant as a block device, or over NBD.
+    /// Show an instant as a block device, or over NBD; or copy it out.
     Export {
         /// As for `mount`.
         instant: String,
@@ -126,6 +132,8 @@ enum Command {
         #[arg(long)]
         writable: bool,
         #[command(flatten)]
+        copy: export::CopyArgs,
+        #[command(flatten)]
         volume: Volume,
     },
     /// End an export.
@@ -135,6 +143,18 @@ enum Command {
     },
     /// List exports.
     Exports,
+    /// Files of the past: list them, see their versions, get one back.
+    Files {
+        #[command(subcommand)]
+        command: files::FilesCommand,
+    },
+    /// Find the last instant at which something was still good: each is mounted read-only, and a command decides.
+    Bisect {
+        #[command(flatten)]
+        args: bisect::BisectArgs,
+        #[command(flatten)]
+        volume: Volume,
+    },
     /// Write an instant back over the device. Recorded, so that it can be undone by another rewind.
     Rewind {
         /// As for `mount`.
@@ -249,7 +269,9 @@ fn main() -> ExitCode {
     let output = Output {
         program: "varve",
         json: cli.common.json,
-        quiet: cli.common.quiet,
+        // Standard output is the copy.
+        quiet: cli.common.quiet
+            || matches!(&cli.command, Command::Export { copy, .. } if copy.to.as_deref() == Some("-")),
     };
     let context = Context {
         paths: Paths::new(root),
@@ -284,7 +306,7 @@ fn run(context: &Context, command: Command) -> Result<ExitCode, ControlError> {
             writable,
             partition,
             volume,
-        } => past::mount(
+        } => show::mount(
             context,
             volume.name,
             &instant,
@@ -293,15 +315,22 @@ fn run(context: &Context, command: Command) -> Result<ExitCode, ControlError> {
             partition,
         )
         .map(done),
-        Command::Umount { directory } => past::umount(context, &directory).map(done),
+        Command::Umount { directory } => show::umount(context, &directory).map(done),
         Command::Export {
             instant,
             nbd,
             writable,
+            copy,
             volume,
-        } => past::export(context, volume.name, &instant, nbd, writable).map(done),
-        Command::Unexport { device } => past::unexport(context, device).map(done),
-        Command::Exports => past::exports(context).map(done),
+        } => match &copy.to {
+            Some(to) => export::copy(context, volume.name, &instant, to, &copy),
+            None => show::export(context, volume.name, &instant, nbd, writable),
+        }
+        .map(done),
+        Command::Unexport { device } => show::unexport(context, device).map(done),
+        Command::Exports => show::exports(context).map(done),
+        Command::Files { command } => files::run(context, command).map(done),
+        Command::Bisect { args, volume } => bisect::run(context, volume.name, &args).map(done),
         Command::Rewind {
             instant,
             dry_run,

@@ -612,7 +612,7 @@ pub fn out(varve: &Installation, device: &str) -> Outcome {
     let mut interrupted = 0;
     for round in 0..4 {
         let to = file(&format!("killed-{round}"));
-        let progress = std::path::PathBuf::from(format!("{to}.hcp-progress"));
+        let progress = std::path::PathBuf::from(format!("{to}.varve-progress"));
         let mut asking = std::process::Command::new(varve.program("hcp"))
             .arg("--root")
             .arg(varve.root())

@@ -5,6 +5,7 @@ mod copies;
 mod copy_faults;
 mod copy_kills;
 mod death;
+mod files;
 mod holes;
 mod instants;
 mod log_fault;
@@ -63,6 +64,8 @@ fn main() -> ExitCode {
         "holes" => holes::holes(&installation, device),
         "store-life" => store_life::store_life(&installation, device),
         "retention" => retention::retention(&installation, device),
+        "files" => files::files(&installation, device, argument),
+        "export-to" => files::export_to(&installation, device),
         "copies" => copies::stamps(&installation, device, argument.parse().unwrap_or(20)),
         "copies-fs" => copies::file_system(&installation, device, argument, number),
         "copies-killed" => copies::killed(&installation, device, argument.parse().unwrap_or(6)),

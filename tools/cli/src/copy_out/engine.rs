@@ -6,7 +6,7 @@
 //! or a file that holds an older copy. Reads go past the page cache where the file systems allow it, so that what is verified comes from the disk; so do
 //! writes to devices. A file is written through the cache, and flushed every other second: its file system then lays it out in large pieces.
 
-use crate::resume::Resume;
+use super::resume::Resume;
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -472,7 +472,8 @@ mod tests {
     use std::os::unix::fs::MetadataExt;
 
     fn plan(name: &str, bytes: u64) -> Plan {
-        let base = std::env::temp_dir().join(format!("hcp-engine-{}-{name}", std::process::id()));
+        let base =
+            std::env::temp_dir().join(format!("varve-copy-out-{}-{name}", std::process::id()));
         Plan {
             source: base.with_extension("source"),
             target: base.with_extension("target"),

@@ -1,0 +1,177 @@
+//! Getting a file or a tree back. `cp` copies, because it keeps what there is to keep; what is there already is replaced only if that was said, and in
+//! one step, when the new one is whole.
+
+use crate::Context;
+use crate::files::place::Place;
+use crate::files::{Tree, kind_of, name_of};
+use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
+use serde::Serialize;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use varve_cli::{show_bytes, show_time};
+use varve_control::{ControlError, Instant};
+
+/// Where it goes.
+pub struct Target {
+    /// A directory, or a name.
+    pub to: Option<PathBuf>,
+    /// Whole trees.
+    pub all: bool,
+    /// A file may be replaced.
+    pub overwrite: bool,
+}
+
+#[derive(Serialize)]
+struct Got {
+    volume: String,
+    lsn: u64,
+    time_ns: i64,
+    path: PathBuf,
+    to: PathBuf,
+    kind: &'static str,
+    bytes: u64,
+}
+
+fn refused(why: String) -> ControlError {
+    ControlError::new("X011-target", why)
+}
+
+/// Gets it.
+pub fn run(
+    context: &Context,
+    place: &Place,
+    instant: &Instant,
+    target: &Target,
+) -> Result<(), ControlError> {
+    let to = destination(place, target)?;
+    let tree = Tree::open(context, place, instant)?;
+    let found = tree.find(&place.inside)?;
+    let metadata = found.metadata()?;
+    if metadata.is_dir() && !target.all {
+        return Err(refused(format!(
+            "{} is a directory: say --all to get all that is in it",
+            place.named.display()
+        )));
+    }
+    if metadata.is_dir() && to.exists() {
+        return Err(refused(format!(
+            "{} is there already, and a tree is not mixed into another. Nothing was written; choose another name with --to",
+            to.display()
+        )));
+    }
+    let part = beside(&to);
+    let copied = copy(&tree, place, &part).and_then(|()| put(&part, &to, target.overwrite));
+    if let Err(failed) = copied {
+        let _ = std::fs::remove_file(&part);
+        let _ = std::fs::remove_dir_all(&part);
+        return Err(failed);
+    }
+    let got = Got {
+        volume: place.volume.clone(),
+        lsn: tree.image.lsn,
+        time_ns: tree.image.time_ns,
+        path: place.named.clone(),
+        to,
+        kind: kind_of(&metadata),
+        bytes: metadata.len(),
+    };
+    drop(found);
+    tree.close()?;
+    context.output.result(&got, || {
+        let size = match got.kind {
+            "file" => format!(", {}", show_bytes(got.bytes)),
+            kind => format!(", a {kind}"),
+        };
+        context.output.say(format!(
+            "{} as it was {} (lsn:{}) is {}{size}",
+            got.path.display(),
+            show_time(got.time_ns),
+            got.lsn,
+            got.to.display()
+        ));
+    });
+    Ok(())
+}
+
+/// Where it goes, looked at before anything is opened.
+fn destination(place: &Place, target: &Target) -> Result<PathBuf, ControlError> {
+    let name = match place.inside.file_name() {
+        Some(name) => name.to_owned(),
+        None => place.volume.clone().into(), // The top of the file system.
+    };
+    let to = target.to.clone().unwrap_or_else(|| PathBuf::from("."));
+    let to = std::path::absolute(if to.is_dir() { to.join(name) } else { to })?;
+    let parent = to.parent().unwrap_or(Path::new("/"));
+    if !parent.is_dir() {
+        return Err(refused(format!("{} is not a directory", parent.display())));
+    }
+    if to.is_dir() && !to.is_symlink() {
+        return Err(refused(format!(
+            "{} is a directory. Nothing was written; choose another name with --to",
+            to.display()
+        )));
+    }
+    if (to.exists() || to.is_symlink()) && !target.overwrite {
+        return Err(refused(format!(
+            "{} is there already. Nothing was written; choose another name with --to, or say --overwrite",
+            to.display()
+        )));
+    }
+    Ok(to)
+}
+
+/// A name in the same directory, for as long as it is not whole.
+fn beside(to: &Path) -> PathBuf {
+    let name = to.file_name().unwrap_or_default().to_string_lossy();
+    to.with_file_name(format!(".{name}.varve-{}", std::process::id()))
+}
+
+fn copy(tree: &Tree, place: &Place, part: &Path) -> Result<(), ControlError> {
+    // The name is resolved by us, within the image; `cp` gets a directory that is open, and a name that it does not follow.
+    let (parent, name) = match (place.inside.parent(), place.inside.file_name()) {
+        (Some(parent), Some(name)) => (tree.find_directory(parent)?, PathBuf::from(name)),
+        _ => (tree.find_directory(Path::new("/"))?, PathBuf::from(".")),
+    };
+    let outcome = Command::new("cp")
+        .current_dir(name_of(&parent))
+        .args([
+            "--recursive",
+            "--no-dereference",
+            "--preserve=mode,ownership,timestamps,links,xattr",
+            "--sparse=auto",
+            "--no-target-directory",
+            "--",
+        ])
+        .arg(Path::new(".").join(name))
+        .arg(part)
+        .output()
+        .map_err(|error| ControlError::new("H014-tool", format!("cp: {error}")))?;
+    if outcome.status.success() {
+        return Ok(());
+    }
+    let why = String::from_utf8_lossy(&outcome.stderr).trim().to_owned();
+    Err(ControlError::new(
+        "H017-write",
+        format!("{why}. Nothing was left in the target"),
+    ))
+}
+
+/// Gives it its name once all of it is on the disk.
+fn put(part: &Path, to: &Path, overwrite: bool) -> Result<(), ControlError> {
+    let failed = |error: std::io::Error| {
+        ControlError::new("H017-write", format!("{}: {error}", to.display()))
+    };
+    let parent = to.parent().unwrap_or(Path::new("/"));
+    let directory = std::fs::File::open(parent).map_err(failed)?;
+    nix::unistd::syncfs(&directory).map_err(|errno| failed(errno.into()))?;
+    let flags = match overwrite {
+        true => RenameFlags::empty(),
+        false => RenameFlags::RENAME_NOREPLACE,
+    };
+    match renameat2(AT_FDCWD, part, AT_FDCWD, to, flags) {
+        // A file system that does not know the flag (it was looked at before).
+        Err(nix::errno::Errno::EINVAL) => std::fs::rename(part, to).map_err(failed)?,
+        other => other.map_err(|errno| failed(errno.into()))?,
+    }
+    directory.sync_all().map_err(failed)
+}

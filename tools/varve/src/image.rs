@@ -1,0 +1,97 @@
+//! An image that this command looks into: it is shown for nobody else, and gone with the command, however that ends.
+
+use crate::past::unexpected;
+use crate::{Context, daemons};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use varve_cli::{MountMode, mount_copy, node_of, show_time};
+use varve_control::{Client, ControlError, Instant, StoreOp, StoreReply};
+
+/// An image, for as long as this lives.
+pub struct HeldImage {
+    client: Client,
+    /// Its block device.
+    pub device: String,
+    /// Its instant.
+    pub lsn: u64,
+    /// Its time, ns.
+    pub time_ns: i64,
+    mounted: Option<PathBuf>,
+}
+
+impl HeldImage {
+    /// Shows an instant. Writable means: into a scratch overlay.
+    pub fn open(
+        context: &Context,
+        volume: &str,
+        instant: &Instant,
+        writable: bool,
+    ) -> Result<HeldImage, ControlError> {
+        let mut client = daemons::store(context)?;
+        let op = StoreOp::Export {
+            volume: volume.to_owned(),
+            instant: instant.clone(),
+            writable,
+            nbd: None,
+            held: true,
+        };
+        match client.call(&op)? {
+            StoreReply::Shown {
+                device,
+                lsn,
+                time_ns,
+            } => Ok(HeldImage {
+                client,
+                device,
+                lsn,
+                time_ns,
+                mounted: None,
+            }),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// In words.
+    pub fn instant(&self) -> String {
+        format!("{} (lsn:{})", show_time(self.time_ns), self.lsn)
+    }
+
+    /// Mounts the image or one of its partitions read-only; its journal is replayed into the overlay. Mounts must be this process's own by now.
+    pub fn mount(
+        &mut self,
+        partition: Option<u32>,
+        directory: &Path,
+        options: &[&str],
+    ) -> Result<(), ControlError> {
+        std::fs::create_dir_all(directory)?;
+        let node = node_of(&self.device, partition);
+        mount_copy(&node, directory, MountMode::ReadOnly, options)?;
+        self.mounted = Some(directory.to_path_buf());
+        Ok(())
+    }
+
+    /// Unmounts it; it goes on being shown.
+    pub fn unmount(&mut self) -> Result<(), ControlError> {
+        let Some(directory) = self.mounted.take() else {
+            return Ok(());
+        };
+        let outcome = Command::new("umount").arg(&directory).output()?;
+        if outcome.status.success() {
+            return Ok(());
+        }
+        let why = String::from_utf8_lossy(&outcome.stderr).trim().to_owned();
+        // It goes with this process at the latest.
+        let _ = Command::new("umount").arg("-l").arg(&directory).output();
+        Err(ControlError::new("V012-busy", why))
+    }
+
+    /// Takes it away.
+    pub fn close(mut self) -> Result<(), ControlError> {
+        let unmounted = self.unmount();
+        let op = StoreOp::Unexport {
+            device: self.device.clone(),
+        };
+        self.client.call::<_, StoreReply>(&op)?;
+        unmounted
+    }
+}
