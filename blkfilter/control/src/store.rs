@@ -98,6 +98,13 @@ pub enum StoreOp {
         /// Name.
         volume: String,
     },
+    /// Note what a drill found.
+    Drilled {
+        /// Name.
+        volume: String,
+        /// It.
+        drill: DrillInfo,
+    },
     /// What is kept of a volume's history, or would be.
     Policy {
         /// Name.
@@ -172,6 +179,10 @@ pub struct VolumeHistory {
     pub kept: Vec<KeptInfo>,
     /// The last comparison of device and history.
     pub last_check: Option<CheckInfo>,
+    /// The last drill.
+    pub last_drill: Option<DrillInfo>,
+    /// The last drill that proved its instant.
+    pub last_proven: Option<DrillInfo>,
 }
 
 /// An instant that retention keeps.
@@ -226,6 +237,21 @@ pub struct CheckInfo {
     pub lsn: u64,
     /// Bytes that differed.
     pub differing_bytes: u64,
+}
+
+/// What a drill found.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DrillInfo {
+    /// When it was held, ns.
+    pub held_ns: i64,
+    /// The instant that was looked at.
+    pub lsn: u64,
+    /// Its time, ns.
+    pub time_ns: i64,
+    /// Everything in it was found good.
+    pub proven: bool,
+    /// What was looked at and found, in one line.
+    pub found: String,
 }
 
 /// Something in a store that is not what it was.

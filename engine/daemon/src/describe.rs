@@ -1,8 +1,8 @@
 //! A store's timeline in words and numbers.
 
-use varve_control::{CheckInfo, KeptInfo, PointInfo, VolumeHistory};
+use varve_control::{CheckInfo, DrillInfo, KeptInfo, PointInfo, VolumeHistory};
 use varve_format::{Lsn, WallTime};
-use varve_store::{Nearest, StoreError, VolumeStore};
+use varve_store::{Drill, Nearest, StoreError, VolumeStore};
 
 pub(crate) fn history(store: &VolumeStore) -> Result<VolumeHistory, StoreError> {
     let timeline = store.timeline();
@@ -61,7 +61,20 @@ pub(crate) fn history(store: &VolumeStore) -> Result<VolumeHistory, StoreError> 
         lsn: check.lsn,
         differing_bytes: check.differing_bytes,
     });
+    let (last, proven) = store.drills();
+    answer.last_drill = last.as_ref().map(drill);
+    answer.last_proven = proven.as_ref().map(drill);
     Ok(answer)
+}
+
+fn drill(drill: &Drill) -> DrillInfo {
+    DrillInfo {
+        held_ns: drill.held.0,
+        lsn: drill.lsn.0,
+        time_ns: drill.time.0,
+        proven: drill.proven,
+        found: drill.found.clone(),
+    }
 }
 
 pub(crate) fn span_name(kind: varve_format::SpanKind) -> &'static str {

@@ -12,7 +12,7 @@ use varve_control::{
 };
 use varve_format::{Lsn, SegmentSequence, VolumeId, WallTime};
 use varve_log::DirectFile;
-use varve_store::{Image, StoreError, VolumeStore, ingest, volume_directory};
+use varve_store::{Drill, Image, StoreError, VolumeStore, ingest, volume_directory};
 
 /// Clocks of a moment ago may be a little ahead of ours.
 const FUTURE_SLACK_NS: i64 = 2_000_000_000;
@@ -545,6 +545,20 @@ impl Service {
                 bytes_per_second,
             } => self.scrub(&volume, bytes_per_second, reporter),
             StoreOp::Check { volume } => self.check(&volume),
+            StoreOp::Drilled { volume, drill } => {
+                let drill = Drill {
+                    held: WallTime(drill.held_ns),
+                    lsn: Lsn(drill.lsn),
+                    time: WallTime(drill.time_ns),
+                    proven: drill.proven,
+                    found: drill.found,
+                };
+                let note = |store: &mut VolumeStore| store.note_drill(&drill);
+                self.with_store(&self.id_of(&volume)?, |store| {
+                    note(store).map_err(|e| store_error(&e))
+                })?;
+                Ok(StoreReply::Done)
+            }
             StoreOp::Policy {
                 volume,
                 keep,

@@ -11,6 +11,7 @@ mod cache;
 mod changed;
 mod check;
 mod compression;
+mod drill;
 mod durable;
 mod error;
 mod image;
@@ -35,6 +36,7 @@ mod volume;
 
 pub use check::Check;
 pub use compression::Compression;
+pub use drill::Drill;
 pub use error::StoreError;
 pub use image::{Image, ImageRange, RangeKind};
 pub use ingest::{Ingested, ingest};

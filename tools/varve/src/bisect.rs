@@ -6,7 +6,7 @@ use crate::past::{ask, instant, unexpected};
 use crate::{Context, daemons};
 use clap::Args;
 use serde::Serialize;
-use varve_cli::{keep_mounts_private, show_time};
+use varve_cli::{MountMode, keep_mounts_private, show_time};
 use varve_control::{ControlError, Instant, StoreOp, StoreReply};
 
 /// So many instants that cannot be told about are passed over.
@@ -148,7 +148,12 @@ fn look(
 ) -> Result<(Found, Verdict), ControlError> {
     let mut image = HeldImage::open(context, volume, instant, true)?;
     let directory = context.paths.run().join("looking");
-    let verdict = match image.mount(args.partition, &directory, &["nosuid", "nodev"]) {
+    let verdict = match image.mount(
+        args.partition,
+        &directory,
+        MountMode::ReadOnly,
+        &["nosuid", "nodev"],
+    ) {
         Ok(()) => command::run(&args.exec, &image, &directory)?,
         Err(failed) if failed.code == "X006-mount" => {
             eprintln!("{}: {}", image.instant(), failed.message);

@@ -17,7 +17,7 @@ use serde::Serialize;
 use std::fs::{File, Metadata};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use varve_cli::{keep_mounts_private, show_time};
+use varve_cli::{MountMode, keep_mounts_private, show_time};
 use varve_control::{ControlError, Instant};
 
 /// Nothing of an image acts on this machine.
@@ -137,7 +137,7 @@ impl Tree {
         let mut options = MOUNT_OPTIONS.to_vec();
         options.extend(place.top_level.then_some("subvolid=5"));
         image
-            .mount(place.partition, &directory, &options)
+            .mount(place.partition, &directory, MountMode::ReadOnly, &options)
             .map_err(|mut failed| {
                 if place.partition.is_none() {
                     failed.message += ". If the volume is a whole disk, say --partition N";

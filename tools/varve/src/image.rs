@@ -56,16 +56,17 @@ impl HeldImage {
         format!("{} (lsn:{})", show_time(self.time_ns), self.lsn)
     }
 
-    /// Mounts the image or one of its partitions read-only; its journal is replayed into the overlay. Mounts must be this process's own by now.
+    /// Mounts the image or one of its partitions; its journal is replayed into the overlay. Mounts must be this process's own by now.
     pub fn mount(
         &mut self,
         partition: Option<u32>,
         directory: &Path,
+        mode: MountMode,
         options: &[&str],
     ) -> Result<(), ControlError> {
         std::fs::create_dir_all(directory)?;
         let node = node_of(&self.device, partition);
-        mount_copy(&node, directory, MountMode::ReadOnly, options)?;
+        mount_copy(&node, directory, mode, options)?;
         self.mounted = Some(directory.to_path_buf());
         Ok(())
     }

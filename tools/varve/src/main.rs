@@ -4,6 +4,7 @@ mod bisect;
 mod command;
 mod daemons;
 mod doctor;
+mod drill;
 mod export;
 mod files;
 mod fstab;
@@ -201,6 +202,13 @@ enum Command {
         #[command(flatten)]
         volume: Volume,
     },
+    /// Prove that an instant is of use: mount it in an overlay, replay its journal, check it; `status` shows the last one that was proven.
+    Drill {
+        #[command(flatten)]
+        args: drill::DrillArgs,
+        #[command(flatten)]
+        volume: Volume,
+    },
     /// Look at the structure of the history, quickly: is every file there, and what it says it is?
     Check {
         #[command(flatten)]
@@ -348,6 +356,7 @@ fn run(context: &Context, command: Command) -> Result<ExitCode, ControlError> {
         Command::Compare { volume } => past::compare(context, volume.name),
         Command::Scrub { rate, volume } => proof::scrub(context, volume.name, rate),
         Command::Check { volume } => proof::check(context, volume.name),
+        Command::Drill { args, volume } => drill::run(context, volume.name, &args),
         Command::Policy { volume, command } => {
             let command = command.unwrap_or(policy::PolicyCommand::Show);
             policy::run(context, volume.name, command).map(done)

@@ -2,11 +2,14 @@
 
 use crate::{Context, daemons};
 use serde::Serialize;
+use std::io::IsTerminal;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 use varve_cli::{show_ago, show_bytes, show_time};
-use varve_control::{CheckInfo, ControlError, StoreOp, StoreReply, VolumeHistory, VolumeInfo};
+use varve_control::{
+    CheckInfo, ControlError, DrillInfo, StoreOp, StoreReply, VolumeHistory, VolumeInfo,
+};
 
 #[derive(Serialize)]
 struct VolumeStatus {
@@ -21,6 +24,9 @@ struct VolumeStatus {
     restorable_to_ns: i64,
     /// The last comparison of device and history.
     last_check: Option<CheckInfo>,
+    /// The last drill, and the last that proved its instant.
+    last_drill: Option<DrillInfo>,
+    last_proven: Option<DrillInfo>,
     next_risk: String,
     next_command: String,
 }
@@ -101,6 +107,8 @@ fn judge(context: &Context, volume: VolumeInfo) -> VolumeStatus {
         restorable_from_ns: history.first_ns,
         restorable_to_ns: history.last_ns,
         last_check: history.last_check,
+        last_drill: history.last_drill,
+        last_proven: history.last_proven,
         next_risk,
         next_command,
         volume,
@@ -232,6 +240,34 @@ fn print(status: &VolumeStatus) {
             volume.name
         ),
     }
+    print_proof(status);
     println!("  next risk   {}", status.next_risk);
     println!("  next        {}", status.next_command);
+}
+
+/// Whether an instant was proven to be of use; amber, on a terminal, if none was.
+fn print_proof(status: &VolumeStatus) {
+    let amber = |text: String| match std::io::stdout().is_terminal() {
+        true => println!("\x1b[33m{text}\x1b[0m"),
+        false => println!("{text}"),
+    };
+    match &status.last_proven {
+        Some(drill) => println!(
+            "  last proven {} ({} ago): {}",
+            show_time(drill.time_ns),
+            show_ago(drill.time_ns, now_ns()),
+            drill.found
+        ),
+        None => amber(format!(
+            "  last proven NONE; `varve drill --volume {}` mounts and checks an instant",
+            status.volume.name
+        )),
+    }
+    if let Some(drill) = status.last_drill.as_ref().filter(|drill| !drill.proven) {
+        amber(format!(
+            "  last drill  {} NOT PROVEN: {}",
+            show_time(drill.time_ns),
+            drill.found
+        ));
+    }
 }

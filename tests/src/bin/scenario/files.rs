@@ -99,6 +99,8 @@ pub fn files(varve: &Installation, device: &str, kind: &str) -> Outcome {
     say(start, "every version of a file was found");
     bisect(&story)?;
     say(start, "the record that broke it was found");
+    drills(&story, kind)?;
+    say(start, "a good instant was proven, a broken one was not");
     ended(&story)?;
     say(start, "a command that was killed leaves nothing");
     sh(&format!("umount {}", story.place))?;
@@ -329,6 +331,60 @@ fn bisect(story: &Story<'_>) -> Outcome {
         ]),
         "X012-command",
     )?;
+    story.is_tidy()
+}
+
+/// What a drill finds is what the checker and the command find; the last proven instant stays known.
+fn drills(story: &Story<'_>, kind: &str) -> Outcome {
+    let varve = story.varve;
+    let status = || varve.varve(&["status"]);
+    if !status()?.contains("last proven NONE") {
+        return Err(format!("proven without a drill: {}", status()?));
+    }
+    let good = varve.varve(&["--json", "drill", "--at", "was-good"])?;
+    if !good.contains("\"checked\": true") || !good.contains("\"proven\": true") {
+        return Err(good);
+    }
+    // The command may write, into the overlay.
+    let write = "echo drill >drilled && grep -q fine state";
+    varve.varve(&["drill", "--at", "was-good", "--exec", write])?;
+    expect_refused(
+        varve.varve(&["drill", "--at", "is-bad", "--exec", write]),
+        "command BAD",
+    )?;
+    let now = status()?;
+    if !now.contains("last proven 2") || !now.contains("NOT PROVEN") {
+        return Err(format!("status does not tell what the drills found: {now}"));
+    }
+    if story.inside("ls")?.contains("drilled") {
+        return Err("the drill wrote to the device".to_owned());
+    }
+    // A file system that is broken where only its checker looks. (The live one is whole again before anything reads it.)
+    if kind == "ext4" {
+        story.inside("fsfreeze -f . && fsfreeze -u .")?;
+        let mapped = varve.device("disk")?;
+        // The bitmap of a group of blocks says that all of it is in use.
+        let said = |what: &str| {
+            let found = sh(&format!(
+                "dumpe2fs {mapped} 2>/dev/null | sed -n 's/^{what} *\\([0-9]*\\).*/\\1/p' | tail -n 1"
+            ))?;
+            Ok::<String, String>(found.trim().to_owned())
+        };
+        let (size, block, keep) = (
+            said("Block size:")?,
+            said("  Block bitmap at")?,
+            story.out("bitmap"),
+        );
+        let write = format!(
+            "dd of={mapped} bs={size} count=1 seek={block} oflag=direct status=none iflag=fullblock"
+        );
+        sh(&format!(
+            "dd if={mapped} of={keep} bs={size} count=1 skip={block} iflag=direct status=none && head -c {size} /dev/zero | tr '\\0' '\\377' | {write}"
+        ))?;
+        story.mark("broken")?;
+        sh(&format!("{write} if={keep}"))?;
+        expect_refused(varve.varve(&["drill", "--at", "broken"]), "checker BAD")?;
+    }
     story.is_tidy()
 }
 

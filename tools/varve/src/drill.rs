@@ -1,0 +1,244 @@
+//! `varve drill`: is an instant of use? It is mounted into an overlay, so that its journals are replayed; the file systems' own checkers look at it, and a
+//! command of the user's, which may write there. What was found is noted with the history: `varve status` shows the last proven instant.
+
+use crate::command::{self, Verdict};
+use crate::image::HeldImage;
+use crate::past::{ask, instant};
+use crate::{Context, daemons};
+use clap::Args;
+use serde::Serialize;
+use std::path::Path;
+use std::process::{Command, ExitCode};
+use varve_cli::{MountMode, file_system, keep_mounts_private, node_of};
+use varve_control::{ControlError, DrillInfo, StoreOp};
+
+#[derive(Args)]
+pub struct DrillArgs {
+    /// As for `mount`.
+    #[arg(long, value_name = "INSTANT", default_value = "now")]
+    at: String,
+    /// Run in each file system of the image (also $VARVE_IMAGE), which may be written to; exit code 0: good, 1 to 124: bad, 125: not of this one.
+    #[arg(long, value_name = "COMMAND")]
+    exec: Option<String>,
+    /// Only this partition of a whole disk's image.
+    #[arg(long, value_name = "N")]
+    partition: Option<u32>,
+}
+
+/// What was found of one file system.
+#[derive(Serialize)]
+struct Part {
+    partition: Option<u32>,
+    file_system: String,
+    mounted: bool,
+    /// None: there is no checker for this kind.
+    checked: Option<bool>,
+    /// None: no command was given, or it said nothing of this one.
+    command: Option<bool>,
+    /// What went wrong, in the words of who found it.
+    said: String,
+}
+
+impl Part {
+    fn is_good(&self) -> bool {
+        self.mounted && self.checked != Some(false) && self.command != Some(false)
+    }
+
+    fn is_proven(&self) -> bool {
+        self.is_good() && (self.checked.is_some() || self.command.is_some())
+    }
+
+    fn words(&self) -> String {
+        let place = match self.partition {
+            Some(number) => format!("partition {number}, {}", self.file_system),
+            None => self.file_system.clone(),
+        };
+        let verdict = |word: &str, verdict: Option<bool>| match verdict {
+            Some(true) => format!(", {word} good"),
+            Some(false) => format!(", {word} BAD"),
+            None => String::new(),
+        };
+        format!(
+            "{place}: {}{}{}",
+            if self.mounted {
+                "mounted"
+            } else {
+                "NOT MOUNTED"
+            },
+            verdict("checker", self.checked),
+            verdict("command", self.command)
+        )
+    }
+}
+
+#[derive(Serialize)]
+struct Held {
+    volume: String,
+    #[serde(flatten)]
+    drill: DrillInfo,
+    parts: Vec<Part>,
+}
+
+/// Holds a drill.
+pub fn run(
+    context: &Context,
+    volume: Option<String>,
+    args: &DrillArgs,
+) -> Result<ExitCode, ControlError> {
+    let volume = daemons::volume(context, volume)?;
+    let wanted = instant(&args.at)?;
+    keep_mounts_private()?;
+    let mut image = HeldImage::open(context, &volume, &wanted, true)?;
+    let directory = context.paths.run().join("looking");
+    let mut parts = Vec::new();
+    for (partition, kind) in file_systems(&image.device, args.partition)? {
+        parts.push(look(&mut image, &directory, partition, kind, args)?);
+    }
+    let proven = parts.iter().all(Part::is_good) && parts.iter().any(Part::is_proven);
+    let words: Vec<String> = parts.iter().map(Part::words).collect();
+    let drill = DrillInfo {
+        held_ns: jiff::Timestamp::now().as_nanosecond() as i64,
+        lsn: image.lsn,
+        time_ns: image.time_ns,
+        proven,
+        found: words.join("; "),
+    };
+    let when = image.instant();
+    image.close()?;
+    let op = StoreOp::Drilled {
+        volume: volume.clone(),
+        drill: drill.clone(),
+    };
+    ask(context, &op, "")?;
+    let held = Held {
+        volume,
+        drill,
+        parts,
+    };
+    context.output.result(&held, || {
+        for part in &held.parts {
+            println!("{}", part.words());
+            for line in part.said.lines() {
+                println!("    {line}");
+            }
+        }
+        let verdict = match (proven, held.parts.iter().all(Part::is_good)) {
+            (true, _) => "proven",
+            (false, true) => "NOT PROVEN: nothing in it could be checked; --exec COMMAND would",
+            (false, false) => {
+                "NOT GOOD. Look for the last good instant: varve bisect --good INSTANT --exec COMMAND"
+            }
+        };
+        println!("{} at {when}: {verdict}", held.volume);
+    });
+    Ok(match proven {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::from(7),
+    })
+}
+
+/// The file systems of an image: (partition, kind).
+fn file_systems(
+    device: &str,
+    only: Option<u32>,
+) -> Result<Vec<(Option<u32>, String)>, ControlError> {
+    let found = |partition| (partition, file_system(&node_of(device, partition)));
+    let known = |(_, kind): &(Option<u32>, String)| {
+        !matches!(
+            kind.as_str(),
+            "" | "swap" | "LVM2_member" | "linux_raid_member" | "crypto_LUKS"
+        )
+    };
+    let whole = found(only);
+    if known(&whole) {
+        return Ok(vec![whole]);
+    }
+    let there = |number: &u32| Path::new(&format!("{device}p{number}")).exists();
+    let parts: Vec<_> = match only {
+        Some(_) => Vec::new(),
+        None => (1..=128)
+            .filter(there)
+            .map(|number| found(Some(number)))
+            .filter(known)
+            .collect(),
+    };
+    if parts.is_empty() {
+        return Err(ControlError::new(
+            "X014-drill",
+            "there is no file system in this image that is known here: nothing could be proven. `varve export INSTANT` shows it as a device",
+        ));
+    }
+    Ok(parts)
+}
+
+fn look(
+    image: &mut HeldImage,
+    directory: &Path,
+    partition: Option<u32>,
+    kind: String,
+    args: &DrillArgs,
+) -> Result<Part, ControlError> {
+    let mut part = Part {
+        partition,
+        file_system: kind,
+        mounted: false,
+        checked: None,
+        command: None,
+        said: String::new(),
+    };
+    match image.mount(
+        partition,
+        directory,
+        MountMode::Writable,
+        &["nosuid", "nodev"],
+    ) {
+        Ok(()) => part.mounted = true,
+        Err(failed) => {
+            part.said = failed.message;
+            return Ok(part);
+        }
+    }
+    if let Some(command) = &args.exec {
+        part.command = match command::run(command, image, directory)? {
+            Verdict::Good => Some(true),
+            Verdict::Bad => Some(false),
+            Verdict::Skip => None,
+        };
+    }
+    image.unmount()?;
+    let node = node_of(&image.device, partition);
+    if let Some((program, arguments, package)) = checker(&part.file_system) {
+        let outcome = Command::new(program)
+            .args(arguments)
+            .arg(&node)
+            .output()
+            .map_err(|error| {
+                ControlError::new(
+                    "H014-tool",
+                    format!("{program}: {error}; install {package}"),
+                )
+            })?;
+        part.checked = Some(outcome.status.success());
+        if !outcome.status.success() {
+            part.said = format!(
+                "{program}: {}\n{}{}",
+                outcome.status,
+                String::from_utf8_lossy(&outcome.stdout),
+                String::from_utf8_lossy(&outcome.stderr)
+            );
+        }
+    }
+    Ok(part)
+}
+
+/// Who looks at a file system without changing it: program, arguments, and the package that brings it.
+fn checker(kind: &str) -> Option<(&'static str, &'static [&'static str], &'static str)> {
+    Some(match kind {
+        "ext2" | "ext3" | "ext4" => ("e2fsck", &["-f", "-n"], "e2fsprogs"),
+        "xfs" => ("xfs_repair", &["-n"], "xfsprogs"),
+        "btrfs" => ("btrfs", &["check", "--readonly"], "btrfs-progs"),
+        "vfat" => ("fsck.vfat", &["-n"], "dosfstools"),
+        "f2fs" => ("fsck.f2fs", &["--dry-run"], "f2fs-tools"),
+        _ => return None,
+    })
+}
