@@ -219,7 +219,13 @@ impl Sample {
 
     /// Records a point.
     pub fn point(&mut self, name: &str) -> Lsn {
-        self.append(Record::new(RecordKind::Point, 0, 0, 0), name.as_bytes())
+        self.point_with(name, 0)
+    }
+
+    /// Records a point with bits in its detail.
+    pub fn point_with(&mut self, name: &str, detail: u8) -> Lsn {
+        let record = Record::new(RecordKind::Point, 0, 0, 0).with_detail(detail);
+        self.append(record, name.as_bytes())
     }
 
     /// Seals what is open; the store has everything then.

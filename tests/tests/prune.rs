@@ -6,7 +6,7 @@
 )]
 
 use std::path::{Path, PathBuf};
-use varve_format::{KeptEntry, Lsn, RunEntry, RunHeader, WallTime};
+use varve_format::{KeptEntry, Lsn, PointDetail, RunEntry, RunHeader, WallTime};
 use varve_store::{Compression, Image, Ladder, Policy, Rung, Swept, VolumeStore, volume_directory};
 use varve_tests::sample::{Sample, VOLUME, files, read, scrub};
 
@@ -410,6 +410,68 @@ fn pins_points_and_open_images_stay() {
     assert!(sweep(&mut sample.store) > 0);
     assert!(sample.store.timeline().check(pinned).is_err());
     check(&mut sample, 20);
+}
+
+/// Points that were made by themselves thin out as instants do; those that somebody made stay.
+#[test]
+fn automatic_points_thin_out_by_the_ladder() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut sample = Sample::new(directory.path(), VOLUME_BYTES, SEGMENT_BYTES, true);
+    let (mut automatic, mut by_hand) = (Vec::new(), Vec::new());
+    for number in 0..60 {
+        sample.mixed(40);
+        automatic.push(sample.point_with(&format!("auto-{number}"), PointDetail::AUTOMATIC));
+        sample.mixed(3);
+        if number % 20 == 5 {
+            by_hand.push(sample.point(&format!("mine-{number}")));
+        }
+    }
+    sample.settle_all(Compression::Lz4);
+    let span = length(&sample.store);
+    let coarse = policy(span, 10, &[(30, 40), (6, 100)]);
+    assert!(keep(&mut sample.store, &coarse));
+    assert!(sweep(&mut sample.store) > 0);
+    let below = sample.store.kept().below;
+    let timeline = sample.store.timeline();
+    let is_left = |lsn: &Lsn| timeline.check(*lsn).is_ok();
+    for lsn in &by_hand {
+        assert!(is_left(lsn), "{lsn}");
+    }
+    let old: Vec<Lsn> = automatic
+        .iter()
+        .copied()
+        .filter(|lsn| *lsn < below)
+        .collect();
+    let left: Vec<Lsn> = old.iter().copied().filter(is_left).collect();
+    // Of sixty in time, one for each step of each rung.
+    assert!(
+        old.len() > 40 && (8..=22).contains(&left.len()),
+        "{left:?} of {old:?}"
+    );
+    for lsn in &left {
+        let point = timeline
+            .points
+            .iter()
+            .find(|point| point.lsn == *lsn)
+            .unwrap();
+        let name = sample.store.point_name(point).unwrap();
+        assert!(name.starts_with("auto-"), "{name}");
+    }
+    // The same policy, later: no more than the ladder says, and each that is left then was left before.
+    sample.mixed(600);
+    keep(&mut sample.store, &coarse);
+    sweep(&mut sample.store);
+    let timeline = sample.store.timeline();
+    let later: Vec<Lsn> = old
+        .iter()
+        .copied()
+        .filter(|lsn| timeline.check(*lsn).is_ok())
+        .collect();
+    assert!(
+        !later.is_empty() && later.len() < left.len() && later.iter().all(|lsn| left.contains(lsn)),
+        "{later:?} of {left:?}"
+    );
+    check(&mut sample, 40);
 }
 
 /// The process dies between any two steps: what it leaves reads as it should, and pruning goes on.

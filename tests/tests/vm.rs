@@ -66,6 +66,7 @@ in_guests! {
     files_of_the_past_ext4: |kernel| everywhere(kernel, &["files", "ext4"]);
     files_of_the_past_xfs: |kernel| everywhere(kernel, &["files", "xfs"]);
     files_of_the_past_btrfs: |kernel| everywhere(kernel, &["files", "btrfs"]);
+    points_are_made_by_themselves: |kernel| everywhere(kernel, &["points"]);
     instants_are_copied_out: |kernel| everywhere(kernel, &["export-to"]);
     history_is_compressed_and_proved_by_itself: |kernel| everywhere(kernel, &["store-life"]);
 }
@@ -128,6 +129,11 @@ fn fallback_files_of_the_past_ext4() {
 #[test]
 fn fallback_files_of_the_past_xfs() {
     fallback(&["files", "xfs"]);
+}
+
+#[test]
+fn fallback_points_are_made_by_themselves() {
+    fallback(&["points"]);
 }
 
 #[test]

@@ -79,16 +79,25 @@ fn power_cut(kernel: &Kernel) {
     }
 }
 
+/// The small or the large number; under emulation everything takes ten times as long.
+fn amount(kernel: &Kernel, small: u32, large_number: u32) -> String {
+    let large_number = match kernel.is_emulated() {
+        true => (large_number / 4).max(small),
+        false => large_number,
+    };
+    sized(small, large_number).to_string()
+}
+
 in_guests! {
     copies_under_full_load: |kernel| scenario(kernel, &["copies", &if kernel.is_emulated() { sized(6, 20) } else { 20 }.to_string()]);
-    copies_of_ext4: |kernel| scenario(kernel, &["copies-fs", "ext4", &sized(2, 20).to_string()]);
-    copies_of_xfs: |kernel| scenario(kernel, &["copies-fs", "xfs", &sized(2, 20).to_string()]);
-    copies_of_btrfs: |kernel| scenario(kernel, &["copies-fs", "btrfs", &sized(2, 20).to_string()]);
-    killed_with_copies: |kernel| scenario(kernel, &["copies-killed", &if kernel.is_emulated() { sized(3, 10) } else { sized(6, 20) }.to_string()]);
-    hcp_killed_at_each_step: |kernel| everywhere(kernel, &["copies-hcp-killed", &sized(15, 400).to_string()]);
+    copies_of_ext4: |kernel| scenario(kernel, &["copies-fs", "ext4", &amount(kernel, 2, 20)]);
+    copies_of_xfs: |kernel| scenario(kernel, &["copies-fs", "xfs", &amount(kernel, 2, 20)]);
+    copies_of_btrfs: |kernel| scenario(kernel, &["copies-fs", "btrfs", &amount(kernel, 2, 20)]);
+    killed_with_copies: |kernel| scenario(kernel, &["copies-killed", &amount(kernel, if kernel.is_emulated() { 3 } else { 6 }, 20)]);
+    hcp_killed_at_each_step: |kernel| everywhere(kernel, &["copies-hcp-killed", &amount(kernel, 15, 400)]);
     limits_and_bad_input: |kernel| everywhere(kernel, &["copies-limits"]);
     copied_out: |kernel| if large() { scenario(kernel, &["copies-out"]) };
-    four_devices_at_one_instant: |kernel| scenario(kernel, &["copies-group", &sized(5, 30).to_string()]);
+    four_devices_at_one_instant: |kernel| scenario(kernel, &["copies-group", &amount(kernel, 5, 30)]);
     disks_break_under_copies: |kernel| scenario(kernel, &["copies-faults"]);
     copies_that_must_last_survive_a_power_cut: power_cut;
 }

@@ -37,6 +37,12 @@ pub enum FilterOp {
         name: String,
         /// Name of the point.
         label: String,
+        /// With the file systems frozen for that moment.
+        freeze: bool,
+        /// Applications were told, and are ready.
+        application: bool,
+        /// Nobody asked for this one.
+        automatic: bool,
     },
     /// Seal the open segment, so that the store can take it.
     Seal {
@@ -217,10 +223,16 @@ pub enum FilterReply {
         /// It.
         volume: Box<VolumeInfo>,
     },
-    /// An instant.
-    Instant {
+    /// A recovery point is there, durably.
+    Marked {
         /// Every record before the point is below it.
         lsn: u64,
+        /// Its file systems are clean.
+        clean: bool,
+        /// For how long they were frozen, in microseconds.
+        frozen_us: Option<u64>,
+        /// What came in between, in words.
+        note: String,
     },
     /// Whether a comparison should go on.
     Wanted {

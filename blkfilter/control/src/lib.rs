@@ -8,6 +8,7 @@
 mod block;
 mod copies;
 mod filter;
+mod mounts;
 mod notify;
 mod paths;
 mod policy;
@@ -18,8 +19,9 @@ mod wire;
 pub use block::{is_same_storage, lasting_path, mapped_volume_under, sysfs};
 pub use copies::{CopyInfo, CopySet, CopySpec, NewCopy};
 pub use filter::{FilterOp, FilterReply, SealedInfo, VolumeInfo};
+pub use mounts::{Mount, mounts, mounts_of};
 pub use paths::Paths;
-pub use policy::StorePolicy;
+pub use policy::{PointPolicy, StorePolicy};
 pub use spec::{Ack, FrontKind, SpecError, VolumeSpec, load_specs, save_spec};
 pub use store::{
     CheckInfo, DamageInfo, DrillInfo, Instant, KeptInfo, PointInfo, PolicyInfo, StoreOp,

@@ -15,6 +15,39 @@ pub struct StorePolicy {
     pub keep: String,
     /// What is younger is never pruned, whatever `keep` says: `7d`; empty: nothing is held so.
     pub immutable: String,
+    /// Recovery points that are made by themselves.
+    pub points: PointPolicy,
+}
+
+/// Which recovery points are made by themselves: `[points]` in `store.toml`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PointPolicy {
+    /// How often: `15m`, `1h`, `1d`; empty: on no schedule. Where nothing was written since the last one there is none.
+    pub every: String,
+    /// Those on the schedule are made with the file systems frozen for that moment.
+    pub freeze: bool,
+    /// Run before each on the schedule; exit code 0: applications are ready. The point is made in any case.
+    pub before: String,
+    /// Run after it, in any case.
+    pub after: String,
+    /// Each of the two is ended after so many seconds.
+    pub hook_seconds: u64,
+    /// At mount, unmount and boot.
+    pub events: bool,
+}
+
+impl Default for PointPolicy {
+    fn default() -> PointPolicy {
+        PointPolicy {
+            every: String::new(),
+            freeze: false,
+            before: String::new(),
+            after: String::new(),
+            hook_seconds: 30,
+            events: true,
+        }
+    }
 }
 
 impl Default for StorePolicy {
@@ -24,6 +57,7 @@ impl Default for StorePolicy {
             background_percent: 50,
             keep: "all 48h, 1m 7d, 1h 30d, 1d 1y".to_owned(),
             immutable: String::new(),
+            points: PointPolicy::default(),
         }
     }
 }

@@ -113,6 +113,8 @@ pub enum StoreOp {
         keep: Option<String>,
         /// Another window than the store's.
         immutable: Option<String>,
+        /// Another schedule of recovery points than the store's.
+        points: Option<String>,
         /// Also say how many bytes go: all records below the limit are looked at.
         bytes: bool,
     },
@@ -143,6 +145,12 @@ pub struct PointInfo {
     pub lsn: u64,
     /// Wall time, ns.
     pub time_ns: i64,
+    /// Its file systems are clean: they were frozen, or not mounted.
+    pub file_system_consistent: bool,
+    /// Applications had been told.
+    pub application_consistent: bool,
+    /// It was made by itself.
+    pub automatic: bool,
 }
 
 /// What the store knows of a volume.
@@ -214,6 +222,10 @@ pub struct PolicyInfo {
     pub rungs: Vec<(String, u64)>,
     /// Recovery points that are kept besides.
     pub points: u64,
+    /// How often one is made, in words; empty: on no schedule.
+    pub points_every: String,
+    /// Those on the schedule are made with file systems frozen.
+    pub points_freeze: bool,
     /// Instants that are pinned.
     pub pinned: u64,
     /// Instants below the limit now, without what the policy would change: LSN and time of the first.

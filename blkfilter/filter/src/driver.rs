@@ -2,6 +2,7 @@
 
 use crate::copies::files::{CopyMemoryFile, SpoolFiles};
 use crate::hot_copy::{HotCopies, Lost};
+use crate::points::PointLabel;
 use crate::volume::Volume;
 use crate::{Law, StartReport, VolumeStatus};
 use crossbeam_channel::{Receiver, Sender};
@@ -15,8 +16,8 @@ use varve_log::{Disk, Medium, OwnRing, UringMedium};
 pub enum Message {
     /// Tell your figures.
     Status(Sender<VolumeStatus>),
-    /// Append a recovery point; answered once it is durable, or with nothing if it cannot be.
-    Mark(String, Sender<Option<Lsn>>),
+    /// Append a recovery point; answered with its bits when it has its place in the order, and again once it is durable, or with nothing if it cannot be.
+    Mark(PointLabel, Sender<u8>, Sender<Option<Lsn>>),
     /// Seal the open segment; answered with the first open sequence and the LSN before it.
     Seal(Sender<(SegmentSequence, Lsn)>),
     /// The store has everything below.
@@ -52,8 +53,8 @@ pub struct CopyAlert {
 }
 
 enum Waiting {
-    /// The point's name until there is room for it, its LSN then.
-    Mark(Result<Lsn, String>, Sender<Option<Lsn>>),
+    /// The point until there is room for it, its LSN then.
+    Mark(Result<Lsn, PointLabel>, Sender<u8>, Sender<Option<Lsn>>),
     Seal(SegmentSequence, Lsn, Sender<(SegmentSequence, Lsn)>),
     EndRewind(Option<Lsn>, Sender<bool>),
     /// What was admitted before the cut must land; a copy that must last waits for a flush, too.
@@ -107,11 +108,13 @@ impl VolumeDevice {
         let durable = volume.durable_lsn();
         let bypassed = volume.state() == VolumeState::Bypass;
         self.waiting.retain_mut(|waiting| match waiting {
-            Waiting::Mark(point, reply) => {
-                if let Err(name) = point
-                    && let Some(lsn) = volume.mark_point(medium, name)
-                {
-                    *point = Ok(lsn);
+            Waiting::Mark(point, placed, reply) => {
+                if let Err(label) = point {
+                    let detail = label.detail_now();
+                    if let Some(lsn) = volume.mark_point(medium, &label.name, detail) {
+                        let _ = placed.send(detail);
+                        *point = Ok(lsn);
+                    }
                 }
                 let lsn = point.as_ref().ok().copied();
                 let ended = lsn.is_some_and(|lsn| durable > lsn) || bypassed;
@@ -184,7 +187,9 @@ impl Device for VolumeDevice {
                 Message::Status(reply) => {
                     let _ = reply.send(self.volume.status());
                 }
-                Message::Mark(name, reply) => self.waiting.push(Waiting::Mark(Err(name), reply)),
+                Message::Mark(label, placed, reply) => {
+                    self.waiting.push(Waiting::Mark(Err(label), placed, reply));
+                }
                 Message::Seal(reply) => {
                     let empty = self.volume.segment_is_empty();
                     let status = self.volume.status().log;

@@ -7,13 +7,16 @@
 // UNSAFETY: two ioctls without arguments, on directories.
 #![expect(unsafe_code)]
 
+use crate::manager::Manager;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
+use varve_control::{ControlError, mounts_of};
 
 /// No file system stays frozen longer.
 pub const DEADLINE: Duration = Duration::from_secs(5);
@@ -192,76 +195,44 @@ pub fn thaw_left_over(run: &Path) {
     });
 }
 
-/// Where file systems of a mapped device (or of its partitions) are mounted: one place each.
-pub(crate) fn mounts_of(mapped: &str) -> Vec<PathBuf> {
-    let Some(name) = Path::new(mapped).file_name().and_then(|name| name.to_str()) else {
-        return Vec::new();
-    };
-    let is_ours = |source: &str| {
-        std::fs::canonicalize(source)
-            .ok()
-            .and_then(|path| path.file_name().map(|n| n.to_string_lossy().into_owned()))
-            .is_some_and(|node| {
-                let rest = node.strip_prefix(name);
-                rest.is_some_and(|rest| {
-                    rest.is_empty()
-                        || rest
-                            .strip_prefix('p')
-                            .is_some_and(|n| n.bytes().all(|b| b.is_ascii_digit()))
-                })
-            })
-    };
-    let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let mut seen = Vec::new();
-    let mut places = Vec::new();
-    for line in table.lines() {
-        let fields: Vec<&str> = line.split(' ').collect();
-        let Some(dash) = fields.iter().position(|field| *field == "-") else {
-            continue;
-        };
-        let (Some(number), Some(place), Some(source)) =
-            (fields.get(2), fields.get(4), fields.get(dash + 2))
-        else {
-            continue;
-        };
-        if is_ours(source) && !seen.contains(number) {
-            seen.push(number);
-            places.push(PathBuf::from(unescape(place)));
+impl Manager {
+    /// Freezes what is mounted from these devices; in `Err`, why it could not be. What Varve itself writes to is refused; `further` adds to that.
+    pub(crate) fn freeze_devices<'a>(
+        &self,
+        mapped: impl Iterator<Item = &'a str>,
+        further: Vec<PathBuf>,
+    ) -> Result<Result<Option<Frozen>, String>, ControlError> {
+        let places: Vec<PathBuf> = mapped.flat_map(mounts_of).collect();
+        if places.is_empty() {
+            return Ok(Ok(None));
         }
-    }
-    places
-}
-
-/// Spaces and the like are written as octal numbers there.
-fn unescape(text: &str) -> String {
-    let mut out = String::new();
-    let mut rest = text;
-    while let Some(at) = rest.find('\\') {
-        out += &rest[..at];
-        match rest
-            .get(at + 1..at + 4)
-            .and_then(|code| u8::from_str_radix(code, 8).ok())
-        {
-            Some(byte) => {
-                out.push(char::from(byte));
-                rest = &rest[at + 4..];
-            }
-            None => {
-                out.push('\\');
-                rest = &rest[at + 1..];
+        let own: Vec<PathBuf> = self
+            .specs()
+            .into_iter()
+            .flat_map(|spec| [spec.log, spec.state])
+            .chain(further)
+            .chain([self.paths.run(), self.paths.store(), self.paths.copy_sets()])
+            .collect();
+        let device = |path: &Path| {
+            let metadata = path.ancestors().find_map(|p| std::fs::metadata(p).ok());
+            metadata.map(|metadata| metadata.dev())
+        };
+        for place in &places {
+            let held = device(place);
+            if let Some(path) = own
+                .iter()
+                .find(|path| held.is_some() && device(path) == held)
+            {
+                return Err(ControlError::new(
+                    "H009-own",
+                    format!(
+                        "{} cannot be frozen: Varve itself writes there ({}). Nothing was changed",
+                        place.display(),
+                        path.display()
+                    ),
+                ));
             }
         }
-    }
-    out + rest
-}
-
-#[cfg(test)]
-mod tests {
-    use super::unescape;
-
-    #[test]
-    fn mount_points_with_blanks_are_understood() {
-        assert_eq!(unescape("/mnt/a\\040b\\134c"), "/mnt/a b\\c");
-        assert_eq!(unescape("/plain\\x"), "/plain\\x");
+        Ok(Frozen::freeze(&self.paths.run(), &places).map(Some))
     }
 }

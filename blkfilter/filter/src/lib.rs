@@ -22,6 +22,7 @@ pub mod manager;
 pub mod origin;
 mod places;
 mod plan;
+pub mod points;
 mod regions;
 mod rewind;
 mod running;

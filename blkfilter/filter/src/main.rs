@@ -1,12 +1,13 @@
 //! `blkfilter`: the data path's daemon. Protects volumes, answers on a Unix socket, never on the network.
 
 use blkfilter::manager::Manager;
+use blkfilter::points::PointLabel;
 use nix::sys::signal::{SigSet, Signal};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 use varve_control::{ControlError, FilterOp, FilterReply, Paths, SealedInfo};
-use varve_format::{Lsn, SegmentSequence};
+use varve_format::{Lsn, PointDetail, SegmentSequence};
 
 const HELP: &str = "blkfilter: the data path of Varve: records every write to protected devices.
 
@@ -209,9 +210,28 @@ fn answer(manager: &Manager, op: FilterOp, attached: Vec<u8>) -> Result<FilterRe
         FilterOp::Resize { name } => FilterReply::Volume {
             volume: Box::new(manager.resize(&name)?),
         },
-        FilterOp::Mark { name, label } => FilterReply::Instant {
-            lsn: manager.mark(&name, &label)?.0,
-        },
+        FilterOp::Mark {
+            name,
+            label,
+            freeze,
+            application,
+            automatic,
+        } => {
+            let bit = |is: bool, bit: u8| if is { bit } else { 0 };
+            let label = PointLabel {
+                name: label,
+                detail: bit(application, PointDetail::APPLICATION)
+                    | bit(automatic, PointDetail::AUTOMATIC),
+                frozen_until: None,
+            };
+            let marked = manager.mark(label, &name, freeze)?;
+            FilterReply::Marked {
+                lsn: marked.lsn.0,
+                clean: marked.clean,
+                frozen_us: marked.frozen.map(|frozen| frozen.as_micros() as u64),
+                note: marked.note,
+            }
+        }
         FilterOp::Seal { name } => {
             let (below, lsn_end) = manager.seal(&name)?;
             FilterReply::Sealed {

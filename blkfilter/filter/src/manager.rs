@@ -370,6 +370,25 @@ impl Manager {
     }
 
     /// Sends a message to a volume's thread.
+    /// Of every volume, whatever its state.
+    pub(crate) fn specs(&self) -> Vec<VolumeSpec> {
+        self.slots()
+            .values()
+            .map(|slot| slot.spec().clone())
+            .collect()
+    }
+
+    /// Where a running volume is shown.
+    pub(crate) fn mapped(&self, name: &str) -> Result<String, ControlError> {
+        match self.slots().get(name) {
+            Some(Slot::Running(running)) => Ok(running.mapped.clone()),
+            _ => Err(error(
+                "V019-unknown",
+                format!("no running volume is named {name}; `varve status` lists them"),
+            )),
+        }
+    }
+
     pub(crate) fn tell(&self, name: &str, message: Message) -> Result<(), ControlError> {
         let slots = self.slots();
         let Some(Slot::Running(running)) = slots.get(name) else {
@@ -397,15 +416,6 @@ impl Manager {
                 format!("volume {name} did not answer in {} s", wait.as_secs()),
             )
         })
-    }
-
-    /// Appends a recovery point.
-    pub fn mark(&self, name: &str, label: &str) -> Result<Lsn, ControlError> {
-        if label.is_empty() || label.len() > 255 {
-            return Err(error("V021-label", "a point's name has 1 to 255 bytes"));
-        }
-        self.ask(name, ANSWER_WAIT, |reply| Message::Mark(label.to_owned(), reply))?
-            .ok_or_else(|| error("V022-unprotected", format!("volume {name} records no writes now (bypass, or no room): no point was made; see `varve status`")))
     }
 
     /// Seals the open segment.

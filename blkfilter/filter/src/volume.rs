@@ -336,13 +336,13 @@ impl<R: Rules> Volume<R> {
     }
 
     /// Appends a recovery point. Returns the instant: every record before the point is below it. `None`: nothing is being recorded, or no room now.
-    pub fn mark_point(&mut self, medium: &dyn Medium, name: &str) -> Option<Lsn> {
+    pub fn mark_point(&mut self, medium: &dyn Medium, name: &str, detail: u8) -> Option<Lsn> {
         if !self.is_logging() || !self.writer.has_room(1, name.len(), false) || name.len() > 255 {
             return None;
         }
         let (lsn, _) = self.append(
             medium,
-            Record::new(RecordKind::Point, 0, 0, 0),
+            Record::new(RecordKind::Point, 0, 0, 0).with_detail(detail),
             name.as_bytes(),
         );
         self.writer.want_durable(lsn.plus(1));

@@ -1,7 +1,7 @@
 //! A store's timeline in words and numbers.
 
 use varve_control::{CheckInfo, DrillInfo, KeptInfo, PointInfo, VolumeHistory};
-use varve_format::{Lsn, WallTime};
+use varve_format::{Lsn, PointDetail, WallTime};
 use varve_store::{Drill, Nearest, StoreError, VolumeStore};
 
 pub(crate) fn history(store: &VolumeStore) -> Result<VolumeHistory, StoreError> {
@@ -43,6 +43,9 @@ pub(crate) fn history(store: &VolumeStore) -> Result<VolumeHistory, StoreError> 
             name: store.point_name(point).unwrap_or_default(),
             lsn: point.lsn.0,
             time_ns: point.time.0,
+            file_system_consistent: point.entry.detail & PointDetail::FILE_SYSTEM != 0,
+            application_consistent: point.entry.detail & PointDetail::APPLICATION != 0,
+            automatic: point.entry.detail & PointDetail::AUTOMATIC != 0,
         })
         .collect();
     let kept = timeline.kept();

@@ -4,8 +4,10 @@ mod background;
 mod compare;
 mod describe;
 mod export;
+mod hook;
 mod image_device;
 mod overlay;
+mod points;
 mod retention;
 mod rewind;
 mod scrub;
@@ -54,6 +56,8 @@ fn main() -> ExitCode {
     std::thread::spawn(move || follower.follow());
     let worker = Arc::clone(&service);
     std::thread::spawn(move || background::run(worker));
+    let marker = Arc::clone(&service);
+    std::thread::spawn(move || points::run(marker));
     match varve_control::serve(&socket, move |op, _, reporter| service.answer(op, reporter)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

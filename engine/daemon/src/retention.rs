@@ -1,5 +1,6 @@
 //! What the policy keeps: for the background, which takes it into use, and for who asks what another one would keep.
 
+use crate::points::every;
 use crate::service::{Service, error, store_error};
 use nix::sys::statvfs::statvfs;
 use varve_control::{ControlError, Instant, PolicyInfo, Reporter, StorePolicy, StoreReply};
@@ -45,11 +46,14 @@ impl Service {
         &self,
         volume: &str,
         simulated: (Option<&str>, Option<&str>),
+        points: Option<String>,
         bytes: bool,
         reporter: &mut Reporter<'_>,
     ) -> Result<StoreReply, ControlError> {
         let wrong = |why: String| error("X006-policy", why);
-        let stored = StorePolicy::load(&self.paths().store_policy()).map_err(wrong)?;
+        let mut stored = StorePolicy::load(&self.paths().store_policy()).map_err(wrong)?;
+        stored.points.every = points.unwrap_or(stored.points.every);
+        every(&stored.points).map_err(wrong)?;
         let policy = policy_of(&stored, simulated).map_err(wrong)?;
         let id = self.id_of(volume)?;
         let now = WallTime(self.clock_ns());
@@ -57,6 +61,8 @@ impl Service {
         let plan = job.run().map_err(|e| store_error(&e))?;
         drop(job);
         let mut info = self.with_store(&id, |store| told(store, &policy, plan.as_ref(), now))?;
+        info.points_every.clone_from(&stored.points.every);
+        info.points_freeze = stored.points.freeze;
         let disk = statvfs(&self.paths().store());
         info.free_bytes = disk.map_or(0, |disk| disk.blocks_available() * disk.fragment_size());
         if let Some(plan) = plan.filter(|_| bytes) {

@@ -563,10 +563,11 @@ impl Service {
                 volume,
                 keep,
                 immutable,
+                points,
                 bytes,
             } => {
                 let simulated = (keep.as_deref(), immutable.as_deref());
-                self.policy(&volume, simulated, bytes, reporter)
+                self.policy(&volume, simulated, points, bytes, reporter)
             }
             StoreOp::Pin {
                 volume,

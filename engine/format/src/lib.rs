@@ -35,7 +35,7 @@ pub use map::{
     MapExtent, MapHeader, MapPageHead, encode_map_page, map_tag, parse_map_page,
 };
 pub use record::{
-    RECORD_BYTES, RECORD_PAYLOAD_BYTES_MAX, Record, RecordFlags, RecordKind, SpanKind,
+    PointDetail, RECORD_BYTES, RECORD_PAYLOAD_BYTES_MAX, Record, RecordFlags, RecordKind, SpanKind,
 };
 pub use run::{RUN_ENTRY_BYTES, RunEntry, RunHeader};
 pub use segment::{SEGMENT_FOOTER_BYTES, SEGMENT_HEADER_BYTES, SegmentFooter, SegmentHeader};

@@ -33,7 +33,7 @@ pub enum RecordKind {
     SpanBegin = 7,
     /// The span that began at LSN `argument` has ended.
     SpanEnd = 8,
-    /// A recovery point; payload: its name in UTF-8.
+    /// A recovery point; payload: its name in UTF-8; `detail`: [`PointDetail`].
     Point = 9,
     /// History has no single writes between the wall time `argument` (nanoseconds) and this record.
     Gap = 10,
@@ -108,6 +108,18 @@ impl SpanKind {
     }
 }
 
+/// Bits of the `detail` of a recovery point. None: it is what a power cut would leave.
+pub struct PointDetail;
+
+impl PointDetail {
+    /// File systems were frozen, or not mounted: they are clean.
+    pub const FILE_SYSTEM: u8 = 1;
+    /// A command of the user's had said before that applications are ready.
+    pub const APPLICATION: u8 = 2;
+    /// It was made by itself (on a schedule, at a mount): it thins out as other instants do.
+    pub const AUTOMATIC: u8 = 4;
+}
+
 /// Bits of [`Record::flags`].
 pub struct RecordFlags;
 
@@ -128,7 +140,7 @@ pub struct Record {
     pub kind: u8,
     /// [`RecordFlags`].
     pub flags: u8,
-    /// Meaning depends on the kind (span kind, epoch's beginning).
+    /// Meaning depends on the kind (span kind, epoch's beginning, consistency of a point).
     pub detail: u8,
     /// Zero.
     pub reserved: u8,

@@ -10,7 +10,7 @@ use crate::volume::Segments;
 use crate::{StoreError, Timeline, VolumeStore};
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use varve_format::{KeptEntry, Lsn, RecordKind, RunEntry, SpanKind, WallTime};
+use varve_format::{KeptEntry, Lsn, PointDetail, RecordKind, RunEntry, SpanKind, WallTime};
 
 /// Without rungs the limit moves in steps of this: each step looks at everything below it.
 const STEP_WITHOUT_RUNGS: Nanoseconds = 3_600_000_000_000;
@@ -201,18 +201,32 @@ impl RetentionJob {
                 found.entry(entry.lsn()).or_insert(*entry);
             }
         }
-        // Points live as long as the last rung.
+        // Points live as long as the last rung; of those that were made by themselves, the last one of each step does.
         let oldest = ladder.rungs.last().map_or(all, |rung| rung.age);
         let without_points = found.len();
+        let mut automatic: Option<((usize, i64), KeptEntry)> = None;
         for point in &self.timeline.points {
-            if point.lsn < below
-                && point.time.0 > now.saturating_sub(oldest)
-                && self.timeline.check(point.lsn).is_ok()
+            if point.lsn >= below
+                || point.time.0 <= now.saturating_sub(oldest)
+                || self.timeline.check(point.lsn).is_err()
             {
-                found
-                    .entry(point.lsn)
-                    .or_insert(KeptEntry::new(point.lsn, point.time, false));
+                continue;
             }
+            let mut keep = |entry: KeptEntry| {
+                found.entry(entry.lsn()).or_insert(entry);
+            };
+            let entry = KeptEntry::new(point.lsn, point.time, false);
+            if point.entry.detail & PointDetail::AUTOMATIC == 0 {
+                keep(entry);
+            } else if let Some(place) = self.place(point.time)
+                && let Some((before, kept)) = automatic.replace((place, entry))
+                && before != place
+            {
+                keep(kept);
+            }
+        }
+        if let Some((_, kept)) = automatic {
+            found.entry(kept.lsn()).or_insert(kept);
         }
         let points = (found.len() - without_points) as u64;
         let pins = old.entries.iter().filter(|entry| entry.is_pinned());

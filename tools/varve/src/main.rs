@@ -89,6 +89,9 @@ enum Command {
         /// Name of the recovery point.
         #[arg(value_name = "NAME")]
         label: String,
+        /// With its file systems frozen for that moment, so that they are clean in it.
+        #[arg(long)]
+        freeze: bool,
         #[command(flatten)]
         volume: Volume,
     },
@@ -305,7 +308,11 @@ fn run(context: &Context, command: Command) -> Result<ExitCode, ControlError> {
             offline,
         } => protect::unprotect(context, &volume, forget, offline).map(done),
         Command::Resize { volume } => protect::resize(context, &volume).map(done),
-        Command::Mark { label, volume } => past::mark(context, volume.name, &label).map(done),
+        Command::Mark {
+            label,
+            freeze,
+            volume,
+        } => past::mark(context, volume.name, &label, freeze).map(done),
         Command::Points { volume } => past::points(context, volume.name).map(done),
         Command::History { volume } => past::history(context, volume.name).map(done),
         Command::Mount {

@@ -47,12 +47,26 @@ pub(crate) fn with_clock_times(text: &str) -> String {
 }
 
 /// `varve mark`.
-pub fn mark(context: &Context, volume: Option<String>, label: &str) -> Result<(), ControlError> {
+pub fn mark(
+    context: &Context,
+    volume: Option<String>,
+    label: &str,
+    freeze: bool,
+) -> Result<(), ControlError> {
     let name = daemons::volume(context, volume)?;
-    let FilterReply::Instant { lsn } = daemons::filter(context)?.call(&FilterOp::Mark {
+    let op = FilterOp::Mark {
         name: name.clone(),
         label: label.to_owned(),
-    })?
+        freeze,
+        application: false,
+        automatic: false,
+    };
+    let FilterReply::Marked {
+        lsn,
+        clean,
+        frozen_us,
+        note,
+    } = daemons::filter(context)?.call(&op)?
     else {
         return Err(unexpected());
     };
@@ -61,17 +75,32 @@ pub fn mark(context: &Context, volume: Option<String>, label: &str) -> Result<()
         volume: &'a str,
         name: &'a str,
         lsn: u64,
+        file_system_consistent: bool,
+        /// For how long file systems were frozen, in seconds.
+        frozen_seconds: Option<f64>,
+        note: &'a str,
     }
+    let frozen_seconds = frozen_us.map(|micros| micros as f64 / 1e6);
     context.output.result(
         &Marked {
             volume: &name,
             name: label,
             lsn,
+            file_system_consistent: clean,
+            frozen_seconds,
+            note: &note,
         },
         || {
-            context
-                .output
-                .say(format!("{name}: point {label:?} at lsn:{lsn}"))
+            let how = match frozen_seconds {
+                Some(pause) => format!(", its file systems were frozen for {pause:.3} s"),
+                None if clean => ", its file systems are not mounted".to_owned(),
+                None => String::new(),
+            };
+            let say = |text: String| context.output.say(text);
+            say(format!("{name}: point {label:?} at lsn:{lsn}{how}"));
+            if !note.is_empty() {
+                say(format!("  {note}"));
+            }
         },
     );
     Ok(())
@@ -96,11 +125,16 @@ pub fn points(context: &Context, volume: Option<String>) -> Result<(), ControlEr
     let history = fetch_history(context, &name)?;
     context.output.result(&history.points, || {
         for point in &history.points {
+            let kind = match (point.application_consistent, point.file_system_consistent) {
+                (true, _) => "application",
+                (false, true) => "file system",
+                (false, false) => "crash",
+            };
             println!(
-                "{}  lsn:{}  {}",
+                "{}  lsn:{:<10}  {kind:<11}  {}",
                 show_time(point.time_ns),
                 point.lsn,
-                point.name
+                with_clock_times(&point.name)
             );
         }
         if history.points.is_empty() {

@@ -27,6 +27,9 @@ pub enum PolicyCommand {
         /// What is younger is never pruned: `7d`; `0` for no such window.
         #[arg(long, value_name = "SPAN")]
         immutable: Option<String>,
+        /// Make a recovery point this often: `1h`; `0` for no schedule. (With file systems frozen, or commands around it: `[points]` in the file.)
+        #[arg(long, value_name = "SPAN")]
+        points: Option<String>,
     },
 }
 
@@ -37,21 +40,49 @@ pub fn run(
     command: PolicyCommand,
 ) -> Result<(), ControlError> {
     let volume = daemons::volume(context, volume)?;
-    let (keep, immutable, simulated) = match command {
-        PolicyCommand::Show => (None, None, false),
-        PolicyCommand::Simulate { keep, immutable } => (keep, immutable.map(no_window), true),
-        PolicyCommand::Set { keep, immutable } => {
-            return set(context, &volume, keep, immutable.map(no_window));
+    let (wanted, simulated) = match command {
+        PolicyCommand::Show => (Wanted::default(), false),
+        PolicyCommand::Simulate { keep, immutable } => {
+            let immutable = immutable.map(none);
+            let points = None;
+            (
+                Wanted {
+                    keep,
+                    immutable,
+                    points,
+                },
+                true,
+            )
+        }
+        PolicyCommand::Set {
+            keep,
+            immutable,
+            points,
+        } => {
+            let wanted = Wanted {
+                keep,
+                immutable: immutable.map(none),
+                points: points.map(none),
+            };
+            return set(context, &volume, wanted);
         }
     };
-    let policy = fetch(context, &volume, keep, immutable, simulated)?;
+    let policy = fetch(context, &volume, wanted, simulated)?;
     context
         .output
         .result(&policy, || show(&volume, &policy, simulated));
     Ok(())
 }
 
-fn no_window(text: String) -> String {
+/// What is to be otherwise than it is.
+#[derive(Clone, Default)]
+struct Wanted {
+    keep: Option<String>,
+    immutable: Option<String>,
+    points: Option<String>,
+}
+
+fn none(text: String) -> String {
     match text.as_str() {
         "0" => String::new(),
         _ => text,
@@ -61,14 +92,14 @@ fn no_window(text: String) -> String {
 fn fetch(
     context: &Context,
     volume: &str,
-    keep: Option<String>,
-    immutable: Option<String>,
+    wanted: Wanted,
     bytes: bool,
 ) -> Result<PolicyInfo, ControlError> {
     let op = StoreOp::Policy {
         volume: volume.to_owned(),
-        keep,
-        immutable,
+        keep: wanted.keep,
+        immutable: wanted.immutable,
+        points: wanted.points,
         bytes,
     };
     match ask(context, &op, "reading the history")? {
@@ -77,19 +108,15 @@ fn fetch(
     }
 }
 
-fn set(
-    context: &Context,
-    volume: &str,
-    keep: Option<String>,
-    immutable: Option<String>,
-) -> Result<(), ControlError> {
+fn set(context: &Context, volume: &str, wanted: Wanted) -> Result<(), ControlError> {
     let wrong = |why: String| ControlError::new("X006-policy", why);
     // The daemon knows whether it makes sense.
-    let policy = fetch(context, volume, keep.clone(), immutable.clone(), false)?;
+    let policy = fetch(context, volume, wanted.clone(), false)?;
     let path = context.paths.store_policy();
     let mut stored = StorePolicy::load(&path).map_err(wrong)?;
-    stored.keep = keep.unwrap_or(stored.keep);
-    stored.immutable = immutable.unwrap_or(stored.immutable);
+    stored.keep = wanted.keep.unwrap_or(stored.keep);
+    stored.immutable = wanted.immutable.unwrap_or(stored.immutable);
+    stored.points.every = wanted.points.unwrap_or(stored.points.every);
     stored.save(&path).map_err(wrong)?;
     context.output.result(&policy, || {
         let done = format!("{} says so now; it counts within a minute", path.display());
@@ -103,6 +130,16 @@ fn show(volume: &str, policy: &PolicyInfo, simulated: bool) {
     println!("{volume}: keeps {}", policy.keep);
     if !policy.immutable.is_empty() {
         println!("  nothing younger than {} is pruned", policy.immutable);
+    }
+    if !policy.points_every.is_empty() {
+        let frozen = match policy.points_freeze {
+            true => ", with file systems frozen",
+            false => "",
+        };
+        println!(
+            "  a recovery point every {}{frozen}, if anything was written",
+            policy.points_every
+        );
     }
     if policy.below_lsn == 0 {
         println!("  every instant of the history is kept");

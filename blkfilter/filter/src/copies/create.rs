@@ -3,13 +3,11 @@
 use super::files::CopyMemoryFile;
 use super::{explain, identity, unknown};
 use crate::driver::Message;
-use crate::freeze::{DEADLINE, Frozen, mounts_of};
+use crate::freeze::{DEADLINE, Frozen};
 use crate::manager::{ANSWER_WAIT, Manager, START_WAIT, Slot, error};
 use crate::running::Mode;
 use crossbeam_channel::{Receiver, bounded};
 use std::fs::File;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 use varve_control::{ControlError, CopyInfo, CopySet, CopySpec, NewCopy, VolumeSpec};
 use varve_format::{Lsn, VolumeId};
@@ -298,54 +296,20 @@ impl Manager {
         sources: &[Source],
         cuts: &mut [CutCopy],
     ) -> Result<Option<Frozen>, ControlError> {
-        let places: Vec<PathBuf> = sources
-            .iter()
-            .flat_map(|source| mounts_of(&source.mapped))
-            .collect();
-        if places.is_empty() {
-            return Ok(None);
-        }
-        let specs: Vec<VolumeSpec> = self
-            .slots()
-            .values()
-            .map(|slot| slot.spec().clone())
-            .collect();
+        let mapped = sources.iter().map(|source| source.mapped.as_str());
         let spools = cuts.iter().map(|cut| cut.set.spool.clone());
-        let own: Vec<PathBuf> = specs
-            .into_iter()
-            .flat_map(|spec| [spec.log, spec.state])
-            .chain(spools)
-            .chain([self.paths.run(), self.paths.store(), self.paths.copy_sets()])
-            .collect();
-        let device = |path: &Path| {
-            let metadata = path.ancestors().find_map(|p| std::fs::metadata(p).ok());
-            metadata.map(|metadata| metadata.dev())
-        };
-        for place in &places {
-            let held = device(place);
-            if let Some(path) = own
-                .iter()
-                .find(|path| held.is_some() && device(path) == held)
-            {
-                return Err(error(
-                    "H009-own",
-                    format!(
-                        "{} cannot be frozen: Varve itself writes there ({}). Nothing was changed; use --no-freeze, or move that",
-                        place.display(),
-                        path.display()
-                    ),
-                ));
+        let frozen = self
+            .freeze_devices(mapped, spools.collect())
+            .map_err(|mut refused| {
+                refused.message += "; use --no-freeze, or move that";
+                refused
+            })?;
+        Ok(frozen.unwrap_or_else(|why| {
+            for cut in cuts.iter_mut() {
+                cut.note = format!("not frozen ({why}): the copy is crash-consistent");
             }
-        }
-        match Frozen::freeze(&self.paths.run(), &places) {
-            Ok(frozen) => Ok(Some(frozen)),
-            Err(why) => {
-                for cut in cuts.iter_mut() {
-                    cut.note = format!("not frozen ({why}): the copy is crash-consistent");
-                }
-                Ok(None)
-            }
-        }
+            None
+        }))
     }
 
     /// Cuts all of them at one instant: where there are several, writes to all are held meanwhile. Gives for how long.

@@ -252,7 +252,7 @@ fn busy(varve: &Installation, name: &str, place: &str) -> Result<String, String>
     result
 }
 
-fn clean_journal(kind: &str, path: &str) -> Outcome {
+pub fn clean_journal(kind: &str, path: &str) -> Outcome {
     match kind {
         "ext4" if sh(&format!("dumpe2fs -h {path} 2>/dev/null"))?.contains("needs_recovery") => {
             Err(format!(
@@ -264,7 +264,7 @@ fn clean_journal(kind: &str, path: &str) -> Outcome {
 }
 
 /// The longest time that a write with fsync takes, until `enough`.
-fn longest_fsync(
+pub fn longest_fsync(
     live: &str,
     enough: Arc<AtomicBool>,
 ) -> std::thread::JoinHandle<Result<Duration, String>> {

@@ -10,6 +10,7 @@ mod holes;
 mod instants;
 mod log_fault;
 mod origin;
+mod points;
 mod retention;
 mod rewinds;
 mod shapes;
@@ -64,6 +65,7 @@ fn main() -> ExitCode {
         "holes" => holes::holes(&installation, device),
         "store-life" => store_life::store_life(&installation, device),
         "retention" => retention::retention(&installation, device),
+        "points" => points::points(&installation, device),
         "files" => files::files(&installation, device, argument),
         "export-to" => files::export_to(&installation, device),
         "copies" => copies::stamps(&installation, device, argument.parse().unwrap_or(20)),

@@ -4,7 +4,7 @@ use crate::{Context, daemons};
 use clap::Args;
 use std::path::{Path, PathBuf};
 use varve_cli::device::partition_of;
-use varve_control::ControlError;
+use varve_control::{ControlError, mounts};
 
 #[derive(Args)]
 pub struct Which {
@@ -99,20 +99,9 @@ fn resolve(path: &Path) -> PathBuf {
 
 fn mounted(context: &Context) -> Vec<Mounted> {
     let volumes = daemons::volumes(context).unwrap_or_default();
-    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let mut all = Vec::new();
-    for line in mounts.lines() {
-        let Some((left, right)) = line.split_once(" - ") else {
-            continue;
-        };
-        let left: Vec<&str> = left.split(' ').collect();
-        let right: Vec<&str> = right.split(' ').collect();
-        let (Some(root), Some(on), Some(kind), Some(source)) =
-            (left.get(3), left.get(4), right.first(), right.get(1))
-        else {
-            continue;
-        };
-        let Ok(device) = std::fs::canonicalize(unescaped(source)) else {
+    for mount in mounts() {
+        let Ok(device) = std::fs::canonicalize(&mount.source) else {
             continue;
         };
         for volume in &volumes {
@@ -122,9 +111,9 @@ fn mounted(context: &Context) -> Vec<Mounted> {
             let partition = partition_of(&device, &mapped);
             if device == mapped || partition.is_some() {
                 all.push(Mounted {
-                    on: unescaped(on),
-                    root: unescaped(root),
-                    is_btrfs: *kind == "btrfs",
+                    on: mount.on.clone(),
+                    root: mount.root.clone(),
+                    is_btrfs: mount.kind == "btrfs",
                     volume: volume.name.clone(),
                     partition,
                 });
@@ -134,41 +123,9 @@ fn mounted(context: &Context) -> Vec<Mounted> {
     all
 }
 
-/// The kernel writes a space as `\040`.
-fn unescaped(text: &str) -> PathBuf {
-    use std::os::unix::ffi::OsStringExt;
-    let bytes = text.as_bytes();
-    let (mut out, mut at) = (Vec::new(), 0);
-    while at < bytes.len() {
-        let octal = text
-            .get(at + 1..at + 4)
-            .filter(|_| bytes[at] == b'\\')
-            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
-        match octal {
-            Some(byte) => {
-                out.push(byte);
-                at += 4;
-            }
-            None => {
-                out.push(bytes[at]);
-                at += 1;
-            }
-        }
-    }
-    PathBuf::from(std::ffi::OsString::from_vec(out))
-}
-
 #[cfg(test)]
 mod tests {
-    use super::{resolve, unescaped};
-    use std::path::Path;
-
-    #[test]
-    fn names_of_the_kernel_are_read() {
-        assert_eq!(unescaped(r"/mnt/a\040b\134c"), Path::new(r"/mnt/a b\c"));
-        assert_eq!(unescaped(r"/mnt/\9"), Path::new(r"/mnt/\9"));
-        assert_eq!(unescaped("/mnt/é\\"), Path::new("/mnt/é\\"));
-    }
+    use super::resolve;
 
     #[test]
     fn what_is_gone_is_resolved_as_far_as_it_goes() {

@@ -1,0 +1,107 @@
+//! Recovery points: an instant of a volume gets a name, if need be while its file systems are frozen.
+//!
+//! Order: freeze (what they hold in memory is on its way before), the point gets its place among the records, thaw; then it is waited for until it is durable.
+//! Power cut before that: there is no such point, and nobody was told of one.
+
+use crate::driver::Message;
+use crate::freeze::{DEADLINE, Frozen};
+use crate::manager::{ANSWER_WAIT, Manager, error};
+use crossbeam_channel::bounded;
+use std::time::{Duration, Instant};
+use varve_control::{ControlError, mounts_of};
+use varve_format::{Lsn, PointDetail};
+
+const SLACK: Duration = Duration::from_millis(200);
+
+/// A point that is to be.
+#[derive(Clone, Debug)]
+pub struct PointLabel {
+    /// Its name, 1 to 255 bytes.
+    pub name: String,
+    /// Bits of [`PointDetail`].
+    pub detail: u8,
+    /// File systems are frozen no longer than until then.
+    pub frozen_until: Option<Instant>,
+}
+
+impl PointLabel {
+    /// The bits of a point that gets its place now.
+    pub(crate) fn detail_now(&self) -> u8 {
+        match self.frozen_until {
+            Some(until) if Instant::now() >= until => self.detail & !PointDetail::FILE_SYSTEM,
+            _ => self.detail,
+        }
+    }
+}
+
+/// A point that is.
+pub struct Marked {
+    /// Every record before it is below this.
+    pub lsn: Lsn,
+    /// For how long file systems were frozen.
+    pub frozen: Option<Duration>,
+    /// It is file-system-consistent.
+    pub clean: bool,
+    /// What came in between, in words.
+    pub note: String,
+}
+
+impl Manager {
+    /// Appends a recovery point. `freeze`: with the file systems frozen; a volume that is not mounted is clean without.
+    pub fn mark(
+        &self,
+        mut label: PointLabel,
+        volume: &str,
+        freeze: bool,
+    ) -> Result<Marked, ControlError> {
+        if label.name.is_empty() || label.name.len() > 255 {
+            return Err(error("V021-label", "a point's name has 1 to 255 bytes"));
+        }
+        let mut note = String::new();
+        let mut frozen = None;
+        let mut clean = false;
+        if freeze {
+            let mapped = self.mapped(volume)?;
+            match self.freeze_devices(std::iter::once(mapped.as_str()), Vec::new())? {
+                Ok(now) => {
+                    clean = now.is_some() || mounts_of(&mapped).is_empty();
+                    frozen = now;
+                }
+                Err(why) => note = format!("not frozen ({why}): the point is crash-consistent"),
+            }
+        }
+        if clean {
+            label.detail |= PointDetail::FILE_SYSTEM;
+        }
+        // What the helper thaws at its deadline was frozen a little before we knew.
+        label.frozen_until = frozen.as_ref().map(|_| Instant::now() + DEADLINE - SLACK);
+        let (placed_in, placed) = bounded(1);
+        let (reply, answer) = bounded(1);
+        let asked = self.tell(volume, Message::Mark(label, placed_in, reply));
+        if frozen.is_some() && asked.is_ok() {
+            let detail = placed.recv_timeout(DEADLINE).unwrap_or(0);
+            if detail & PointDetail::FILE_SYSTEM == 0 {
+                clean = false;
+                note = "the file system was thawed at its deadline, before the point had its place: it is crash-consistent".to_owned();
+            }
+        }
+        let frozen = frozen.map(Frozen::thaw);
+        asked?;
+        let marked = answer.recv_timeout(ANSWER_WAIT).map_err(|_| {
+            let waited = ANSWER_WAIT.as_secs();
+            error(
+                "V020-late",
+                format!("volume {volume} did not answer in {waited} s"),
+            )
+        })?;
+        let lsn = marked.ok_or_else(|| {
+            error("V022-unprotected", format!("volume {volume} records no writes now (bypass, or no room): no point was made; see `varve status`"))
+        })?;
+        Ok(Marked {
+            lsn,
+            frozen,
+            clean,
+            note,
+        })
+    }
+}

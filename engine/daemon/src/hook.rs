@@ -1,0 +1,100 @@
+//! Commands of the user's that the daemon runs.
+
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+
+/// Who may write the file may run commands as root: that must be root alone.
+pub(crate) fn refuse_others(path: &Path) -> Result<(), String> {
+    let metadata = std::fs::metadata(path).map_err(|e| format!("{}: {e}", path.display()))?;
+    let own = nix::unistd::geteuid().as_raw();
+    if metadata.uid() == own && metadata.mode() & 0o022 == 0 {
+        return Ok(());
+    }
+    Err(format!(
+        "not run: {} can be written by others than root (chmod go-w, chown root)",
+        path.display()
+    ))
+}
+
+/// Runs a command through the shell; when its time is over it is killed, with all that it started.
+pub(crate) fn run(
+    command: &str,
+    variables: &[(&str, &str)],
+    limit: Duration,
+) -> Result<(), String> {
+    let mut child = Command::new("sh")
+        .args(["-c", command])
+        .envs(variables.iter().copied())
+        .stdin(Stdio::null())
+        .stdout(std::io::stderr())
+        .process_group(0)
+        .spawn()
+        .map_err(|error| format!("sh: {error}"))?;
+    match wait(&mut child, limit) {
+        Some(status) if status.success() => Ok(()),
+        Some(status) => Err(format!("`{command}`: {status}")),
+        None => {
+            let group = nix::unistd::Pid::from_raw(child.id().cast_signed());
+            let _ = nix::sys::signal::killpg(group, nix::sys::signal::Signal::SIGKILL);
+            let _ = child.wait();
+            Err(format!(
+                "`{command}` was ended: it took more than {} s",
+                limit.as_secs()
+            ))
+        }
+    }
+}
+
+fn wait(child: &mut Child, limit: Duration) -> Option<ExitStatus> {
+    let since = Instant::now();
+    while since.elapsed() < limit {
+        match child.try_wait() {
+            Ok(None) => std::thread::sleep(LOOK_EVERY),
+            Ok(Some(status)) => return Some(status),
+            Err(_) => return None,
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{refuse_others, run};
+    use std::os::unix::fs::PermissionsExt;
+    use std::time::{Duration, Instant};
+
+    #[test]
+    fn a_command_tells_by_its_exit_code_and_ends_with_its_time() {
+        let limit = Duration::from_secs(20);
+        assert!(run("test $WHAT = that", &[("WHAT", "that")], limit).is_ok());
+        assert!(run("exit 3", &[], limit).unwrap_err().contains("3"));
+        let flag = std::env::temp_dir().join(format!("varve-hook-{}", std::process::id()));
+        let begun = Instant::now();
+        let command = format!("(sleep 2; touch {}) & sleep 30", flag.display());
+        let why = run(&command, &[], Duration::from_millis(300)).unwrap_err();
+        assert!(why.contains("was ended"), "{why}");
+        assert!(begun.elapsed() < Duration::from_secs(2));
+        std::thread::sleep(Duration::from_millis(2300));
+        assert!(!flag.exists(), "what it had started went on");
+    }
+
+    #[test]
+    fn a_file_that_others_write_says_nothing() {
+        let path = std::env::temp_dir().join(format!("varve-hook-file-{}", std::process::id()));
+        std::fs::write(&path, "").unwrap();
+        let mode = |mode| {
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+        };
+        mode(0o644);
+        assert!(refuse_others(&path).is_ok());
+        mode(0o664);
+        assert!(refuse_others(&path).is_err());
+        std::fs::remove_file(&path).unwrap();
+        assert!(refuse_others(&path).is_err());
+    }
+}

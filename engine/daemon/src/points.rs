@@ -1,0 +1,302 @@
+//! Recovery points that are made by themselves: on a schedule, with the user's commands around each; at mount, unmount and boot.
+//!
+//! One thread looks at the clock and at what is mounted. A scheduled point is made by a thread of its own, because a command may take its time.
+
+use crate::hook;
+use crate::service::{Service, error, now_ns};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+use varve_control::{
+    ControlError, FilterOp, FilterReply, PointPolicy, StorePolicy, VolumeInfo, mounts_of,
+};
+use varve_format::PointDetail;
+use varve_store::parse_span;
+
+const LOOK_EVERY: Duration = Duration::from_millis(250);
+/// Points are no closer than this.
+const EVERY_MIN_NS: i64 = 1_000_000_000;
+/// Beside the store: the boot in which volumes were seen last.
+const BOOT: &str = "boot";
+/// Begins the names of points on the schedule.
+const SCHEDULED: &str = "scheduled";
+
+/// What is known of a volume.
+#[derive(Default)]
+struct Known {
+    mounts: Option<BTreeSet<PathBuf>>,
+    /// When its last scheduled point was due, ns of the wall clock.
+    last_ns: Option<i64>,
+    /// Its counter of writes once that was made, and the commands had run.
+    writes: Option<u64>,
+    /// Makes it, and gives that counter.
+    job: Option<JoinHandle<Option<u64>>>,
+}
+
+struct Points {
+    service: Arc<Service>,
+    known: BTreeMap<String, Known>,
+    /// This boot, until its points are made.
+    boot: Option<String>,
+    said: String,
+}
+
+/// Works until the process ends.
+pub(crate) fn run(service: Arc<Service>) {
+    let last = std::fs::read_to_string(service.paths().store().join(BOOT)).unwrap_or_default();
+    let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let is_new = id.trim() != last.trim();
+    let mut points = Points {
+        service,
+        known: BTreeMap::new(),
+        boot: is_new.then(|| id.trim().to_owned()),
+        said: String::new(),
+    };
+    loop {
+        points.look();
+        std::thread::sleep(LOOK_EVERY);
+    }
+}
+
+impl Points {
+    fn look(&mut self) {
+        let path = self.service.paths().store_policy();
+        let policy = StorePolicy::load(&path).and_then(|policy| {
+            let every = every(&policy.points)
+                .map_err(|why| format!("{}: points.every: {why}", path.display()))?;
+            Ok((policy.points, every))
+        });
+        let (policy, every) = match policy {
+            Ok(policy) => policy,
+            Err(why) => {
+                self.say(format!("{why}. No points are made on a schedule"));
+                (PointPolicy::default(), None)
+            }
+        };
+        let status = self
+            .service
+            .filter()
+            .and_then(|mut filter| filter.call(&FilterOp::Status));
+        let Ok(FilterReply::Status { volumes, .. }) = status else {
+            return;
+        };
+        self.known
+            .retain(|id, _| volumes.iter().any(|volume| volume.id == *id));
+        for volume in volumes.iter().filter(|volume| !volume.mapped.is_empty()) {
+            self.mounted(volume, policy.events);
+            if let Some(every) = every
+                && volume.state == "protected"
+            {
+                self.scheduled(volume, every, &policy, &path);
+            }
+        }
+        self.booted(&volumes, policy.events);
+    }
+
+    /// Said once, not four times a second.
+    fn say(&mut self, text: String) {
+        if text != self.said {
+            eprintln!("varved: {text}");
+            self.said = text;
+        }
+    }
+
+    /// A mount or an unmount since the last look.
+    fn mounted(&mut self, volume: &VolumeInfo, wanted: bool) {
+        let device = std::fs::canonicalize(&volume.mapped).unwrap_or_default();
+        let now: BTreeSet<PathBuf> = mounts_of(&device.display().to_string())
+            .into_iter()
+            .collect();
+        let known = self.known.entry(volume.id.clone()).or_default();
+        let Some(before) = known.mounts.replace(now.clone()) else {
+            return;
+        };
+        if before == now || !wanted {
+            return;
+        }
+        let what = match now.is_subset(&before) {
+            true => "unmounted",
+            false => "mounted",
+        };
+        // What is mounted nowhere is clean.
+        let point = Point {
+            name: named(what),
+            freeze: now.is_empty(),
+            application: false,
+        };
+        if let Err(failed) = point.make(&self.service, &volume.name) {
+            self.say(format!("{}: no point `{what}`: {failed}", volume.name));
+        }
+    }
+
+    /// Once after the machine has started, when all volumes record again.
+    fn booted(&mut self, volumes: &[VolumeInfo], wanted: bool) {
+        let all_record =
+            !volumes.is_empty() && volumes.iter().all(|volume| volume.state == "protected");
+        let Some(boot) = self.boot.take_if(|_| all_record) else {
+            return;
+        };
+        for volume in volumes.iter().filter(|_| wanted) {
+            let point = Point {
+                name: named("booted"),
+                freeze: false,
+                application: false,
+            };
+            if let Err(failed) = point.make(&self.service, &volume.name) {
+                self.say(format!("{}: no point `booted`: {failed}", volume.name));
+            }
+        }
+        let place = self.service.paths().store();
+        let _ =
+            std::fs::create_dir_all(&place).and_then(|()| std::fs::write(place.join(BOOT), boot));
+    }
+
+    fn scheduled(&mut self, volume: &VolumeInfo, every: i64, policy: &PointPolicy, path: &Path) {
+        let known = self.known.entry(volume.id.clone()).or_default();
+        let now = now_ns();
+        let Some(last) = known.last_ns else {
+            // A restart of this daemon makes no point that is not due.
+            let found = self.service.last_point(&volume.id, SCHEDULED);
+            known.last_ns = Some(found.unwrap_or(now).min(now));
+            return;
+        };
+        // A clock that was set back does not stop the schedule.
+        let is_due = (now - last).abs() >= every;
+        let is_done = known.job.as_ref().is_none_or(JoinHandle::is_finished);
+        if !is_due || !is_done {
+            return;
+        }
+        if let Some(job) = known.job.take() {
+            known.writes = job.join().ok().flatten();
+        }
+        if known.writes == Some(volume.writes) {
+            return;
+        }
+        known.last_ns = Some(now);
+        let job = Scheduled {
+            service: Arc::clone(&self.service),
+            volume: volume.name.clone(),
+            policy: policy.clone(),
+            path: path.to_path_buf(),
+        };
+        known.job = Some(std::thread::spawn(move || job.run()));
+    }
+}
+
+/// How often; none: on no schedule.
+pub(crate) fn every(policy: &PointPolicy) -> Result<Option<i64>, String> {
+    match policy.every.trim() {
+        "" => Ok(None),
+        text => match parse_span(text)? {
+            span if span < EVERY_MIN_NS => Err("points are no closer than a second".to_owned()),
+            span => Ok(Some(span)),
+        },
+    }
+}
+
+/// `scheduled-@1795752931.937`: the time makes it unique.
+fn named(what: &str) -> String {
+    format!("{what}-{}", crate::describe::clock(now_ns()))
+}
+
+struct Point {
+    name: String,
+    freeze: bool,
+    application: bool,
+}
+
+impl Point {
+    /// Makes it; says what is less than was wanted of it.
+    fn make(&self, service: &Service, volume: &str) -> Result<String, ControlError> {
+        let op = FilterOp::Mark {
+            name: volume.to_owned(),
+            label: self.name.clone(),
+            freeze: self.freeze,
+            application: self.application,
+            automatic: true,
+        };
+        match service.filter()?.call(&op)? {
+            FilterReply::Marked { note, .. } => Ok(note),
+            _ => Err(error("C005-answer", "blkfilter gave an unexpected answer")),
+        }
+    }
+}
+
+/// A point on the schedule, with the user's commands around it.
+struct Scheduled {
+    service: Arc<Service>,
+    volume: String,
+    policy: PointPolicy,
+    /// Where the commands stand.
+    path: PathBuf,
+}
+
+impl Scheduled {
+    fn run(&self) -> Option<u64> {
+        let say = |text: &str| eprintln!("varved: {}: scheduled point: {text}", self.volume);
+        let mut point = Point {
+            name: named(SCHEDULED),
+            freeze: self.policy.freeze,
+            application: false,
+        };
+        match self.hook(&self.policy.before, &point.name) {
+            Ok(ran) => point.application = ran,
+            Err(why) => say(&format!("before: {why}")),
+        }
+        let made = point.make(&self.service, &self.volume).or_else(|refused| {
+            // What cannot be frozen gets its point without.
+            say(&refused.to_string());
+            match refused.code.starts_with('H') {
+                true => {
+                    point.freeze = false;
+                    point.make(&self.service, &self.volume)
+                }
+                false => Ok(String::new()),
+            }
+        });
+        match made {
+            Ok(note) if note.is_empty() => {}
+            Ok(note) => say(&note),
+            Err(failed) => say(&failed.to_string()),
+        }
+        if let Err(why) = self.hook(&self.policy.after, &point.name) {
+            say(&format!("after: {why}"));
+        }
+        self.service.info(&self.volume).ok().map(|info| info.writes)
+    }
+
+    /// Runs a command; false: there is none.
+    fn hook(&self, command: &str, point: &str) -> Result<bool, String> {
+        if command.trim().is_empty() {
+            return Ok(false);
+        }
+        hook::refuse_others(&self.path)?;
+        let limit = Duration::from_secs(self.policy.hook_seconds.max(1));
+        let variables = [
+            ("VARVE_VOLUME", self.volume.as_str()),
+            ("VARVE_POINT", point),
+        ];
+        hook::run(command, &variables, limit).map(|()| true)
+    }
+}
+
+impl Service {
+    /// When the last automatic point whose name begins like this was made, ns; as far as the store knows.
+    fn last_point(&self, id: &str, begins: &str) -> Option<i64> {
+        let found = self.with_store(id, |store| {
+            let points = store.timeline().points.iter().rev();
+            let mut automatic = points
+                .filter(|point| point.entry.detail & PointDetail::AUTOMATIC != 0)
+                .take(1000);
+            let last = automatic.find(|point| {
+                store
+                    .point_name(point)
+                    .is_ok_and(|name| name.starts_with(begins))
+            });
+            Ok(last.map(|point| point.time.0))
+        });
+        found.ok().flatten()
+    }
+}

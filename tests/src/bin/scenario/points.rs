@@ -1,0 +1,303 @@
+//! Recovery points on a live volume: under load, with file systems frozen, on a schedule with commands around, at mount, unmount and boot.
+
+use crate::copies::{clean_journal, expect_refused, fields, longest_fsync, sh};
+use crate::{Outcome, export, protect};
+use std::os::unix::fs::PermissionsExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+use varve_tests::scenario::{Installation, make_file_system, pause, run, say};
+
+/// A point, as `varve points` tells of it.
+#[derive(Clone, Debug)]
+struct Point {
+    name: String,
+    lsn: String,
+    clean: bool,
+    application: bool,
+}
+
+struct Story<'a> {
+    varve: &'a Installation,
+    live: String,
+}
+
+impl Story<'_> {
+    fn points(&self) -> Result<Vec<Point>, String> {
+        let json = self.varve.varve(&["--json", "points"])?;
+        let all = |field: &str| fields(&json, field);
+        let of = |field: &str| {
+            all(field)
+                .iter()
+                .map(|text| text == "true")
+                .collect::<Vec<_>>()
+        };
+        let (clean, application) = (of("file_system_consistent"), of("application_consistent"));
+        let named = all("name").into_iter().zip(all("lsn"));
+        Ok(named
+            .zip(clean)
+            .zip(application)
+            .map(|(((name, lsn), clean), application)| Point {
+                name,
+                lsn,
+                clean,
+                application,
+            })
+            .collect())
+    }
+
+    /// Waits until there are so many whose name begins like this.
+    fn wait_for(&self, begins: &str, count: usize) -> Result<Vec<Point>, String> {
+        let since = Instant::now();
+        loop {
+            let mut points = self.points()?;
+            points.retain(|point| point.name.starts_with(begins));
+            if points.len() >= count {
+                return Ok(points);
+            }
+            if since.elapsed() > Duration::from_secs(60) {
+                return Err(format!(
+                    "{} points `{begins}` instead of {count}\n{}",
+                    points.len(),
+                    self.varve.messages()
+                ));
+            }
+            pause(200);
+        }
+    }
+
+    fn policy(&self, text: &str) -> Outcome {
+        let path = self.varve.root().join("etc/varve/store.toml");
+        std::fs::write(&path, text).map_err(|e| e.to_string())
+    }
+
+    /// Whether the journal in the image of a point is clean.
+    fn is_clean(&self, instant: &str) -> Result<bool, String> {
+        let image = export(self.varve, instant, false)?;
+        let clean = clean_journal("ext4", &image).is_ok();
+        let checked = match clean {
+            true => run("e2fsck", &["-fn", &image]).map(drop),
+            false => Ok(()),
+        };
+        self.varve.varve(&["unexport", &image])?;
+        checked.map(|()| clean)
+    }
+
+    fn write(&self, name: &str) -> Outcome {
+        sh(&format!(
+            "echo {name} >{}/{name} && sync -f {}",
+            self.live, self.live
+        ))
+        .map(drop)
+    }
+}
+
+/// Everything in one life.
+pub fn points(varve: &Installation, device: &str) -> Outcome {
+    let start = Instant::now();
+    let mapped = protect(varve, device)?;
+    varve.wait_protected()?;
+    make_file_system("ext4", &mapped)?;
+    let live = varve.root().join("live");
+    std::fs::create_dir_all(&live).map_err(|e| e.to_string())?;
+    let story = Story {
+        varve,
+        live: live.display().to_string(),
+    };
+    story.wait_for("booted", 1)?;
+    pause(1000);
+    sh(&format!("mount {mapped} {}", story.live))?;
+    story.wait_for("mounted", 1)?;
+    say(start, "a mount has its point");
+    frozen(&story, start)?;
+    scheduled(&story, start)?;
+    sh(&format!("umount {}", story.live))?;
+    let unmounted = story.wait_for("unmounted", 1)?;
+    let last = unmounted.last().ok_or("no point")?;
+    if !last.clean || !story.is_clean(&format!("lsn:{}", last.lsn))? {
+        return Err(format!("not clean after the unmount: {last:?}"));
+    }
+    say(start, "an unmount has its point, and is clean");
+    booted(&story)?;
+    say(
+        start,
+        "a boot has its point, a restart of the daemon has none",
+    );
+    varve.compare()?;
+    varve.varve(&["down"]).map(drop)
+}
+
+/// By hand, beside a writer that flushes.
+fn frozen(story: &Story<'_>, start: Instant) -> Outcome {
+    let varve = story.varve;
+    let enough = Arc::new(AtomicBool::new(false));
+    let writer = longest_fsync(&story.live, Arc::clone(&enough));
+    pause(500);
+    let mut longest_freeze: f64 = 0.0;
+    for round in 0..5 {
+        varve.wait_protected()?;
+        varve.varve(&["mark", &format!("crash-{round}")])?;
+        let json = varve.varve(&["--json", "mark", &format!("clean-{round}"), "--freeze"])?;
+        let seconds = fields(&json, "frozen_seconds")
+            .into_iter()
+            .next()
+            .unwrap_or_default();
+        let seconds: f64 = seconds.parse().map_err(|_| json.clone())?;
+        longest_freeze = longest_freeze.max(seconds);
+        if fields(&json, "file_system_consistent") != ["true"] {
+            return Err(json);
+        }
+        pause(100);
+    }
+    enough.store(true, Ordering::Release);
+    let longest = writer.join().map_err(|_| "the writer panicked")??;
+    say(
+        start,
+        &format!(
+            "frozen for {longest_freeze:.3} s at most; the longest fsync took {:.3} s",
+            longest.as_secs_f64()
+        ),
+    );
+    if longest_freeze > 2.0 || longest > Duration::from_secs(5) {
+        return Err("frozen for too long".to_owned());
+    }
+    let mut dirty = 0;
+    for round in 0..5 {
+        if !story.is_clean(&format!("clean-{round}"))? {
+            return Err(format!("clean-{round} is not clean"));
+        }
+        dirty += u32::from(!story.is_clean(&format!("crash-{round}"))?);
+    }
+    if dirty == 0 {
+        return Err("no other point was dirty either: freezing proved nothing".to_owned());
+    }
+    Ok(())
+}
+
+/// On a schedule; what goes wrong with the commands is told, and never costs the point.
+fn scheduled(story: &Story<'_>, start: Instant) -> Outcome {
+    let varve = story.varve;
+    expect_refused(
+        varve.varve(&["policy", "set", "--points", "often"]),
+        "X006-policy",
+    )?;
+    expect_refused(
+        varve.varve(&["policy", "set", "--points", "1ms"]),
+        "X006-policy",
+    )?;
+    varve.varve(&["policy", "set", "--points", "1s"])?;
+    let live = &story.live;
+    let policy = |before: &str, seconds: u32| {
+        format!(
+            "[points]\nevery = \"1s\"\nfreeze = true\nbefore = \"{before}\"\nafter = \"rm -f {live}/ready; sync -f {live}; echo $VARVE_VOLUME $VARVE_POINT >>{live}/../after\"\nhook_seconds = {seconds}\n"
+        )
+    };
+    story.policy(&policy(&format!("touch {live}/ready"), 20))?;
+    for number in 0..12 {
+        story.write(&format!("work-{number}"))?;
+        pause(500);
+    }
+    let made = story.wait_for("scheduled", 3)?;
+    let told: Vec<&Point> = made.iter().filter(|point| point.application).collect();
+    if told.len() < 2 {
+        return Err(format!("{made:?}\n{}", varve.messages()));
+    }
+    for point in &told {
+        let at = format!("lsn:{}", point.lsn);
+        if !point.clean || !story.is_clean(&at)? {
+            return Err(format!("{point:?} is not clean"));
+        }
+        let listed = varve.varve(&["--json", "files", "list", live, "--at", &at])?;
+        if !listed.contains("/ready\"") {
+            return Err(format!(
+                "{point:?} was made before the command had run, or after the other"
+            ));
+        }
+        let after =
+            std::fs::read_to_string(varve.root().join("after")).map_err(|e| e.to_string())?;
+        if !after.contains(&format!("disk {}\n", point.name)) {
+            return Err(format!("no command was run after {}: {after}", point.name));
+        }
+    }
+    say(
+        start,
+        &format!(
+            "{} points on the schedule, the commands around each",
+            told.len()
+        ),
+    );
+    // Nothing is written: there is nothing to make a point of.
+    pause(1500);
+    let before = story.points()?.len();
+    pause(4000);
+    let after = story.points()?;
+    if after.len() > before + 1 {
+        return Err(format!("points of nothing: {after:?}"));
+    }
+    // Commands that fail, that hang, that anybody may change.
+    let path = varve.root().join("etc/varve/store.toml");
+    for (text, mode, why) in [
+        (policy("exit 3", 20), 0o644, "exit status: 3"),
+        (policy("sleep 100", 1), 0o644, "was ended"),
+        (
+            policy(&format!("touch {live}/stolen"), 20),
+            0o666,
+            "can be written by others",
+        ),
+    ] {
+        story.policy(&text)?;
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode))
+            .map_err(|e| e.to_string())?;
+        let count = story.wait_for("scheduled", 1)?.len();
+        pause(1500);
+        story.write("more")?;
+        let made = story.wait_for("scheduled", count + 1)?;
+        let last = made.last().ok_or("no point")?;
+        if last.application || !last.clean {
+            return Err(format!("{why}: {last:?}"));
+        }
+        if !varve.messages().contains(why) {
+            return Err(format!("nothing was said of {why}: {}", varve.messages()));
+        }
+        pause(500);
+    }
+    if sh(&format!("ls {live}"))?.contains("stolen") {
+        return Err("a command was run that anybody could have written".to_owned());
+    }
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644))
+        .map_err(|e| e.to_string())?;
+    varve.varve(&["policy", "set", "--points", "0"])?;
+    say(
+        start,
+        "commands that fail, hang, or are anybody's cost no point",
+    );
+    Ok(())
+}
+
+/// The machine has started since the daemon ran last; or only the daemon has.
+fn booted(story: &Story<'_>) -> Outcome {
+    let varve = story.varve;
+    let restart = || {
+        let socket = varve.root().join("run/varve/varved.sock");
+        sh(&format!(
+            "fuser -k -KILL {} 2>/dev/null || pkill -KILL -x varved",
+            socket.display()
+        ))?;
+        pause(300);
+        varve.varve(&["up"])?;
+        varve.wait_protected()
+    };
+    let count = story.wait_for("booted", 1)?.len();
+    restart()?;
+    pause(1500);
+    if story.wait_for("booted", 1)?.len() != count {
+        return Err("a restart of the daemon is no boot".to_owned());
+    }
+    let boot = sh(&format!(
+        "find {} -name boot",
+        varve.root().join("var").display()
+    ))?;
+    std::fs::write(boot.trim(), "another").map_err(|e| format!("{boot}: {e}"))?;
+    restart()?;
+    story.wait_for("booted", count + 1).map(drop)
+}
