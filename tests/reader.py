@@ -1,15 +1,19 @@
 #!/usr/bin/env python3
 """Restores the image of any instant from a store. Written from FORMAT.md alone, and shares nothing with Varve but that.
 
-  reader.py VOLUME_DIRECTORY LSN OUTPUT
+  reader.py VOLUME_DIRECTORY LSN OUTPUT [KEYS KEY_FILE]
+
+KEYS is the store's file of keys, KEY_FILE what opens it, if the history is encrypted.
 
 It reads segments, sealed, settled or pruned, and the list of kept instants, and nothing else: no runs, no maps. It checks every checksum that lies
 on its way.
-Needs: Python 3.8; the `zstd` and `lz4` formats through libzstd and liblz4 (the shared libraries, by ctypes).
+Needs: Python 3.8; the `zstd` and `lz4` formats through libzstd and liblz4, AES through libcrypto (the shared libraries, by ctypes).
 """
 
 import ctypes
 import ctypes.util
+import hashlib
+import hmac
 import os
 import struct
 import sys
@@ -71,9 +75,52 @@ def unpack(codec, stored, whole):
     return target.raw
 
 
+def hkdf(secret, salt, info):
+    """HKDF-SHA-256 to 32 bytes."""
+    extracted = hmac.new(salt, secret, hashlib.sha256).digest()
+    return hmac.new(extracted, info + b"\x01", hashlib.sha256).digest()
+
+
+def decrypt(key, nonce, about, stored, what):
+    """AES-256-GCM; the tag is at the end."""
+    crypto = library("crypto")
+    for name in ("EVP_CIPHER_CTX_new", "EVP_aes_256_gcm"):
+        getattr(crypto, name).restype = ctypes.c_void_p
+    context, length = ctypes.c_void_p(crypto.EVP_CIPHER_CTX_new()), ctypes.c_int()
+    cipher = ctypes.c_void_p(crypto.EVP_aes_256_gcm())
+    body, tag = stored[:-16], stored[-16:]
+    out, rest = ctypes.create_string_buffer(len(body) + 16), ctypes.create_string_buffer(16)
+    crypto.EVP_DecryptInit_ex(context, cipher, None, key, nonce)
+    crypto.EVP_DecryptUpdate(context, None, ctypes.byref(length), about, len(about))
+    crypto.EVP_DecryptUpdate(context, out, ctypes.byref(length), body, len(body))
+    crypto.EVP_CIPHER_CTX_ctrl(context, 0x11, 16, tag)
+    good = crypto.EVP_DecryptFinal_ex(context, rest, ctypes.byref(length))
+    crypto.EVP_CIPHER_CTX_free(context)
+    must(good == 1, f"{what}: not what was encrypted, or the wrong key")
+    return out.raw[: len(body)]
+
+
+def keys_of(path, key_file):
+    """The keys of volumes, by their names."""
+    with open(path, "rb") as file:
+        data = file.read()
+    head(data, b"VKEY", "keys")
+    fields, entry = FIELDS["keys header"], FIELDS["sealed key"]
+    must(data[fields["kind"]] == 2, "keys: only a key file is known here")
+    with open(key_file, "rb") as file:
+        sealing = hkdf(file.read(), data[fields["salt"] :][:32], b"varve key file 1")
+    keys = {}
+    for at in range(128, len(data), 104):
+        one = data[at : at + 104]
+        opened = decrypt(sealing, one[entry["nonce"] :][:12], one[:40], one[entry["sealed"] :][:48], "keys")
+        keys[one[entry["id"] :][:16]] = opened
+    return keys
+
+
 def settled(data, name):
     """The bytes of the sealed segment, out of a settled one; and of a pruned one its run."""
-    pruned = head(data[:BLOCK], b"VSET", name, known=1) & 1
+    features = head(data[:BLOCK], b"VSET", name, known=3)
+    pruned, encrypted = features & 1, features & 2
     sequence, data_bytes, kept, tables_at, tables_crc, tables_bytes, run_bytes = struct.unpack_from("<QQQQIQQ", data, 32)
     frame_count, block_count = (kept + 15) // 16, data_bytes // BLOCK
     tables, run = data[tables_at : len(data) - BLOCK], None
@@ -83,11 +130,25 @@ def settled(data, name):
         tables = unpack(2, tables, frame_count * 24 + block_count * 4)
     must(len(tables) == frame_count * 24 + block_count * 4, f"{name}: size of tables")
     must(crc32c(tables) == tables_crc, f"{name}: checksum of tables")
+    if encrypted:
+        fields, footer, end = FIELDS["settled segment header"], FIELDS["segment footer"], data[-BLOCK:]
+        key = KEYS.get(data[fields["key"] :][:16])
+        must(key, f"{name}: its key is not among those")
+        file_key = hkdf(key, data[fields["salt"] :][:32], b"varve file key 1")
+        context = end[footer["volume"] :][:16] + end[footer["epoch"] :][:16]
+        for field in ("lsn_start", "lsn_end", "sequence"):
+            context += end[footer[field] :][:8]
+        sizes = struct.pack("<IQQQ", features, data_bytes, kept, tables_at)
+        about = b"varve tables 1" + context + sizes + tables + (run or b"")
+        decrypt(file_key, b"\xff" * 12, about, data[fields["tables_tag"] :][:16], f"{name}: tables")
     frames = []
     for number in range(frame_count):
         offset, length, crc, codec = struct.unpack_from("<QIIB", tables, number * 24)
         stored = data[offset : offset + length]
         must(crc32c(stored + struct.pack("<QQ", sequence, number)) == crc, f"{name}: frame {number}")
+        if encrypted:
+            about = b"varve frame 1" + context + struct.pack("<Q", number)
+            stored = decrypt(file_key, struct.pack("<QI", number, 0), about, stored, f"{name}: frame {number}")
         frames.append(unpack(codec, stored, min(16, kept - number * 16) * BLOCK))
     out = bytearray()
     for number in struct.unpack_from(f"<{block_count}I", tables, frame_count * 24):
@@ -200,9 +261,14 @@ with open(os.path.join(HERE, "../engine/format/FORMAT.md"), encoding="utf-8") as
     FIELDS = fields_of(format_file.read())
 
 
+KEYS = {}
+
+
 def main():
-    must(len(sys.argv) == 4, __doc__)
+    must(len(sys.argv) in (4, 6), __doc__)
     folder, limit, output = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    if len(sys.argv) == 6:
+        KEYS.update(keys_of(*sys.argv[4:]))
     names = sorted(n for n in os.listdir(f"{folder}/segments") if n.endswith(".seg"))
     must(kept(folder, limit), f"LSN {limit} is not kept")
     image, end = bytearray(), None

@@ -81,6 +81,21 @@ impl Sample {
     /// If the store cannot be made.
     #[must_use]
     pub fn new(root: &Path, volume_bytes: u64, segment_bytes: u64, remembers: bool) -> Sample {
+        let store = VolumeStore::open(root, VOLUME).unwrap();
+        Sample::with(store, volume_bytes, segment_bytes, remembers)
+    }
+
+    /// The same in a store that is open already, and empty.
+    ///
+    /// # Panics
+    /// If nothing can be recorded.
+    #[must_use]
+    pub fn with(
+        store: VolumeStore,
+        volume_bytes: u64,
+        segment_bytes: u64,
+        remembers: bool,
+    ) -> Sample {
         let geometry = LogGeometry {
             volume: VOLUME,
             segment_bytes,
@@ -108,7 +123,7 @@ impl Sample {
         };
         writer.begin_epoch(&mut ring, opening, SegmentSequence(1), &checkpoint());
         let mut sample = Sample {
-            store: VolumeStore::open(root, VOLUME).unwrap(),
+            store,
             volume_bytes,
             segment_bytes,
             ring,

@@ -24,7 +24,7 @@ pub use paths::Paths;
 pub use policy::{PointPolicy, StorePolicy};
 pub use spec::{Ack, FrontKind, SpecError, VolumeSpec, load_specs, save_spec};
 pub use store::{
-    CheckInfo, DamageInfo, DrillInfo, Instant, KeptInfo, PointInfo, PolicyInfo, StoreOp,
-    StoreReply, VolumeHistory,
+    CheckInfo, DamageInfo, DrillInfo, Instant, KeptInfo, KeysAsk, KeysStatus, PointInfo,
+    PolicyInfo, StoreOp, StoreReply, VolumeHistory,
 };
 pub use wire::{ATTACH_BYTES_MAX, Client, ControlError, Progress, Reporter, serve};

@@ -15,6 +15,8 @@ pub struct StorePolicy {
     pub keep: String,
     /// What is younger is never pruned, whatever `keep` says: `7d`; empty: nothing is held so.
     pub immutable: String,
+    /// The file that opens an encrypted store when its daemon starts; empty: somebody says the passphrase (`varve key unlock`).
+    pub key_file: String,
     /// Recovery points that are made by themselves.
     pub points: PointPolicy,
 }
@@ -57,6 +59,7 @@ impl Default for StorePolicy {
             background_percent: 50,
             keep: "all 48h, 1m 7d, 1h 30d, 1d 1y".to_owned(),
             immutable: String::new(),
+            key_file: String::new(),
             points: PointPolicy::default(),
         }
     }

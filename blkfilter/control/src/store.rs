@@ -127,6 +127,15 @@ pub enum StoreOp {
         /// Or unpinned.
         pinned: bool,
     },
+    /// The keys of an encrypted store. Secrets and files of keys are attached, in this order: what opens it, what is to open it, a file.
+    Keys {
+        /// What is to be done.
+        ask: KeysAsk,
+        /// Bytes of the first secret that is attached.
+        secret_bytes: usize,
+        /// It is the content of a key file, not a passphrase.
+        is_key_file: bool,
+    },
     /// Forget a volume's history.
     Forget {
         /// Volume ID.
@@ -134,6 +143,42 @@ pub enum StoreOp {
     },
     /// Exit.
     Shutdown,
+}
+
+/// What is asked of a store's keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum KeysAsk {
+    /// Is it encrypted, and open?
+    Status,
+    /// Encrypt what is settled from now on, and what is settled already. Attached: the secret.
+    Init,
+    /// Open it. Attached: the secret.
+    Unlock,
+    /// Another secret opens it from now on. Attached: the new one.
+    Rotate,
+    /// A file with all keys. Attached: the secret that opens the file.
+    Export,
+    /// Take keys out of such a file. Attached: the secret that opens the file, then the file.
+    Import,
+}
+
+/// What is known of a store's keys.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct KeysStatus {
+    /// The store is encrypted.
+    pub encrypted: bool,
+    /// It is open: history can be read.
+    pub open: bool,
+    /// `passphrase` or `key file`.
+    pub kind: String,
+    /// Keys of volumes.
+    pub keys: usize,
+    /// Segments that are not encrypted (yet), and those that are; by volumes that are open.
+    pub plain_and_encrypted: (u64, u64),
+    /// Keys that an import brought.
+    pub imported: usize,
 }
 
 /// A recovery point.
@@ -334,6 +379,13 @@ pub enum StoreReply {
         from_segment: u64,
         /// What is wrong.
         damage: Vec<DamageInfo>,
+    },
+    /// A store's keys.
+    Keys {
+        /// They.
+        keys: KeysStatus,
+        /// An exported file, in hex.
+        file: String,
     },
     /// What a policy keeps.
     Policy {

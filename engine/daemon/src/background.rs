@@ -11,6 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use varve_control::StorePolicy;
+use varve_format::SegmentSequence;
 use varve_store::{Compression, MapJob, Policy, SettleJob, Settling, StoreError, Sweep, Swept};
 
 /// How often it looks for work while there is none.
@@ -21,6 +22,8 @@ const BACK_OFF: Duration = Duration::from_secs(60);
 const RETAIN_EVERY: Duration = Duration::from_secs(30);
 /// How long pruning has its turn, about.
 const PRUNE_FOR: Duration = Duration::from_millis(300);
+/// Segments that are looked at in one go for whether they are encrypted.
+const LOOKED_AT: usize = 64;
 /// Room that settling leaves on the store's disk beside the segment that it writes: the logs must go on being drained.
 const ROOM_BYTES: u64 = 256 << 20;
 
@@ -31,7 +34,10 @@ fn every(policy: &Policy) -> Duration {
 
 /// Whether it may be better by itself in a while.
 fn passes(error: &StoreError) -> bool {
-    matches!(error, StoreError::Full(_) | StoreError::ReadOnly(_))
+    matches!(
+        error,
+        StoreError::Full(_) | StoreError::ReadOnly(_) | StoreError::NoKey
+    )
 }
 
 enum Work {
@@ -49,6 +55,8 @@ struct Background {
     /// When the policy was asked last.
     retained: BTreeMap<String, Instant>,
     sweeps: BTreeMap<String, Sweep>,
+    /// From which segment on those are looked for that should be encrypted.
+    plain_from: BTreeMap<String, SegmentSequence>,
     /// What the policy file says, and since when.
     policy: Option<(Policy, Instant)>,
     proofs: Sender<(String, u64, Settling)>,
@@ -81,6 +89,7 @@ pub(crate) fn run(service: Arc<Service>) {
         resting: BTreeMap::new(),
         retained: BTreeMap::new(),
         sweeps: BTreeMap::new(),
+        plain_from: BTreeMap::new(),
         policy: None,
         proofs,
         proved,
@@ -154,16 +163,41 @@ impl Background {
             disk.blocks_available() * disk.fragment_size()
         });
         let fits = |bytes: u64| room >= bytes + ROOM_BYTES;
+        let from = self
+            .plain_from
+            .get(id)
+            .copied()
+            .unwrap_or(SegmentSequence(0));
+        let mut next = from;
+        let mut locked = None;
         let work = self.service.if_open(id, |store| {
             let map = store.next_map().filter(|job| fits(job.bytes()));
             // What makes room comes before what takes it, where there is little.
             map.map(Work::Map).or_else(|| {
+                // Nothing is settled in the clear that should not be.
+                let encrypts = store
+                    .encrypts()
+                    .map_err(|error| locked = Some(error))
+                    .ok()?;
                 let job = store.next_to_settle(compression, &except);
-                job.filter(|job| fits(job.data_bytes())).map(Work::Settle)
+                let job = job.filter(|job| fits(job.data_bytes()));
+                let mut plain = || {
+                    let found = store.next_to_encrypt(compression, from, LOOKED_AT).ok()?;
+                    next = found.1;
+                    found
+                        .0
+                        .filter(|job| fits(job.data_bytes()) && !except(job.sequence()))
+                };
+                let job = job.or_else(|| if encrypts { plain() } else { None });
+                job.map(Work::Settle)
             })
         });
+        if let Some(error) = locked {
+            self.say(format!("{id}: {error}"));
+        }
+        self.plain_from.insert(id.to_owned(), next);
         match work.flatten() {
-            None => false,
+            None => next != from,
             Some(Work::Map(job)) => {
                 self.map(id, &job);
                 true

@@ -6,6 +6,7 @@ mod describe;
 mod export;
 mod hook;
 mod image_device;
+mod keys;
 mod overlay;
 mod points;
 mod retention;
@@ -49,6 +50,7 @@ fn main() -> ExitCode {
             }
         }
     }
+    keys::keep_memory_secret();
     let paths = Paths::new(root);
     let socket = paths.store_socket();
     let service = Arc::new(Service::new(paths));
@@ -58,7 +60,9 @@ fn main() -> ExitCode {
     std::thread::spawn(move || background::run(worker));
     let marker = Arc::clone(&service);
     std::thread::spawn(move || points::run(marker));
-    match varve_control::serve(&socket, move |op, _, reporter| service.answer(op, reporter)) {
+    match varve_control::serve(&socket, move |op, attached, reporter| {
+        service.answer(op, attached, reporter)
+    }) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("varved: {}: {error}", socket.display());

@@ -1,10 +1,10 @@
 //! Proof on demand: `varve scrub` reads everything again, `varve check` looks at the structure. Damage is told with instants and blocks.
 
-use crate::service::{Service, error};
+use crate::service::{Service, error, store_error};
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 use varve_control::{ControlError, DamageInfo, Reporter, StoreReply};
-use varve_format::SegmentSequence;
+use varve_format::{Lsn, SegmentSequence};
 use varve_store::{Damage, Scrubbed};
 
 impl Service {
@@ -16,8 +16,12 @@ impl Service {
         reporter: &mut Reporter<'_>,
     ) -> Result<StoreReply, ControlError> {
         let id = self.id_of(volume)?;
-        let (job, from) =
-            self.with_store(&id, |store| Ok((store.scrub(), store.scrub_position())))?;
+        let (job, from) = self.with_store(&id, |store| {
+            store
+                .refuse_without_key(Lsn(u64::MAX))
+                .map_err(|e| store_error(&e))?;
+            Ok((store.scrub(), store.scrub_position()))
+        })?;
         let from = from.unwrap_or(SegmentSequence(0));
         let (began, total) = (Instant::now(), job.bytes());
         let skipped = job.bytes_below(from);
@@ -73,9 +77,7 @@ fn reply(found: &Scrubbed, from: SegmentSequence) -> StoreReply {
 }
 
 fn told(damage: &Damage) -> DamageInfo {
-    let instant = |at: Option<(varve_format::Lsn, varve_format::WallTime)>| {
-        at.map(|(lsn, time)| (lsn.0, time.0))
-    };
+    let instant = |at: Option<(Lsn, varve_format::WallTime)>| at.map(|(lsn, time)| (lsn.0, time.0));
     DamageInfo {
         what: damage.what.clone(),
         segment: damage.segment.map(|segment| segment.0),

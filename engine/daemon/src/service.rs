@@ -2,6 +2,7 @@
 
 use crate::describe::{PRUNED, clock, describe, history, span_name};
 use crate::export::Exports;
+use crate::keys::Keys;
 use crate::store_clock::StoreClock;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
@@ -24,6 +25,7 @@ pub struct Service {
     paths: Paths,
     stores: Mutex<BTreeMap<String, VolumeStore>>,
     exports: Exports,
+    pub(crate) keys: Keys,
     /// Volumes that this process is rewinding or comparing; another's interrupted rewind is finished by `follow`.
     claimed: Mutex<BTreeSet<String>>,
     /// By which history ages; not read before it is needed.
@@ -69,6 +71,7 @@ impl Service {
             paths,
             stores: Mutex::new(BTreeMap::new()),
             exports: Exports::default(),
+            keys: Keys::default(),
             claimed: Mutex::new(BTreeSet::new()),
             clock: Mutex::new(None),
             taken: Mutex::new(BTreeSet::new()),
@@ -300,8 +303,11 @@ impl Service {
         if !stores.contains_key(id) {
             let volume = VolumeId::parse(id)
                 .ok_or_else(|| error("V029-id", "the volume's id is not 32 hex digits"))?;
-            let store =
-                VolumeStore::open(&self.paths.store(), volume).map_err(|e| store_error(&e))?;
+            let root = self.paths.store();
+            let keys = self
+                .keys
+                .of_volume(&root, &self.paths.store_policy(), volume);
+            let store = VolumeStore::open_with(&root, volume, keys).map_err(|e| store_error(&e))?;
             for damage in store.damaged().iter().chain(store.healed()) {
                 eprintln!("varved: {id}: {damage}");
             }
@@ -434,11 +440,24 @@ impl Service {
                 store.at_time(WallTime(*ns)).map_err(|e| store_error(&e))?
             }
             Instant::Point(name) => {
-                let point = timeline
-                    .points
-                    .iter()
-                    .rev()
-                    .find(|point| store.point_name(point).is_ok_and(|found| found == *name));
+                // Names are encrypted with the rest.
+                let mut locked = None;
+                let point =
+                    timeline
+                        .points
+                        .iter()
+                        .rev()
+                        .find(|point| match store.point_name(point) {
+                            Ok(found) => found == *name,
+                            Err(failed @ StoreError::NoKey) => {
+                                locked = Some(failed);
+                                false
+                            }
+                            Err(_) => false,
+                        });
+                if let Some(locked) = locked.filter(|_| point.is_none()) {
+                    return Err(store_error(&locked));
+                }
                 point.map(|point| point.lsn).ok_or_else(|| {
                     error(
                         "I003-point",
@@ -462,6 +481,7 @@ impl Service {
     pub fn answer(
         self: &Arc<Self>,
         op: StoreOp,
+        attached: Vec<u8>,
         reporter: &mut Reporter<'_>,
     ) -> Result<StoreReply, ControlError> {
         match op {
@@ -574,6 +594,11 @@ impl Service {
                 instant,
                 pinned,
             } => self.pin(&volume, &instant, pinned),
+            StoreOp::Keys {
+                ask,
+                secret_bytes,
+                is_key_file,
+            } => self.keys_asked(ask, (secret_bytes, is_key_file), attached),
             StoreOp::Forget { id } => {
                 let volume = VolumeId::parse(&id)
                     .ok_or_else(|| error("V029-id", "the volume's id is not 32 hex digits"))?;

@@ -1,9 +1,9 @@
 //! Byte tables of every structure, for `FORMAT.md` and `varve dump --layout`; a test compares the two.
 
 use crate::{
-    BatchHeader, FrameEntry, KeptEntry, KeptHeader, MapExtent, MapHeader, MapPageHead, Record,
-    RunEntry, RunHeader, SavedBlock, SegmentFooter, SegmentHeader, SettledHeader, SpoolBatch,
-    SpoolHead, StateSlot,
+    BatchHeader, FrameEntry, KeptEntry, KeptHeader, KeysHeader, MapExtent, MapHeader, MapPageHead,
+    Record, RunEntry, RunHeader, SavedBlock, SealedKey, SegmentFooter, SegmentHeader,
+    SettledHeader, SpoolBatch, SpoolHead, StateSlot,
 };
 use std::fmt::Write;
 use std::mem::offset_of;
@@ -229,6 +229,9 @@ pub fn markdown() -> String {
             tables_bytes,
             run_bytes,
             kept_root,
+            key,
+            salt,
+            tables_tag,
             reserved
         ]
     );
@@ -255,6 +258,33 @@ pub fn markdown() -> String {
             entries_crc,
             reserved
         ]
+    );
+    table!(
+        out,
+        "Keys header",
+        KeysHeader,
+        [
+            crc,
+            magic,
+            version,
+            compat,
+            incompat,
+            kind,
+            reserved,
+            memory_kib,
+            passes,
+            lanes,
+            salt,
+            entry_count,
+            generation,
+            reserved_2
+        ]
+    );
+    table!(
+        out,
+        "Sealed key",
+        SealedKey,
+        [volume, id, created, nonce, reserved, sealed]
     );
     table!(out, "Kept entry", KeptEntry, [lsn, time, flags, reserved]);
     table!(

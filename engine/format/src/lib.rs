@@ -12,6 +12,7 @@ mod checksum;
 mod error;
 mod ids;
 mod kept;
+mod keys;
 pub mod layout;
 mod map;
 mod record;
@@ -30,6 +31,10 @@ pub use checksum::{Hash128, crc32c, payload_crc};
 pub use error::FormatError;
 pub use ids::{EpochId, Lsn, SegmentSequence, VolumeId, WallTime};
 pub use kept::{KEPT_ENTRY_BYTES, KEPT_IS_PINNED, KeptEntry, KeptHeader, encode_kept, parse_kept};
+pub use keys::{
+    KEYS_FILE_BYTES_MAX, KEYS_HEADER_BYTES, KeysHeader, SEALED_KEY_BYTES, SealedKey, SecretKind,
+    encode_keys, parse_keys,
+};
 pub use map::{
     MAP_EXTENT_BYTES, MAP_FAN, MAP_GRANULE_BYTES, MAP_PAGE_BYTES, MAP_PAGE_EXTENTS, MAP_UNIT_BYTES,
     MapExtent, MapHeader, MapPageHead, encode_map_page, map_tag, parse_map_page,
@@ -40,8 +45,9 @@ pub use record::{
 pub use run::{RUN_ENTRY_BYTES, RunEntry, RunHeader};
 pub use segment::{SEGMENT_FOOTER_BYTES, SEGMENT_HEADER_BYTES, SegmentFooter, SegmentHeader};
 pub use settled::{
-    BLOCK_IS_GONE, BLOCK_IS_ZERO, Codec, FRAME_BLOCKS, FRAME_BYTES, FRAME_ENTRY_BYTES, FrameEntry,
-    SETTLED_BYTES_MAX, SETTLED_IS_PRUNED, SettledHeader, frame_crc, parse_settled_tables,
+    BLOCK_IS_GONE, BLOCK_IS_ZERO, Codec, FRAME_BLOCKS, FRAME_BYTES, FRAME_ENTRY_BYTES,
+    FRAME_TAG_BYTES, FrameEntry, SETTLED_BYTES_MAX, SETTLED_IS_ENCRYPTED, SETTLED_IS_PRUNED,
+    SettledHeader, frame_crc, parse_settled_tables,
 };
 pub use spool::{
     SPOOL_BATCH_BLOCKS, SPOOL_EXTENT_PAGES, SPOOL_EXTENTS_AT, SPOOL_GENERATIONS, SavedBlock,

@@ -6,6 +6,8 @@
 //! The segment is seen as blocks of 4 KiB. A block is zero, or a copy of an earlier one, or it is kept. Kept blocks, 16 in a row, make a frame;
 //! each frame is compressed by itself. The tables (frames, then one number for each block) have a checksum in the header.
 //!
+//! Frames of an encrypted segment are compressed, then encrypted; checksums are of what is stored, so that a store can be looked after without its keys.
+//!
 //! A pruned segment is a settled one that has lost what no instant needs that is still kept: blocks are gone. Its tables are compressed, and behind
 //! them lies a copy of its run, which nothing could make again:
 //!
@@ -26,6 +28,10 @@ pub const BLOCK_IS_ZERO: u32 = u32::MAX;
 pub const BLOCK_IS_GONE: u32 = u32::MAX - 1;
 /// Feature that a reader must know: the segment is pruned.
 pub const SETTLED_IS_PRUNED: u32 = 1;
+/// Feature that a reader must know: the frames are encrypted.
+pub const SETTLED_IS_ENCRYPTED: u32 = 2;
+/// Bytes that encryption adds to a frame, at its end.
+pub const FRAME_TAG_BYTES: usize = 16;
 /// Largest segment that can be settled, in bytes: bounds what a reader allocates for its tables (1 MiB blocks, 4 MiB).
 pub const SETTLED_BYTES_MAX: u64 = 4 << 30;
 
@@ -85,8 +91,14 @@ pub struct SettledHeader {
     pub run_bytes: U64,
     /// Of a pruned segment: BLAKE3 of the blocks that are not gone, one behind the other.
     pub kept_root: [u8; 32],
+    /// Of an encrypted segment: which of the volume's keys; else 0.
+    pub key: [u8; 16],
+    /// Of an encrypted segment: with this the key of this file is made; else 0.
+    pub salt: [u8; 32],
+    /// Of an encrypted segment: the tag of tables, run and sizes; else 0.
+    pub tables_tag: [u8; 16],
     /// Zero.
-    pub reserved: [u8; 3980],
+    pub reserved: [u8; 3916],
 }
 const _: () = assert!(size_of::<SettledHeader>() == BLOCK_BYTES as usize);
 
@@ -127,7 +139,7 @@ impl SettledHeader {
             header.crc.get(),
             header.as_bytes(),
             header.version.get(),
-            header.incompat.get() & !SETTLED_IS_PRUNED,
+            header.incompat.get() & !(SETTLED_IS_PRUNED | SETTLED_IS_ENCRYPTED),
         )?;
         if header.data_bytes.get() > SETTLED_BYTES_MAX
             || !header.data_bytes.get().is_multiple_of(BLOCK_BYTES)
@@ -153,6 +165,36 @@ impl SettledHeader {
     #[must_use]
     pub fn is_pruned(&self) -> bool {
         self.incompat.get() & SETTLED_IS_PRUNED != 0
+    }
+
+    /// Whether the frames are encrypted.
+    #[must_use]
+    pub fn is_encrypted(&self) -> bool {
+        self.incompat.get() & SETTLED_IS_ENCRYPTED != 0
+    }
+
+    /// Most stored bytes of frame number `frame`.
+    #[must_use]
+    pub fn frame_stored_max(&self, frame: u64) -> usize {
+        let tag = if self.is_encrypted() {
+            FRAME_TAG_BYTES
+        } else {
+            0
+        };
+        self.frame_bytes(frame) + tag
+    }
+
+    /// What the tag of the tables is about, beside the context: sizes and features, then the tables before compression, then the run.
+    #[must_use]
+    pub fn tagged(&self, tables: &[u8], run: &[u8]) -> Vec<u8> {
+        let mut tagged = Vec::with_capacity(32 + tables.len() + run.len());
+        tagged.extend(self.incompat.get().to_le_bytes());
+        for size in [self.data_bytes, self.kept_blocks, self.tables_at] {
+            tagged.extend(size.get().to_le_bytes());
+        }
+        tagged.extend_from_slice(tables);
+        tagged.extend_from_slice(run);
+        tagged
     }
 
     /// Bytes of the tables before compression; bounded by [`SETTLED_BYTES_MAX`].
@@ -266,7 +308,7 @@ pub fn parse_settled_tables<'a>(
         let end = frame.offset.get().checked_add(frame.length.get().into());
         let whole = frame.offset.get() >= BLOCK_BYTES
             && end.is_some_and(|end| end <= header.tables_at.get())
-            && frame.length.get() as usize <= header.frame_bytes(index as u64);
+            && frame.length.get() as usize <= header.frame_stored_max(index as u64);
         if !whole || Codec::from_code(frame.codec).is_none() {
             return Err(FormatError::Field("settled.frame"));
         }

@@ -50,6 +50,16 @@ pub enum StoreError {
     Root(SegmentSequence),
     /// What was written cannot be read back as it was.
     Proof(PathBuf),
+    /// The history is encrypted, and its key is not open.
+    NoKey,
+    /// The store is not encrypted.
+    NoKeys,
+    /// The store is encrypted already.
+    HasKeys,
+    /// Not what opens these keys.
+    WrongKey,
+    /// A secret that protects nothing.
+    WeakKey,
 }
 
 impl StoreError {
@@ -69,6 +79,11 @@ impl StoreError {
             StoreError::Root(_) => "S010-root",
             StoreError::Proof(_) => "S011-proof",
             StoreError::Pruned(_) | StoreError::PrunedInstant(_) => "S014-pruned",
+            StoreError::NoKey => "S015-no-key",
+            StoreError::NoKeys => "S016-not-encrypted",
+            StoreError::HasKeys => "S017-encrypted",
+            StoreError::WrongKey => "S018-wrong-key",
+            StoreError::WeakKey => "S019-weak-key",
         }
     }
 
@@ -147,6 +162,21 @@ impl fmt::Display for StoreError {
             StoreError::Root(segment) => write!(
                 f,
                 "segment {segment} is not what it was when it was sealed; it is left as it is. `varve scrub` says what is lost"
+            ),
+            StoreError::NoKey => f.write_str(
+                "the history is encrypted and its key is not open: varve key unlock (new history is recorded meanwhile, and waits unencrypted)",
+            ),
+            StoreError::NoKeys => {
+                f.write_str("the store is not encrypted; varve key init makes it so")
+            }
+            StoreError::HasKeys => f.write_str(
+                "the store is encrypted already; varve key rotate changes what opens it",
+            ),
+            StoreError::WrongKey => f.write_str(
+                "that is not the passphrase or key file that opens these keys. Nothing was changed",
+            ),
+            StoreError::WeakKey => f.write_str(
+                "that protects nothing: a passphrase must not be empty, a key file must have 32 bytes or more",
             ),
             StoreError::Proof(path) => write!(
                 f,

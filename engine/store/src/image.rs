@@ -55,12 +55,13 @@ pub struct Image {
 }
 
 impl Image {
-    /// Opens the image at `lsn`. The caller has asked the timeline whether it resolves; what was pruned is refused here, too. It outlives changes of
+    /// Opens the image at `lsn`. One that wants a key that is not there is refused now, not when it is read: a rewind must not stop halfway. The caller has asked the timeline whether it resolves; what was pruned is refused here, too. It outlives changes of
     /// the store.
     pub fn open(store: &VolumeStore, lsn: Lsn) -> Result<Image, StoreError> {
         if !store.kept().resolves(lsn) {
             return Err(StoreError::PrunedInstant(lsn));
         }
+        store.refuse_without_key(lsn)?;
         let (bytes, sector_bytes) = store.shape(lsn);
         Ok(Image {
             bytes,
@@ -196,16 +197,24 @@ impl Image {
         let file = self
             .files
             .get(sequence.0, open)
-            .map_err(|error| lost(error.to_string()))?;
+            .map_err(|error| or_no_key(error, lost))?;
         let mut payload = vec![0u8; extent.payload_bytes.get() as usize];
         let at = u64::from(extent.payload.get()) * MAP_UNIT_BYTES;
         file.read(at, &mut payload, &self.frames)
-            .map_err(|error| lost(error.to_string()))?;
+            .map_err(|error| or_no_key(error, lost))?;
         let crc = payload_crc(file.epoch(), Lsn(extent.lsn.get()), &payload);
         if crc != extent.payload_crc.get() {
             return Err(lost("its checksum does not match".to_owned()));
         }
         Ok(Arc::new(payload))
+    }
+}
+
+/// What wants a key is not lost.
+fn or_no_key(error: StoreError, lost: impl Fn(String) -> StoreError) -> StoreError {
+    match error {
+        StoreError::NoKey => error,
+        other => lost(other.to_string()),
     }
 }
 

@@ -159,7 +159,7 @@ fn take(
     run_file::write(&run, &head, &entries, &events)?;
     let stored_bytes = data_bytes + SEGMENT_FOOTER_BYTES as u64;
     Ok(Some(StoredSegment::new(
-        store.directory(),
+        (store.directory(), store.keys()),
         &head,
         events,
         stored_bytes,

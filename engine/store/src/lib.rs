@@ -5,18 +5,20 @@
 //!
 //! Order: a segment is durable before its run, both before the log is told to recycle it; whatever replaces a file is proved before it gets the name.
 //! Crash: a file without its final name is removed at the next open; a segment without a run gets a new one; a map can always be made again.
-//! Absent on purpose, for now: encryption (it comes behind the same interface).
+//! Encryption (`crypt`, `keys`) lies below frames: whoever reads a segment does not see it.
 
 mod cache;
 mod changed;
 mod check;
 mod compression;
+mod crypt;
 mod drill;
 mod durable;
 mod error;
 mod image;
 mod ingest;
 mod kept;
+mod keys;
 mod ladder;
 mod map_file;
 mod map_merge;
@@ -41,6 +43,7 @@ pub use error::StoreError;
 pub use image::{Image, ImageRange, RangeKind};
 pub use ingest::{Ingested, ingest};
 pub use kept::KeptInstants;
+pub use keys::{KeysInfo, Secret, SecretKey, StoreKeys, VolumeKeys};
 pub use ladder::{Ladder, Nanoseconds, Rung, parse_span, show_span};
 pub use maps::MapJob;
 pub use prune::{PrunedSegment, Sweep, Swept, Verdict};

@@ -343,7 +343,9 @@ impl Sweep {
         match written {
             Ok(pruned) => Ok(Swept::Pruned(Box::new(pruned))),
             // A disk that does not take what is written: that goes for all of them.
-            Err(error @ (StoreError::ReadOnly(_) | StoreError::Proof(_))) => Err(error),
+            Err(error @ (StoreError::ReadOnly(_) | StoreError::Proof(_) | StoreError::NoKey)) => {
+                Err(error)
+            }
             // An older one, of which less is left, may fit, and make room.
             Err(error @ StoreError::Full(_)) => {
                 self.full = Some(error);
@@ -436,9 +438,14 @@ impl Sweep {
             run: &run,
         };
         settled_file::write(&source, &entries, new, self.compression, Some(&kept))?;
-        let (written, stored_bytes) = from_the_disk(new)?;
+        let (written, stored_bytes) = from_the_disk(new, &segment.keys)?;
         prove(segment, &source, &written, &entries, new)?;
-        let after = StoredSegment::new(&self.directory, &head, events.clone(), stored_bytes);
+        let after = StoredSegment::new(
+            (&self.directory, &segment.keys),
+            &head,
+            events.clone(),
+            stored_bytes,
+        );
         Ok(PrunedSegment {
             before: Arc::clone(segment),
             after,

@@ -1,7 +1,7 @@
 //! A stored segment, as the store keeps it in memory: what its run says of it, without its records.
 
-use crate::segment_file::SegmentFile;
-use crate::{StoreError, run_file};
+use crate::segment_file::{SegmentFile, is_plain};
+use crate::{StoreError, VolumeKeys, run_file};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use varve_format::{EpochId, Lsn, RunEntry, RunHeader, SegmentSequence, VolumeId, WallTime};
@@ -10,6 +10,8 @@ use varve_format::{EpochId, Lsn, RunEntry, RunHeader, SegmentSequence, VolumeId,
 #[derive(Clone, Debug)]
 pub struct StoredSegment {
     directory: Arc<Path>,
+    /// What it may be encrypted with.
+    pub(crate) keys: Arc<VolumeKeys>,
     /// The volume.
     pub volume: VolumeId,
     /// Its number.
@@ -54,7 +56,7 @@ pub struct StoredSegment {
 
 impl StoredSegment {
     pub(crate) fn new(
-        directory: &Arc<Path>,
+        (directory, keys): (&Arc<Path>, &Arc<VolumeKeys>),
         run: &RunHeader,
         events: Vec<RunEntry>,
         stored_bytes: u64,
@@ -65,6 +67,7 @@ impl StoredSegment {
             .saturating_add(varve_format::SEGMENT_FOOTER_BYTES as u64);
         StoredSegment {
             directory: Arc::clone(directory),
+            keys: Arc::clone(keys),
             volume: VolumeId(run.volume),
             sequence: run.sequence(),
             epoch: run.epoch(),
@@ -92,6 +95,12 @@ impl StoredSegment {
     #[must_use]
     pub fn path(&self) -> PathBuf {
         segment_path(&self.directory, self.sequence)
+    }
+
+    /// Whether its file is encrypted, by its first block.
+    #[must_use]
+    pub fn is_encrypted(&self) -> bool {
+        self.settled && !is_plain(&self.path())
     }
 
     pub(crate) fn run_path(&self) -> PathBuf {

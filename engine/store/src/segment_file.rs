@@ -1,8 +1,9 @@
 //! A segment's file, sealed or settled, read by the addresses of the sealed one.
 
 use crate::cache::Cache;
+use crate::crypt::FileCipher;
 use crate::settled_file::WINDOW_FRAMES;
-use crate::{StoreError, StoredSegment, compression};
+use crate::{StoreError, StoredSegment, VolumeKeys, compression};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -23,11 +24,23 @@ struct Settled {
     header: SettledHeader,
     frames: Vec<FrameEntry>,
     blocks: Vec<u32>,
+    /// Of an encrypted one whose key is there.
+    cipher: Option<FileCipher>,
 }
 
 fn next_number() -> u64 {
     static OPENED: AtomicU64 = AtomicU64::new(0);
     OPENED.fetch_add(1, Ordering::Relaxed)
+}
+
+/// Whether a file is settled and not encrypted, by its first block. What cannot be told is no.
+pub(crate) fn is_plain(path: &Path) -> bool {
+    let header = File::open(path).and_then(|file| {
+        let mut block = vec![0u8; BLOCK_BYTES as usize];
+        file.read_exact_at(&mut block, 0)?;
+        Ok(SettledHeader::parse(&block, file.metadata()?.len()))
+    });
+    header.is_ok_and(|header| header.is_ok_and(|header| !header.is_encrypted()))
 }
 
 /// An open segment file. It stays readable when the file gets another one's place.
@@ -37,6 +50,7 @@ pub(crate) struct SegmentFile {
     file: File,
     path: PathBuf,
     footer: SegmentFooter,
+    keys: Arc<VolumeKeys>,
     settled: Option<Settled>,
 }
 
@@ -44,7 +58,7 @@ impl SegmentFile {
     /// Opens a segment's file and checks that it is the one that the store knows.
     pub(crate) fn open(segment: &StoredSegment) -> Result<SegmentFile, StoreError> {
         let path = segment.path();
-        let opened = SegmentFile::open_path(&path)?;
+        let opened = SegmentFile::open_path(&path, &segment.keys)?;
         let footer = &opened.footer;
         let same = footer.root == segment.root
             && footer.epoch == segment.epoch.0
@@ -57,13 +71,20 @@ impl SegmentFile {
     }
 
     /// Opens a file by its own words.
-    pub(crate) fn open_path(path: &Path) -> Result<SegmentFile, StoreError> {
+    pub(crate) fn open_path(
+        path: &Path,
+        keys: &Arc<VolumeKeys>,
+    ) -> Result<SegmentFile, StoreError> {
         let file = File::open(path).map_err(StoreError::io(path))?;
-        SegmentFile::of(file, path)
+        SegmentFile::of(file, path, keys)
     }
 
     /// The same of an open file.
-    pub(crate) fn of(file: File, path: &Path) -> Result<SegmentFile, StoreError> {
+    pub(crate) fn of(
+        file: File,
+        path: &Path,
+        keys: &Arc<VolumeKeys>,
+    ) -> Result<SegmentFile, StoreError> {
         let damaged = |error| StoreError::Damaged(path.to_path_buf(), error);
         let length = file.metadata().map_err(StoreError::io(path))?.len();
         let truncated = |needed| FormatError::Truncated {
@@ -95,6 +116,7 @@ impl SegmentFile {
                 file,
                 path: path.to_path_buf(),
                 footer,
+                keys: Arc::clone(keys),
                 settled: None,
             });
         }
@@ -115,7 +137,20 @@ impl SegmentFile {
                 .ok_or_else(|| damaged(FormatError::Field("settled.tables")))?;
         }
         let (frames, blocks) = parse_settled_tables(&header, &tables).map_err(damaged)?;
+        let cipher = keys.of_file(header.key, &header.salt, &footer);
+        if let Some(cipher) = cipher.as_ref().filter(|_| header.is_encrypted()) {
+            let mut run = vec![0u8; header.run_place().map_or(0, |place| place.1 as usize)];
+            if let Some((at, _)) = header.run_place() {
+                file.read_exact_at(&mut run, at)
+                    .map_err(StoreError::io(path))?;
+            }
+            let tag = cipher.tag(&header.tagged(&tables, &run));
+            if tag.map_err(StoreError::io(path))? != header.tables_tag {
+                return Err(damaged(FormatError::Checksum));
+            }
+        }
         let settled = Settled {
+            cipher,
             frames: frames.to_vec(),
             blocks: blocks.iter().map(|block| block.get()).collect(),
             header,
@@ -125,8 +160,20 @@ impl SegmentFile {
             file,
             path: path.to_path_buf(),
             footer,
+            keys: Arc::clone(keys),
             settled: Some(settled),
         })
+    }
+
+    /// What a file that is made of this one is encrypted with.
+    pub(crate) fn keys(&self) -> &VolumeKeys {
+        &self.keys
+    }
+
+    /// Whether it is encrypted and its key is not there.
+    pub(crate) fn lacks_key(&self) -> bool {
+        let settled = self.settled.as_ref();
+        settled.is_some_and(|s| s.header.is_encrypted() && s.cipher.is_none())
     }
 
     pub(crate) fn footer(&self) -> &SegmentFooter {
@@ -188,7 +235,12 @@ impl SegmentFile {
             return Err(damaged());
         }
         let whole = settled.header.frame_bytes(frame);
-        let frame = compression::unpack(entry.codec, &stored, whole);
+        let packed = match (settled.header.is_encrypted(), &settled.cipher) {
+            (false, _) => &stored[..],
+            (true, Some(cipher)) => cipher.open(frame, &mut stored).ok_or_else(damaged)?,
+            (true, None) => return Err(StoreError::NoKey),
+        };
+        let frame = compression::unpack(entry.codec, packed, whole);
         frame.map(Arc::new).ok_or_else(damaged)
     }
 

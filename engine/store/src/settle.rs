@@ -1,4 +1,5 @@
-//! Settling: a sealed segment becomes a compressed one, in the same place and with the same addresses.
+//! Settling: a sealed segment becomes a compressed one, in the same place and with the same addresses. In the same way one that was settled before the store
+//! had keys becomes an encrypted one.
 //!
 //!   sealed file ──blocks──▶ zero? seen before? ──kept──▶ frames ──▶ N.new ──flush──▶ read back from the disk, against the root ──▶ N.seg
 //!
@@ -8,14 +9,14 @@
 //! It needs no lock of the store but for the rename. Images that have the sealed file open go on reading it.
 
 use crate::segment::segment_path;
-use crate::segment_file::SegmentFile;
-use crate::settled_file::{self, root_of};
-use crate::{Compression, StoreError, StoredSegment, VolumeStore, durable};
+use crate::segment_file::{SegmentFile, is_plain};
+use crate::settled_file::{self, Kept, root_of};
+use crate::{Compression, StoreError, StoredSegment, VolumeKeys, VolumeStore, durable};
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use varve_format::SETTLED_BYTES_MAX;
+use varve_format::{BLOCK_BYTES, SETTLED_BYTES_MAX, SegmentSequence};
 
 /// A segment to be settled.
 pub struct SettleJob {
@@ -29,6 +30,9 @@ pub struct SettleJob {
 /// A segment that is compressed and flushed, and not proved yet.
 pub struct Settling {
     segment: Arc<StoredSegment>,
+    /// What it was made of, still open, and the BLAKE3 of that.
+    source: SegmentFile,
+    root: [u8; 32],
     new: PathBuf,
     lease: Arc<()>,
 }
@@ -62,6 +66,34 @@ impl VolumeStore {
             compression,
             lease: self.lease(),
         })
+    }
+
+    /// The next settled segment from `from` on that is not encrypted and should be; and from where on there may be more. So many files are looked at.
+    pub fn next_to_encrypt(
+        &self,
+        compression: Compression,
+        from: SegmentSequence,
+        most: usize,
+    ) -> Result<(Option<SettleJob>, SegmentSequence), StoreError> {
+        if !self.keys().wanted()? {
+            return Ok((None, from));
+        }
+        let mut next = from;
+        let behind = self.segments().filter(|segment| segment.sequence >= from);
+        for segment in behind.take(most) {
+            next = SegmentSequence(segment.sequence.0 + 1);
+            let path = segment.path();
+            if segment.settled && segment.stored_bytes > 0 && is_plain(&path) {
+                let job = self.segment(segment.sequence).map(|segment| SettleJob {
+                    segment: Arc::clone(segment),
+                    new: durable::unfinished(&path),
+                    compression,
+                    lease: self.lease(),
+                });
+                return Ok((job, next));
+            }
+        }
+        Ok((None, next))
     }
 
     /// Puts a settled segment into its place.
@@ -99,12 +131,22 @@ impl SettleJob {
         let source = SegmentFile::open(&self.segment)?;
         // Without them the blocks lie in the order of time.
         let entries = self.segment.entries().unwrap_or_default();
-        let written = settled_file::write(&source, &entries, &self.new, self.compression, None);
+        let run = source.run()?;
+        let count = self.segment.data_bytes / BLOCK_BYTES;
+        let blocks: Vec<bool> = (0..count).map(|block| !source.is_gone(block)).collect();
+        let kept = run.as_deref().map(|run| Kept {
+            blocks: &blocks,
+            run,
+        });
+        let (new, compression) = (&self.new, self.compression);
+        let written = settled_file::write(&source, &entries, new, compression, kept.as_ref());
         if written.is_err() {
             let _ = std::fs::remove_file(&self.new);
         }
         written?;
         Ok(Settling {
+            root: source.kept_root().unwrap_or(self.segment.root),
+            source,
             segment: self.segment,
             new: self.new,
             lease: self.lease,
@@ -127,14 +169,14 @@ impl Settling {
     }
 
     fn read_back(&self) -> Result<u64, StoreError> {
-        let (settled, stored_bytes) = from_the_disk(&self.new)?;
+        let (settled, stored_bytes) = from_the_disk(&self.new, &self.segment.keys)?;
         let unproved = || StoreError::Proof(self.new.clone());
-        if root_of(&settled).map_err(|_| unproved())? == self.segment.root {
+        let same_run = settled.run().ok() == self.source.run().ok();
+        if root_of(&settled).map_err(|_| unproved())? == self.root && same_run {
             return Ok(stored_bytes);
         }
         // Which of the two is wrong?
-        let sealed = SegmentFile::open(&self.segment)?;
-        match root_of(&sealed)? == self.segment.root {
+        match root_of(&self.source)? == self.root {
             true => Err(unproved()),
             false => Err(StoreError::Root(self.segment.sequence)),
         }
@@ -142,12 +184,15 @@ impl Settling {
 }
 
 /// Opens a file that was just written and flushed so that it is read from the disk, not from memory; and its size.
-pub(crate) fn from_the_disk(new: &Path) -> Result<(SegmentFile, u64), StoreError> {
+pub(crate) fn from_the_disk(
+    new: &Path,
+    keys: &Arc<VolumeKeys>,
+) -> Result<(SegmentFile, u64), StoreError> {
     let file = File::open(new).map_err(StoreError::io(new))?;
     // What is clean leaves memory, and all of it is clean: it was flushed.
     let _ = posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
     let stored_bytes = file.metadata().map_err(StoreError::io(new))?.len();
-    let opened = SegmentFile::of(file, new);
+    let opened = SegmentFile::of(file, new, keys);
     let opened = opened.map_err(|_| StoreError::Proof(new.to_path_buf()))?;
     Ok((opened, stored_bytes))
 }

@@ -5,6 +5,7 @@
 //! Where a block belongs is only a hint; addresses go through the block table.
 
 use crate::compression::Packer;
+use crate::crypt::FileCipher;
 use crate::segment_file::{SegmentBytes, SegmentFile};
 use crate::{Compression, StoreError};
 use std::collections::HashMap;
@@ -14,7 +15,7 @@ use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::path::Path;
 use varve_format::{
     BLOCK_BYTES, BLOCK_IS_GONE, BLOCK_IS_ZERO, FRAME_BLOCKS, FRAME_BYTES, FrameEntry, RecordKind,
-    RunEntry, SETTLED_IS_PRUNED, SettledHeader, crc32c, frame_crc,
+    RunEntry, SETTLED_IS_ENCRYPTED, SETTLED_IS_PRUNED, SettledHeader, crc32c, frame_crc,
 };
 use varve_log::ReadAt;
 use zerocopy::{FromZeros, IntoBytes};
@@ -83,6 +84,8 @@ struct FrameWriter<'a> {
     path: &'a Path,
     sequence: u64,
     packer: Packer,
+    cipher: Option<FileCipher>,
+    sealed: Vec<u8>,
     frame: Vec<u8>,
     table: Vec<FrameEntry>,
     at: u64,
@@ -102,7 +105,15 @@ impl FrameWriter<'_> {
             return Ok(());
         }
         let io = StoreError::io(self.path);
-        let (codec, stored) = self.packer.pack(&self.frame).map_err(&io)?;
+        let (codec, mut stored) = self.packer.pack(&self.frame).map_err(&io)?;
+        if let Some(cipher) = &self.cipher {
+            self.sealed.clear();
+            self.sealed.extend_from_slice(stored);
+            cipher
+                .seal(self.table.len() as u64, &mut self.sealed)
+                .map_err(&io)?;
+            stored = &self.sealed;
+        }
         let mut entry = FrameEntry::new_zeroed();
         entry.offset = self.at.into();
         entry.length = (stored.len() as u32).into();
@@ -125,16 +136,25 @@ pub(crate) fn write(
     kept: Option<&Kept<'_>>,
 ) -> Result<(), StoreError> {
     let io = StoreError::io(new);
+    let encryption = source.keys().new_file(source.footer())?;
     let file = File::create(new).map_err(&io)?;
     let mut writer = FrameWriter {
         out: BufWriter::with_capacity(STEP_BYTES, file),
         path: new,
         sequence: source.sequence().0,
         packer: Packer::new(compression).map_err(&io)?,
+        cipher: None,
+        sealed: Vec::new(),
         frame: Vec::with_capacity(FRAME_BYTES),
         table: Vec::new(),
         at: BLOCK_BYTES,
     };
+    let mut header = SettledHeader::empty();
+    if let Some((cipher, key, salt)) = encryption {
+        (header.key, header.salt) = (key, salt);
+        header.incompat = SETTLED_IS_ENCRYPTED.into();
+        writer.cipher = Some(cipher);
+    }
     writer.out.write_all(&[0u8; BLOCK]).map_err(&io)?;
     let written = write_blocks(source, &mut writer, entries, kept.map(|kept| kept.blocks))?;
     writer.end_frame()?;
@@ -146,18 +166,18 @@ pub(crate) fn write(
             .flat_map(|number| number.to_le_bytes()),
     );
     let footer = source.footer();
-    let mut header = SettledHeader::empty();
     header.volume = footer.volume;
     header.sequence = footer.sequence;
     header.data_bytes = footer.data_bytes;
     header.kept_blocks = u64::from(written.kept).into();
     header.tables_at = writer.at.into();
     header.tables_crc = crc32c(&tables).into();
+    let cipher = writer.cipher;
     let mut out = writer.out;
     if let Some(kept) = kept {
         // Whatever the policy: the tables of a segment of which little is left are nearly all the same.
         let packed = zstd::bulk::compress(&tables, 3).map_err(&io)?;
-        header.incompat = SETTLED_IS_PRUNED.into();
+        header.incompat = (header.incompat.get() | SETTLED_IS_PRUNED).into();
         header.tables_bytes = (packed.len() as u64).into();
         header.run_bytes = (kept.run.len() as u64).into();
         header.kept_root = written.root;
@@ -165,6 +185,10 @@ pub(crate) fn write(
         out.write_all(kept.run).map_err(&io)?;
     } else {
         out.write_all(&tables).map_err(&io)?;
+    }
+    if let Some(cipher) = cipher {
+        let tagged = header.tagged(&tables, kept.map_or(&[], |kept| kept.run));
+        header.tables_tag = cipher.tag(&tagged).map_err(&io)?;
     }
     out.write_all(&footer.to_block()).map_err(&io)?;
     out.seek(SeekFrom::Start(0)).map_err(&io)?;

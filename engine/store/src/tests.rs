@@ -28,7 +28,7 @@ fn segment(sequence: u64, previous_end: u64, end: u64, entries: Vec<RunEntry>) -
     let events: Vec<RunEntry> = entries.iter().filter(|e| e.is_event()).copied().collect();
     let run = RunHeader::new(&footer, 1 << 20, 512, &entries, &events);
     let nowhere: Arc<Path> = Path::new("nowhere").into();
-    StoredSegment::new(&nowhere, &run, events, 0)
+    StoredSegment::new((&nowhere, &Arc::default()), &run, events, 0)
 }
 
 /// Base copy from 2 to 4, writes up to 9.

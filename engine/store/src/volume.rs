@@ -9,7 +9,7 @@ use crate::maps::Maps;
 use crate::prune::Looked;
 use crate::segment::{run_path, segment_path};
 use crate::segment_file::SegmentFile;
-use crate::{Nearest, Outside, StoreError, StoredSegment, Timeline, durable, run_file};
+use crate::{Nearest, Outside, StoreError, StoredSegment, Timeline, VolumeKeys, durable, run_file};
 use nix::fcntl::{Flock, FlockArg};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -44,6 +44,8 @@ impl Drop for InstantLease {
 /// One volume's history.
 pub struct VolumeStore {
     directory: Arc<Path>,
+    /// What segments may be encrypted with.
+    keys: Arc<VolumeKeys>,
     volume: VolumeId,
     segments: Segments,
     pub(crate) maps: Maps,
@@ -64,6 +66,15 @@ pub struct VolumeStore {
 impl VolumeStore {
     /// Opens (or makes) a volume's history under `root`. A damaged file is set aside in [`VolumeStore::damaged`]; the rest stays readable.
     pub fn open(root: &Path, volume: VolumeId) -> Result<VolumeStore, StoreError> {
+        VolumeStore::open_with(root, volume, Arc::default())
+    }
+
+    /// The same with a volume's keys.
+    pub fn open_with(
+        root: &Path,
+        volume: VolumeId,
+        keys: Arc<VolumeKeys>,
+    ) -> Result<VolumeStore, StoreError> {
         let directory: Arc<Path> = volume_directory(root, volume).into();
         for part in ["segments", "runs", "maps"] {
             let path = directory.join(part);
@@ -80,6 +91,7 @@ impl VolumeStore {
         let mut store = VolumeStore {
             maps: Maps::new(&directory, volume),
             directory,
+            keys,
             volume,
             segments: Segments::default(),
             timeline: Timeline::default(),
@@ -136,6 +148,9 @@ impl VolumeStore {
         };
         self.maps.load(count, &mut self.healed)?;
         self.timeline = Timeline::of(self.segments());
+        if let Err(StoreError::NoKey) = self.refuse_without_key(Lsn(u64::MAX)) {
+            self.keys.lock_if_off();
+        }
         self.load_kept();
         Ok(())
     }
@@ -189,7 +204,7 @@ impl VolumeStore {
             }
             // Lost, damaged or another one's: the segment itself has everything.
             _ => {
-                let file = SegmentFile::open_path(&path)?;
+                let file = SegmentFile::open_path(&path, &self.keys)?;
                 let footer = *file.footer();
                 if footer.volume != self.volume.0 || file.sequence() != sequence {
                     let error = FormatError::Foreign("segment of another volume or place");
@@ -207,7 +222,7 @@ impl VolumeStore {
             }
         };
         Ok(StoredSegment::new(
-            &self.directory,
+            (&self.directory, &self.keys),
             &head,
             events,
             stored_bytes.unwrap_or(0),
@@ -469,6 +484,31 @@ impl VolumeStore {
             reason: outside.reason,
             pruned: outside.pruned,
         })
+    }
+
+    /// Whether what lies below an LSN can be read, as far as keys go: the newest segment below it that is settled tells.
+    pub fn refuse_without_key(&self, lsn: Lsn) -> Result<(), StoreError> {
+        self.keys.wanted()?;
+        let below = |segment: &&StoredSegment| segment.settled && segment.lsn_start < lsn;
+        match self.segments().rev().find(below).map(SegmentFile::open) {
+            Some(Ok(file)) if file.lacks_key() => Err(StoreError::NoKey),
+            _ => Ok(()), // What is damaged is said when it is read.
+        }
+    }
+
+    /// Its segments, to be looked at without the store.
+    #[must_use]
+    pub fn shared_list(&self) -> Vec<Arc<StoredSegment>> {
+        self.segments.values().cloned().collect()
+    }
+
+    /// Whether what is settled is encrypted; an error if it should be and cannot.
+    pub fn encrypts(&self) -> Result<bool, StoreError> {
+        self.keys.wanted()
+    }
+
+    pub(crate) fn keys(&self) -> &Arc<VolumeKeys> {
+        &self.keys
     }
 
     /// A point's name, out of its segment.

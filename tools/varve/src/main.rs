@@ -9,6 +9,7 @@ mod export;
 mod files;
 mod fstab;
 mod image;
+mod key;
 mod manual;
 mod next_boot;
 mod past;
@@ -238,6 +239,11 @@ enum Command {
         #[command(flatten)]
         volume: Volume,
     },
+    /// Encryption of the history at rest: what opens it.
+    Key {
+        #[command(subcommand)]
+        command: Option<key::KeyCommand>,
+    },
     /// Print completions for a shell (`make install` puts them where shells look).
     Completions {
         /// bash, zsh, fish, …
@@ -373,6 +379,9 @@ fn run(context: &Context, command: Command) -> Result<ExitCode, ControlError> {
         }
         Command::Unpin { instant, volume } => {
             policy::pin(context, volume.name, &instant, false).map(done)
+        }
+        Command::Key { command } => {
+            key::run(context, &command.unwrap_or(key::KeyCommand::Status)).map(done)
         }
         Command::Completions { shell } => {
             manual::completions(shell);

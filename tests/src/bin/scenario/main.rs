@@ -5,6 +5,7 @@ mod copies;
 mod copy_faults;
 mod copy_kills;
 mod death;
+mod encrypted;
 mod files;
 mod holes;
 mod instants;
@@ -66,6 +67,7 @@ fn main() -> ExitCode {
         "store-life" => store_life::store_life(&installation, device),
         "retention" => retention::retention(&installation, device),
         "points" => points::points(&installation, device),
+        "encrypted" => encrypted::encrypted(&installation, device),
         "files" => files::files(&installation, device, argument),
         "export-to" => files::export_to(&installation, device),
         "copies" => copies::stamps(&installation, device, argument.parse().unwrap_or(20)),

@@ -1,6 +1,7 @@
 //! Recovery points on a live volume: under load, with file systems frozen, on a schedule with commands around, at mount, unmount and boot.
 
 use crate::copies::{clean_journal, expect_refused, fields, longest_fsync, sh};
+use crate::encrypted::restart;
 use crate::{Outcome, export, protect};
 use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
@@ -277,18 +278,8 @@ fn scheduled(story: &Story<'_>, start: Instant) -> Outcome {
 /// The machine has started since the daemon ran last; or only the daemon has.
 fn booted(story: &Story<'_>) -> Outcome {
     let varve = story.varve;
-    let restart = || {
-        let socket = varve.root().join("run/varve/varved.sock");
-        sh(&format!(
-            "fuser -k -KILL {} 2>/dev/null || pkill -KILL -x varved",
-            socket.display()
-        ))?;
-        pause(300);
-        varve.varve(&["up"])?;
-        varve.wait_protected()
-    };
     let count = story.wait_for("booted", 1)?.len();
-    restart()?;
+    restart(varve)?;
     pause(1500);
     if story.wait_for("booted", 1)?.len() != count {
         return Err("a restart of the daemon is no boot".to_owned());
@@ -298,6 +289,6 @@ fn booted(story: &Story<'_>) -> Outcome {
         varve.root().join("var").display()
     ))?;
     std::fs::write(boot.trim(), "another").map_err(|e| format!("{boot}: {e}"))?;
-    restart()?;
+    restart(varve)?;
     story.wait_for("booted", count + 1).map(drop)
 }

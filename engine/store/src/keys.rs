@@ -1,0 +1,464 @@
+//! The keys of a store: a key for each volume, sealed by a key that is made of a passphrase or of a key file.
+//!
+//! Two files, written one after the other, with the same content, each whole or not there: what one bad sector takes, the other has. Order: a volume's new
+//! key is durable before anything is encrypted with it. Rotation seals all keys anew; crash between the two files: the one with more generations counts,
+//! and the other still opens with the old secret, as it did before.
+//! Keys in memory are wiped when they are let go. Nothing here prints one.
+
+use crate::crypt::{self, FileCipher};
+use crate::{StoreError, durable};
+use ring::aead::{Aad, NONCE_LEN, Nonce};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io::{self, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock};
+use varve_format::{
+    KEYS_FILE_BYTES_MAX, KeysHeader, SealedKey, SecretKind, SegmentFooter, VolumeId, encode_keys,
+    parse_keys,
+};
+use zerocopy::FromZeros;
+use zeroize::Zeroizing;
+
+const NAMES: [&str; 2] = ["keys", "keys-copy"];
+/// Argon2id, as RFC 9106 proposes where memory is not plenty: 64 MiB, three passes.
+const MEMORY_KIB: u32 = 64 << 10;
+const PASSES: u32 = 3;
+const FROM_FILE: &[u8] = b"varve key file 1";
+/// A key file has at least as many bytes: less could be guessed.
+const KEY_FILE_BYTES_MIN: usize = 32;
+
+/// 256 bits that are wiped.
+pub type SecretKey = Zeroizing<[u8; 32]>;
+
+/// What opens a store.
+pub enum Secret {
+    /// A passphrase.
+    Passphrase(Zeroizing<Vec<u8>>),
+    /// The content of a key file.
+    KeyFile(Zeroizing<Vec<u8>>),
+}
+
+/// What a volume's history is encrypted with.
+enum State {
+    /// The store has no keys: nothing is encrypted.
+    Off,
+    /// It has, and they are not open.
+    Locked,
+    /// Open; the last one is for new segments.
+    Open(Vec<([u8; 16], SecretKey)>),
+}
+
+/// The keys of one volume, shared by all who read its history; they are opened later, or never.
+pub struct VolumeKeys(RwLock<State>);
+
+impl Default for VolumeKeys {
+    fn default() -> VolumeKeys {
+        VolumeKeys(RwLock::new(State::Off))
+    }
+}
+
+impl fmt::Debug for VolumeKeys {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("VolumeKeys")
+    }
+}
+
+impl VolumeKeys {
+    fn state(&self) -> std::sync::RwLockReadGuard<'_, State> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// For a store whose keys cannot be read: nothing of it is written without them.
+    #[must_use]
+    pub fn locked() -> VolumeKeys {
+        VolumeKeys(RwLock::new(State::Locked))
+    }
+
+    /// History that is encrypted is not gone on with in the clear because its keys are gone.
+    pub(crate) fn lock_if_off(&self) {
+        let mut state = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        if matches!(*state, State::Off) {
+            *state = State::Locked;
+        }
+    }
+
+    /// Whether new segments are encrypted; an error if they should be and cannot.
+    pub fn wanted(&self) -> Result<bool, StoreError> {
+        match &*self.state() {
+            State::Off => Ok(false),
+            State::Locked => Err(StoreError::NoKey),
+            State::Open(keys) => Ok(!keys.is_empty()),
+        }
+    }
+
+    /// A cipher for a new file, and the key's and the file's names; none if it is not to be encrypted.
+    pub(crate) fn new_file(
+        &self,
+        footer: &SegmentFooter,
+    ) -> Result<Option<(FileCipher, [u8; 16], [u8; 32])>, StoreError> {
+        if !self.wanted()? {
+            return Ok(None);
+        }
+        let State::Open(keys) = &*self.state() else {
+            return Err(StoreError::NoKey);
+        };
+        let (id, key) = keys.last().ok_or(StoreError::NoKey)?;
+        let made = crypt::random().and_then(|salt| {
+            let cipher = FileCipher::new(key, &salt, footer)?;
+            Ok((cipher, *id, salt))
+        });
+        made.map(Some).map_err(StoreError::io(Path::new("keys")))
+    }
+
+    /// The cipher of a file; none while its key is not there.
+    pub(crate) fn of_file(
+        &self,
+        id: [u8; 16],
+        salt: &[u8; 32],
+        footer: &SegmentFooter,
+    ) -> Option<FileCipher> {
+        let state = self.state();
+        let State::Open(keys) = &*state else {
+            return None;
+        };
+        let (_, key) = keys.iter().find(|key| key.0 == id)?;
+        FileCipher::new(key, salt, footer).ok()
+    }
+}
+
+struct Key {
+    volume: VolumeId,
+    id: [u8; 16],
+    created_ns: i64,
+    key: SecretKey,
+}
+
+/// All keys of a store.
+pub struct StoreKeys {
+    root: PathBuf,
+    file: Option<(KeysHeader, Vec<SealedKey>)>,
+    /// The sealing key and what it seals, once it is open.
+    open: Option<(SecretKey, Vec<Key>)>,
+    handles: BTreeMap<VolumeId, Arc<VolumeKeys>>,
+}
+
+/// What is known of a store's keys without opening them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KeysInfo {
+    /// What opens them.
+    pub kind: SecretKind,
+    /// They are open.
+    pub open: bool,
+    /// Keys of volumes.
+    pub keys: usize,
+}
+
+fn sealing_key(header: &KeysHeader, secret: &Secret) -> Result<SecretKey, StoreError> {
+    let wrong = || StoreError::WrongKey;
+    match (header.kind().map_err(|_| wrong())?, secret) {
+        (SecretKind::Passphrase, Secret::Passphrase(words)) => {
+            let (memory, passes, lanes) = (header.memory_kib, header.passes, header.lanes);
+            let params = argon2::Params::new(memory.get(), passes.get(), lanes.get(), Some(32));
+            let argon = argon2::Argon2::new(
+                argon2::Algorithm::Argon2id,
+                argon2::Version::V0x13,
+                params.map_err(|_| wrong())?,
+            );
+            let mut key = Zeroizing::new([0; 32]);
+            argon
+                .hash_password_into(words, &header.salt, key.as_mut())
+                .map_err(|_| wrong())?;
+            Ok(key)
+        }
+        (SecretKind::KeyFile, Secret::KeyFile(content)) => {
+            Ok(crypt::derived(content, &header.salt, FROM_FILE))
+        }
+        _ => Err(wrong()),
+    }
+}
+
+fn new_header(secret: &Secret) -> Result<KeysHeader, StoreError> {
+    let mut header = KeysHeader::empty();
+    header.salt = crypt::random().map_err(StoreError::io(Path::new("keys")))?;
+    match secret {
+        Secret::Passphrase(words) if words.is_empty() => return Err(StoreError::WeakKey),
+        Secret::KeyFile(content) if content.len() < KEY_FILE_BYTES_MIN => {
+            return Err(StoreError::WeakKey);
+        }
+        Secret::Passphrase(_) => {
+            header.kind = SecretKind::Passphrase as u8;
+            header.memory_kib = MEMORY_KIB.into();
+            header.passes = PASSES.into();
+            header.lanes = 1.into();
+        }
+        Secret::KeyFile(_) => header.kind = SecretKind::KeyFile as u8,
+    }
+    Ok(header)
+}
+
+fn seal(sealing: &SecretKey, key: &Key) -> io::Result<SealedKey> {
+    let mut entry = SealedKey::new_zeroed();
+    entry.volume = key.volume.0;
+    entry.id = key.id;
+    entry.created = key.created_ns.into();
+    let nonce: [u8; NONCE_LEN] = crypt::random()?;
+    entry.nonce = nonce;
+    let mut bytes = Zeroizing::new(*key.key);
+    let tag = crypt::cipher(sealing)?
+        .seal_in_place_separate_tag(
+            Nonce::assume_unique_for_key(nonce),
+            Aad::from(entry.context()),
+            bytes.as_mut(),
+        )
+        .map_err(|_| io::Error::other("a key could not be sealed"))?;
+    entry.sealed[..32].copy_from_slice(bytes.as_ref());
+    entry.sealed[32..].copy_from_slice(tag.as_ref());
+    Ok(entry)
+}
+
+fn unseal(sealing: &SecretKey, entry: &SealedKey) -> Result<Key, StoreError> {
+    let mut bytes = Zeroizing::new(entry.sealed);
+    let cipher = crypt::cipher(sealing).map_err(|_| StoreError::WrongKey)?;
+    let nonce = Nonce::assume_unique_for_key(entry.nonce);
+    let opened = cipher
+        .open_in_place(nonce, Aad::from(entry.context()), bytes.as_mut())
+        .map_err(|_| StoreError::WrongKey)?;
+    let mut key = Zeroizing::new([0; 32]);
+    key.copy_from_slice(opened);
+    Ok(Key {
+        volume: VolumeId(entry.volume),
+        id: entry.id,
+        created_ns: entry.created.get(),
+        key,
+    })
+}
+
+/// Opens all entries of a file; the first one, of no volume, is left out.
+fn unseal_all(
+    (header, entries): &(KeysHeader, Vec<SealedKey>),
+    secret: &Secret,
+) -> Result<(SecretKey, Vec<Key>), StoreError> {
+    let sealing = sealing_key(header, secret)?;
+    let mut keys = Vec::new();
+    for entry in entries {
+        keys.push(unseal(&sealing, entry)?);
+    }
+    keys.retain(|key| key.volume != VolumeId([0; 16]));
+    Ok((sealing, keys))
+}
+
+/// A file's bytes: a first entry of no volume, then the keys.
+fn sealed_file(
+    header: &KeysHeader,
+    sealing: &SecretKey,
+    keys: &[Key],
+) -> io::Result<(Vec<u8>, Vec<SealedKey>)> {
+    let first = Key {
+        volume: VolumeId([0; 16]),
+        id: [0; 16],
+        created_ns: 0,
+        key: Zeroizing::new(crypt::random()?),
+    };
+    let mut entries = Vec::new();
+    for key in std::iter::once(&first).chain(keys) {
+        entries.push(seal(sealing, key)?);
+    }
+    Ok((encode_keys(header, &entries), entries))
+}
+
+impl StoreKeys {
+    /// Reads what a store has; nothing is opened. A file that cannot be read while the other can is made again at the next change.
+    pub fn load(root: &Path) -> Result<StoreKeys, StoreError> {
+        let (mut found, mut failed) = (None::<(KeysHeader, Vec<SealedKey>)>, None);
+        for name in NAMES {
+            let path = root.join(name);
+            let bounded = std::fs::metadata(&path).and_then(|metadata| {
+                match metadata.len() > KEYS_FILE_BYTES_MAX {
+                    true => Err(io::Error::other("too many bytes")),
+                    false => std::fs::read(&path),
+                }
+            });
+            let bytes = match bounded {
+                Ok(bytes) => bytes,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => {
+                    failed = Some(StoreError::io(&path)(error));
+                    continue;
+                }
+            };
+            match parse_keys(&bytes) {
+                Ok(file) => {
+                    let newer = |known: &(KeysHeader, _)| {
+                        file.0.generation.get() > known.0.generation.get()
+                    };
+                    if found.as_ref().is_none_or(newer) {
+                        found = Some(file);
+                    }
+                }
+                Err(error) => failed = Some(StoreError::Damaged(path, error)),
+            }
+        }
+        match (found, failed) {
+            (None, Some(error)) => Err(error),
+            (file, _) => Ok(StoreKeys {
+                root: root.to_path_buf(),
+                file,
+                open: None,
+                handles: BTreeMap::new(),
+            }),
+        }
+    }
+
+    /// What is known of them; none: the store is not encrypted.
+    #[must_use]
+    pub fn info(&self) -> Option<KeysInfo> {
+        let (header, entries) = self.file.as_ref()?;
+        Some(KeysInfo {
+            kind: header.kind().ok()?,
+            open: self.open.is_some(),
+            keys: entries.len().saturating_sub(1),
+        })
+    }
+
+    /// Makes the store an encrypted one.
+    pub fn create(&mut self, secret: &Secret) -> Result<(), StoreError> {
+        if self.file.is_some() {
+            return Err(StoreError::HasKeys);
+        }
+        let header = new_header(secret)?;
+        let sealing = sealing_key(&header, secret)?;
+        self.put(header, sealing, Vec::new())
+    }
+
+    /// Opens them.
+    pub fn unlock(&mut self, secret: &Secret) -> Result<(), StoreError> {
+        let file = self.file.as_ref().ok_or(StoreError::NoKeys)?;
+        self.open = Some(unseal_all(file, secret)?);
+        self.tell();
+        Ok(())
+    }
+
+    /// Another secret opens them from now on, and the old one does not.
+    pub fn rotate(&mut self, secret: &Secret) -> Result<(), StoreError> {
+        let header = new_header(secret)?;
+        let sealing = sealing_key(&header, secret)?;
+        let (old, keys) = self.open.take().ok_or(StoreError::NoKey)?;
+        // What failed leaves them open as they were.
+        let known: Vec<Key> = keys.iter().map(Key::again).collect();
+        self.put(header, sealing, keys)
+            .inspect_err(|_| self.open = Some((old, known)))
+    }
+
+    /// A file that another secret opens, with all keys: to be kept somewhere else.
+    pub fn export(&self, secret: &Secret) -> Result<Vec<u8>, StoreError> {
+        let (_, keys) = self.open.as_ref().ok_or(StoreError::NoKey)?;
+        let header = new_header(secret)?;
+        let sealing = sealing_key(&header, secret)?;
+        let sealed = sealed_file(&header, &sealing, keys);
+        Ok(sealed.map_err(StoreError::io(Path::new("keys")))?.0)
+    }
+
+    /// Takes keys out of such a file; gives how many were new.
+    pub fn import(&mut self, bytes: &[u8], secret: &Secret) -> Result<usize, StoreError> {
+        let file = parse_keys(bytes)
+            .map_err(|error| StoreError::Damaged(PathBuf::from("the file of keys"), error))?;
+        let (_, imported) = unseal_all(&file, secret)?;
+        let (sealing, mut keys) = self.open.take().ok_or(StoreError::NoKey)?;
+        let known: Vec<Key> = keys.iter().map(Key::again).collect();
+        // In front: the last one of a volume is for new segments.
+        let mut new: Vec<Key> = imported
+            .into_iter()
+            .filter(|key| keys.iter().all(|known| known.id != key.id))
+            .collect();
+        let count = new.len();
+        new.append(&mut keys);
+        let header = self.file.as_ref().ok_or(StoreError::NoKeys)?.0;
+        let same = Zeroizing::new(*sealing);
+        self.put(header, sealing, new)
+            .inspect_err(|_| self.open = Some((same, known)))?;
+        Ok(count)
+    }
+
+    /// The handle of a volume's keys. If the store is encrypted and open, and the volume has no key yet, one is made.
+    pub fn of_volume(&mut self, volume: VolumeId) -> Result<Arc<VolumeKeys>, StoreError> {
+        let handle = Arc::clone(self.handles.entry(volume).or_default());
+        let lacks = |(_, keys): &(SecretKey, Vec<Key>)| keys.iter().all(|key| key.volume != volume);
+        if self.open.as_ref().is_some_and(lacks) {
+            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+            let root = self.root.clone();
+            let io = StoreError::io(&root);
+            let key = Key {
+                volume,
+                id: crypt::random().map_err(&io)?,
+                created_ns: now.map_or(0, |now| now.as_nanos() as i64),
+                key: Zeroizing::new(crypt::random().map_err(&io)?),
+            };
+            let header = self.file.as_ref().ok_or(StoreError::NoKeys)?.0;
+            if let Some((sealing, mut keys)) = self.open.take() {
+                let known: Vec<Key> = keys.iter().map(Key::again).collect();
+                let same = Zeroizing::new(*sealing);
+                keys.push(key);
+                self.put(header, sealing, keys)
+                    .inspect_err(|_| self.open = Some((same, known)))?;
+            }
+        }
+        self.tell();
+        Ok(handle)
+    }
+
+    /// Writes both files, then takes what is in them into use.
+    fn put(
+        &mut self,
+        mut header: KeysHeader,
+        sealing: SecretKey,
+        keys: Vec<Key>,
+    ) -> Result<(), StoreError> {
+        let generation = self.file.as_ref().map_or(0, |file| file.0.generation.get());
+        header.generation = (generation + 1).into();
+        let io = StoreError::io(&self.root);
+        let (bytes, entries) = sealed_file(&header, &sealing, &keys).map_err(&io)?;
+        std::fs::create_dir_all(&self.root).map_err(&io)?;
+        for name in NAMES {
+            let path = self.root.join(name);
+            durable::create(&path, |file| {
+                let mode = std::fs::Permissions::from_mode(0o600);
+                let written = file
+                    .set_permissions(mode)
+                    .and_then(|()| file.write_all(&bytes));
+                written.map_err(StoreError::io(&path))
+            })?;
+        }
+        self.file = Some((header, entries));
+        self.open = Some((sealing, keys));
+        self.tell();
+        Ok(())
+    }
+
+    /// Tells all who read.
+    fn tell(&self) {
+        for (volume, handle) in &self.handles {
+            let state = match (&self.file, &self.open) {
+                (None, _) => continue, // Off, or locked if keys are gone.
+                (Some(_), None) => State::Locked,
+                (Some(_), Some((_, keys))) => State::Open(
+                    keys.iter()
+                        .filter(|key| key.volume == *volume)
+                        .map(|key| (key.id, key.key.clone()))
+                        .collect(),
+                ),
+            };
+            *handle.0.write().unwrap_or_else(PoisonError::into_inner) = state;
+        }
+    }
+}
+
+impl Key {
+    fn again(&self) -> Key {
+        Key {
+            key: self.key.clone(),
+            ..*self
+        }
+    }
+}

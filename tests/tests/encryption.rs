@@ -1,0 +1,381 @@
+//! Encrypted histories: nothing of them is to be read without the key, everything with it; what was tampered with is noticed; keys change without a loss.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "in tests a surprise should end the test"
+)]
+
+use std::path::Path;
+use std::process::Command;
+use varve_format::{Lsn, SegmentSequence};
+use varve_store::{
+    Compression, Image, Secret, StoreError, StoreKeys, VolumeStore, volume_directory,
+};
+use varve_tests::sample::{Sample, VOLUME, files, read, scrub};
+
+const VOLUME_BYTES: u64 = 4 << 20;
+const SEGMENT_BYTES: u64 = 256 << 10;
+const MARKER: &[u8] = b"the secret of the house is kept in the third drawer";
+
+fn passphrase(words: &str) -> Secret {
+    Secret::Passphrase(words.as_bytes().to_vec().into())
+}
+
+fn key_file(byte: u8) -> Secret {
+    Secret::KeyFile(vec![byte; 64].into())
+}
+
+fn open(root: &Path, secret: &Secret) -> Result<VolumeStore, StoreError> {
+    let mut keys = StoreKeys::load(root)?;
+    keys.unlock(secret)?;
+    VolumeStore::open_with(root, VOLUME, keys.of_volume(VOLUME)?)
+}
+
+/// An encrypted store with a history; the marker is in it many times.
+fn history(root: &Path, secret: &Secret) -> Sample {
+    let mut keys = StoreKeys::load(root).unwrap();
+    keys.create(secret).unwrap();
+    let store = VolumeStore::open_with(root, VOLUME, keys.of_volume(VOLUME).unwrap()).unwrap();
+    let mut sample = Sample::with(store, VOLUME_BYTES, SEGMENT_BYTES, true);
+    marked(&mut sample, 200);
+    sample
+}
+
+fn marked(sample: &mut Sample, count: u64) {
+    for number in 0..count {
+        let mut page = MARKER.to_vec();
+        page.extend_from_slice(&number.to_le_bytes());
+        page.resize(4096, number as u8);
+        sample.write(number * 4096 % VOLUME_BYTES, page);
+        sample.mixed(4);
+    }
+}
+
+/// How many files of the store hold the marker.
+fn files_that_tell(root: &Path) -> usize {
+    let holds = |bytes: &[u8]| bytes.windows(MARKER.len()).any(|part| part == MARKER);
+    ["segments", "runs", "maps"]
+        .iter()
+        .flat_map(|kind| files(root, kind))
+        .filter(|path| holds(&std::fs::read(path).unwrap()))
+        .count()
+}
+
+fn encrypt_all(store: &mut VolumeStore) -> u64 {
+    let (mut done, mut from) = (0, SegmentSequence(0));
+    loop {
+        let (job, next) = store
+            .next_to_encrypt(Compression::Zstd(1), from, 5)
+            .unwrap();
+        match job {
+            Some(job) => {
+                let proved = job.compress().unwrap().prove().unwrap();
+                store.replace(&proved).unwrap();
+                done += 1;
+            }
+            None if next == from => return done,
+            None => {}
+        }
+        from = next;
+    }
+}
+
+#[test]
+fn without_the_key_nothing_is_to_be_read_and_with_it_everything() {
+    let directory = tempfile::tempdir().unwrap();
+    let root = directory.path();
+    let mut sample = history(root, &passphrase("correct horse"));
+    assert!(
+        files_that_tell(root) > 0,
+        "the marker is in no segment: nothing would be proved"
+    );
+    // Uncompressed, so that only encryption hides it.
+    assert!(sample.settle_all(Compression::None) > 3);
+    sample.map_all();
+    assert_eq!(files_that_tell(root), 0);
+    let end = sample.store.timeline().end();
+    for lsn in [Lsn(5), Lsn(end.0 / 2), end] {
+        assert!(read(&sample.store, lsn) == sample.image(lsn), "{lsn}");
+    }
+    assert!(scrub(&sample.store).damage.is_empty());
+    let wanted = sample.image(end);
+    drop(sample);
+    // Another process, with the right secret, the wrong one, and none.
+    assert!(read(&open(root, &passphrase("correct horse")).unwrap(), end) == wanted);
+    for wrong in [passphrase("correct horse "), key_file(3)] {
+        assert!(matches!(open(root, &wrong), Err(StoreError::WrongKey)));
+    }
+    let mut keys = StoreKeys::load(root).unwrap();
+    let mut store = VolumeStore::open_with(root, VOLUME, keys.of_volume(VOLUME).unwrap()).unwrap();
+    let cannot = |store: &VolumeStore| {
+        let later = matches!(Image::open(store, end), Err(StoreError::NoKey));
+        // The first segment is not the one that is looked at first.
+        later && matches!(Image::open(store, Lsn(5)), Err(StoreError::NoKey))
+    };
+    assert!(cannot(&store));
+    assert!(matches!(
+        store.next_to_encrypt(Compression::Lz4, SegmentSequence(0), 5),
+        Err(StoreError::NoKey)
+    ));
+    // What is recorded while it is locked waits as it is.
+    assert!(store.next_to_settle(Compression::Lz4, &|_| false).is_none());
+    // The same store, once the keys are there.
+    keys.unlock(&passphrase("correct horse")).unwrap();
+    assert!(read(&store, end) == wanted);
+    assert_eq!(encrypt_all(&mut store), 0, "all of it is encrypted already");
+    // A store opened without regard to keys reads nothing of it either.
+    drop(store);
+    let store = VolumeStore::open(root, VOLUME).unwrap();
+    assert!(cannot(&store));
+    // Nor is it gone on with in the clear where keys are lost.
+    assert!(matches!(store.encrypts(), Err(StoreError::NoKey)));
+    drop(store);
+    for name in ["keys", "keys-copy"] {
+        std::fs::remove_file(root.join(name)).unwrap();
+    }
+    let mut keys = StoreKeys::load(root).unwrap();
+    let store = VolumeStore::open_with(root, VOLUME, keys.of_volume(VOLUME).unwrap()).unwrap();
+    keys.of_volume(VOLUME).unwrap();
+    assert!(matches!(store.encrypts(), Err(StoreError::NoKey)));
+}
+
+#[test]
+fn whoever_changes_a_file_and_its_checksums_is_noticed() {
+    let directory = tempfile::tempdir().unwrap();
+    let root = directory.path();
+    let secret = key_file(9);
+    let mut sample = history(root, &secret);
+    sample.settle_all(Compression::Lz4);
+    let end = sample.store.timeline().end();
+    drop(sample);
+    let parsed = |path: &Path| {
+        let whole = std::fs::read(path).unwrap();
+        let header = varve_format::SettledHeader::parse(&whole[..4096], whole.len() as u64);
+        (header.unwrap(), whole)
+    };
+    let path = files(root, "segments").into_iter();
+    let path = path
+        .max_by_key(|path| parsed(path).0.frame_count())
+        .unwrap();
+    let (header, whole) = parsed(&path);
+    let tables = header.tables_at.get() as usize;
+    let entry = |number: usize| tables + number * varve_format::FRAME_ENTRY_BYTES;
+    // With checksums made anew, as somebody would who wants it to be believed.
+    let with_checksums = |mut bytes: Vec<u8>| {
+        for number in 0..header.frame_count() {
+            let at = entry(number as usize);
+            let from = u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
+            let length = u32::from_le_bytes(bytes[at + 8..at + 12].try_into().unwrap()) as usize;
+            let crc =
+                varve_format::frame_crc(&bytes[from..from + length], header.sequence.get(), number);
+            bytes[at + 12..at + 16].copy_from_slice(&crc.to_le_bytes());
+        }
+        let end = tables + header.tables_stored_bytes() as usize;
+        let crc = varve_format::crc32c(&bytes[tables..end]);
+        let mut header = header;
+        header.tables_crc = crc.into();
+        bytes[..4096].copy_from_slice(&header.to_block());
+        bytes
+    };
+    assert!(
+        with_checksums(whole.clone()) == whole,
+        "the test makes checksums as the store does"
+    );
+    let mut flipped = whole.clone();
+    flipped[5000] ^= 1;
+    let mut swapped = whole.clone();
+    let (first, second) = (entry(0), entry(1));
+    for byte in 0..12 {
+        swapped.swap(first + byte, second + byte);
+    }
+    let mut moved = whole.clone();
+    let blocks = entry(header.frame_count() as usize);
+    for byte in 0..4 {
+        moved.swap(blocks + byte, blocks + 400 + byte);
+    }
+    for (what, changed) in [
+        ("a bit", flipped),
+        ("two frames", swapped),
+        ("two blocks", moved),
+    ] {
+        assert!(changed != whole, "{what}");
+        std::fs::write(&path, with_checksums(changed)).unwrap();
+        let store = open(root, &secret).unwrap();
+        assert!(!scrub(&store).damage.is_empty(), "{what}");
+        let image = Image::open(&store, end).unwrap();
+        let mut bytes = vec![0; image.bytes() as usize];
+        let _ = image.read(0, &mut bytes); // No panic; what it holds is another matter.
+    }
+    std::fs::write(&path, &whole).unwrap();
+    assert!(scrub(&open(root, &secret).unwrap()).damage.is_empty());
+}
+
+#[test]
+fn another_secret_opens_it_and_the_old_one_does_not() {
+    let directory = tempfile::tempdir().unwrap();
+    let root = directory.path();
+    let mut sample = history(root, &key_file(1));
+    sample.settle_all(Compression::Lz4);
+    let end = sample.store.timeline().end();
+    let wanted = sample.image(end);
+    drop(sample);
+    let old = std::fs::read(root.join("keys")).unwrap();
+    let mut keys = StoreKeys::load(root).unwrap();
+    assert!(matches!(
+        keys.rotate(&passphrase("new")),
+        Err(StoreError::NoKey)
+    ));
+    keys.unlock(&key_file(1)).unwrap();
+    for weak in [passphrase(""), Secret::KeyFile(vec![1; 31].into())] {
+        assert!(matches!(keys.rotate(&weak), Err(StoreError::WeakKey)));
+    }
+    keys.rotate(&passphrase("new")).unwrap();
+    assert!(matches!(
+        open(root, &key_file(1)),
+        Err(StoreError::WrongKey)
+    ));
+    assert!(read(&open(root, &passphrase("new")).unwrap(), end) == wanted);
+    // The process died between the two files: the newer one counts, whichever it is.
+    for name in ["keys", "keys-copy"] {
+        let new = std::fs::read(root.join(name)).unwrap();
+        std::fs::write(root.join(name), &old).unwrap();
+        assert!(open(root, &passphrase("new")).is_ok(), "{name}");
+        std::fs::write(root.join(name), &new).unwrap();
+    }
+    // One of the two is damaged, or lost.
+    for name in ["keys", "keys-copy"] {
+        let new = std::fs::read(root.join(name)).unwrap();
+        let mut bad = new.clone();
+        bad[200] ^= 1;
+        std::fs::write(root.join(name), &bad).unwrap();
+        assert!(open(root, &passphrase("new")).is_ok(), "{name}");
+        std::fs::remove_file(root.join(name)).unwrap();
+        assert!(open(root, &passphrase("new")).is_ok(), "{name}");
+        std::fs::write(root.join(name), &new).unwrap();
+    }
+    // Both are damaged: that is said, and no new keys are made in their place.
+    for name in ["keys", "keys-copy"] {
+        let mut bad = std::fs::read(root.join(name)).unwrap();
+        bad[200] ^= 1;
+        std::fs::write(root.join(name), &bad).unwrap();
+    }
+    assert!(matches!(
+        StoreKeys::load(root),
+        Err(StoreError::Damaged(..))
+    ));
+}
+
+#[test]
+fn keys_that_were_exported_open_what_is_left_of_a_store() {
+    let directory = tempfile::tempdir().unwrap();
+    let root = directory.path();
+    let mut sample = history(root, &key_file(1));
+    sample.settle_all(Compression::Lz4);
+    let end = sample.store.timeline().end();
+    let wanted = sample.image(end);
+    drop(sample);
+    let mut keys = StoreKeys::load(root).unwrap();
+    assert!(matches!(
+        keys.export(&passphrase("rescue")),
+        Err(StoreError::NoKey)
+    ));
+    keys.unlock(&key_file(1)).unwrap();
+    let exported = keys.export(&passphrase("rescue")).unwrap();
+    drop(keys);
+    for name in ["keys", "keys-copy"] {
+        std::fs::remove_file(root.join(name)).unwrap();
+    }
+    let mut keys = StoreKeys::load(root).unwrap();
+    assert!(keys.info().is_none());
+    keys.create(&key_file(2)).unwrap();
+    assert!(matches!(
+        keys.import(&exported, &passphrase("rescu")),
+        Err(StoreError::WrongKey)
+    ));
+    assert!(matches!(
+        keys.import(&exported[..100], &passphrase("rescue")),
+        Err(StoreError::Damaged(..))
+    ));
+    // A key was made for the volume meanwhile: that one stays for what is new.
+    let handle = keys.of_volume(VOLUME).unwrap();
+    let store = VolumeStore::open_with(root, VOLUME, handle).unwrap();
+    assert!(matches!(Image::open(&store, end), Err(StoreError::NoKey)));
+    assert_eq!(keys.import(&exported, &passphrase("rescue")).unwrap(), 1);
+    assert_eq!(keys.import(&exported, &passphrase("rescue")).unwrap(), 0);
+    assert!(read(&store, end) == wanted);
+    drop(store);
+    assert!(read(&open(root, &key_file(2)).unwrap(), end) == wanted);
+}
+
+#[test]
+fn what_was_plain_becomes_encrypted_pruned_or_not() {
+    use varve_store::{Ladder, Policy};
+    let directory = tempfile::tempdir().unwrap();
+    let root = directory.path();
+    let mut sample = Sample::new(root, VOLUME_BYTES, SEGMENT_BYTES, true);
+    marked(&mut sample, 150);
+    sample.settle_all(Compression::None);
+    assert!(files_that_tell(root) > 0);
+    let end = sample.store.timeline().end();
+    let length = sample.store.time_of(end).unwrap().0;
+    let policy = Policy {
+        ladder: Ladder {
+            all: Some(length / 3),
+            rungs: Vec::new(),
+        },
+        immutable: 0,
+    };
+    let plan = sample
+        .store
+        .plan(&policy, sample.store.time_of(end).unwrap())
+        .run()
+        .unwrap();
+    sample.store.keep(&plan.unwrap()).unwrap();
+    let mut pruned = 0;
+    while let Some(mut sweep) = sample.store.sweep(Compression::None) {
+        loop {
+            match sweep.step().unwrap() {
+                varve_store::Swept::Done => break,
+                varve_store::Swept::Read => {}
+                varve_store::Swept::Stays(sequence, hash) => sample.store.stays(sequence, hash),
+                varve_store::Swept::Pruned(done) => {
+                    sample.store.replace_pruned(&done).unwrap();
+                    pruned += 1;
+                }
+            }
+        }
+    }
+    assert!(pruned > 0);
+    let wanted = sample.image(end);
+    drop(sample);
+    let mut keys = StoreKeys::load(root).unwrap();
+    keys.create(&key_file(5)).unwrap();
+    let mut store = VolumeStore::open_with(root, VOLUME, keys.of_volume(VOLUME).unwrap()).unwrap();
+    let count = store.segments().count() as u64;
+    assert!(read(&store, end) == wanted, "what is plain still reads");
+    assert_eq!(encrypt_all(&mut store), count);
+    assert_eq!(files_that_tell(root), 0);
+    assert!(read(&store, end) == wanted);
+    assert!(scrub(&store).damage.is_empty());
+    assert_eq!(encrypt_all(&mut store), 0);
+    drop(store);
+    // Somebody else reads it, by the documents alone.
+    let secret = root.join("secret");
+    std::fs::write(&secret, [5; 64]).unwrap();
+    let out = root.join("out");
+    let reader = Command::new("python3")
+        .arg(varve_tests::guest::repository().join("tests/reader.py"))
+        .arg(volume_directory(root, VOLUME))
+        .arg(end.to_string())
+        .arg(&out)
+        .arg(root.join("keys"))
+        .arg(&secret)
+        .output()
+        .unwrap();
+    assert!(
+        reader.status.success(),
+        "{}",
+        String::from_utf8_lossy(&reader.stderr)
+    );
+    assert!(std::fs::read(&out).unwrap() == wanted);
+}
