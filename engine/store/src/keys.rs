@@ -65,6 +65,15 @@ impl fmt::Debug for VolumeKeys {
     }
 }
 
+/// What a new file is encrypted with.
+pub(crate) struct NewFile {
+    pub(crate) cipher: FileCipher,
+    /// Which of the volume's keys.
+    pub(crate) key: [u8; 16],
+    /// Of this file alone.
+    pub(crate) salt: [u8; 32],
+}
+
 impl VolumeKeys {
     fn state(&self) -> std::sync::RwLockReadGuard<'_, State> {
         self.0.read().unwrap_or_else(PoisonError::into_inner)
@@ -93,11 +102,8 @@ impl VolumeKeys {
         }
     }
 
-    /// A cipher for a new file, and the key's and the file's names; none if it is not to be encrypted.
-    pub(crate) fn new_file(
-        &self,
-        footer: &SegmentFooter,
-    ) -> Result<Option<(FileCipher, [u8; 16], [u8; 32])>, StoreError> {
+    /// A cipher for a new file; none if it is not to be encrypted.
+    pub(crate) fn new_file(&self, footer: &SegmentFooter) -> Result<Option<NewFile>, StoreError> {
         if !self.wanted()? {
             return Ok(None);
         }
@@ -107,7 +113,8 @@ impl VolumeKeys {
         let (id, key) = keys.last().ok_or(StoreError::NoKey)?;
         let made = crypt::random().and_then(|salt| {
             let cipher = FileCipher::new(key, &salt, footer)?;
-            Ok((cipher, *id, salt))
+            let key = *id;
+            Ok(NewFile { cipher, key, salt })
         });
         made.map(Some).map_err(StoreError::io(Path::new("keys")))
     }

@@ -150,10 +150,10 @@ pub(crate) fn write(
         at: BLOCK_BYTES,
     };
     let mut header = SettledHeader::empty();
-    if let Some((cipher, key, salt)) = encryption {
-        (header.key, header.salt) = (key, salt);
+    if let Some(new) = encryption {
+        (header.key, header.salt) = (new.key, new.salt);
         header.incompat = SETTLED_IS_ENCRYPTED.into();
-        writer.cipher = Some(cipher);
+        writer.cipher = Some(new.cipher);
     }
     writer.out.write_all(&[0u8; BLOCK]).map_err(&io)?;
     let written = write_blocks(source, &mut writer, entries, kept.map(|kept| kept.blocks))?;
