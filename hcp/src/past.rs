@@ -27,6 +27,7 @@ pub fn copy(context: &Context, cli: &Cli, device: &str, text: &str) -> Result<()
         instant,
         writable: !cli.read_only,
         nbd: None,
+        since: None,
         held: false,
     };
     let StoreReply::Shown {

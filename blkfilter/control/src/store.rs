@@ -44,6 +44,8 @@ pub enum StoreOp {
         writable: bool,
         /// Serve NBD on this Unix socket instead of a block device.
         nbd: Option<String>,
+        /// Over NBD: also say what was written since then, as a dirty bitmap.
+        since: Option<Instant>,
         /// It ends with the connection on which it was asked for.
         held: bool,
     },

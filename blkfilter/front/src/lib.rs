@@ -15,6 +15,7 @@ mod device;
 pub mod fuse;
 mod loopback;
 pub mod nbd;
+pub mod nbd_context;
 mod partitions;
 mod request;
 mod show;

@@ -4,11 +4,13 @@
 
 use crate::channel::{JOB_BYTES_MAX, JobSender};
 use crate::device::Stopper;
+use crate::nbd_context::{MetaContext, named};
 use crate::{Geometry, RequestKind};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 const MAGIC: u64 = u64::from_be_bytes(*b"NBDMAGIC");
@@ -16,6 +18,7 @@ const OPTION_MAGIC: u64 = u64::from_be_bytes(*b"IHAVEOPT");
 const REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
 const REQUEST_MAGIC: u32 = 0x2560_9513;
 const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
+const CHUNK_MAGIC: u32 = 0x668e_33ef;
 
 const FLAG_FIXED_NEWSTYLE: u16 = 1;
 const FLAG_NO_ZEROES: u16 = 2;
@@ -24,10 +27,15 @@ const OPT_ABORT: u32 = 2;
 const OPT_LIST: u32 = 3;
 const OPT_INFO: u32 = 6;
 const OPT_GO: u32 = 7;
+const OPT_STRUCTURED_REPLY: u32 = 8;
+const OPT_LIST_META_CONTEXT: u32 = 9;
+const OPT_SET_META_CONTEXT: u32 = 10;
 const REP_ACK: u32 = 1;
 const REP_SERVER: u32 = 2;
 const REP_INFO: u32 = 3;
+const REP_META_CONTEXT: u32 = 4;
 const REP_ERR_UNSUP: u32 = 0x8000_0001;
+const REP_ERR_INVALID: u32 = 0x8000_0003;
 const REP_ERR_TOO_BIG: u32 = 0x8000_0009;
 const INFO_EXPORT: u16 = 0;
 const INFO_BLOCK_SIZE: u16 = 3;
@@ -40,6 +48,13 @@ const TRANSMIT_TRIM: u16 = 32;
 const TRANSMIT_ZEROES: u16 = 64;
 const TRANSMIT_MULTI_CONN: u16 = 256;
 
+const COMMAND_BLOCK_STATUS: u16 = 7;
+const FLAG_REQUEST_ONE: u16 = 8;
+const CHUNK_DONE: u16 = 1;
+const CHUNK_OFFSET_DATA: u16 = 1;
+const CHUNK_BLOCK_STATUS: u16 = 5;
+const CHUNK_ERROR: u16 = 0x8001;
+
 const OPTION_BYTES_MAX: u32 = 64 << 10;
 const REQUEST_BYTES_MAX: u32 = 32 << 20;
 
@@ -48,24 +63,32 @@ pub fn listen(
     socket: &Path,
     geometry: Geometry,
     jobs: JobSender,
+    contexts: Vec<MetaContext>,
     stopper: &Stopper,
 ) -> io::Result<()> {
-    let _ = std::fs::remove_file(socket);
+    // A socket that a dead server left; anything else is somebody's.
+    if std::fs::symlink_metadata(socket).is_ok_and(|found| found.file_type().is_socket()) {
+        let _ = std::fs::remove_file(socket);
+    }
     let listener = UnixListener::bind(socket)?;
     std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))?;
     listener.set_nonblocking(true)?;
+    let contexts = Arc::new(contexts);
     let (stopper, path) = (stopper.clone(), socket.to_path_buf());
     std::thread::spawn(move || {
         while !stopper.is_stopping() {
             match listener.accept() {
                 Ok((stream, _)) => {
-                    let jobs = jobs.clone();
+                    let (jobs, contexts) = (jobs.clone(), Arc::clone(&contexts));
                     std::thread::spawn(move || {
                         let _ = stream.set_nonblocking(false);
                         let _ = Connection {
                             stream,
                             geometry,
                             jobs,
+                            contexts,
+                            structured: false,
+                            selected: Vec::new(),
                         }
                         .run();
                     });
@@ -82,6 +105,11 @@ struct Connection {
     stream: UnixStream,
     geometry: Geometry,
     jobs: JobSender,
+    contexts: Arc<Vec<MetaContext>>,
+    /// Reads are answered in chunks.
+    structured: bool,
+    /// Contexts that the client has chosen.
+    selected: Vec<u32>,
 }
 
 impl Connection {
@@ -175,9 +203,34 @@ impl Connection {
                         return Ok(true);
                     }
                 }
+                OPT_STRUCTURED_REPLY if data.is_empty() => {
+                    self.structured = true;
+                    self.reply(option, REP_ACK, &[])?;
+                }
+                OPT_LIST_META_CONTEXT | OPT_SET_META_CONTEXT => {
+                    self.choose(option, &data)?;
+                }
                 _ => self.reply(option, REP_ERR_UNSUP, &[])?,
             }
         }
+    }
+
+    /// Which contexts there are, or are wanted.
+    fn choose(&mut self, option: u32, data: &[u8]) -> io::Result<()> {
+        let lists = option == OPT_LIST_META_CONTEXT;
+        let found = named(&self.contexts, data, lists).filter(|_| self.structured);
+        let Some(found) = found else {
+            return self.reply(option, REP_ERR_INVALID, &[]);
+        };
+        for id in &found {
+            let mut answer = id.to_be_bytes().to_vec();
+            answer.extend(self.contexts[*id as usize].name.as_bytes());
+            self.reply(option, REP_META_CONTEXT, &answer)?;
+        }
+        if !lists {
+            self.selected = found;
+        }
+        self.reply(option, REP_ACK, &[])
     }
 
     fn reply(&mut self, option: u32, kind: u32, data: &[u8]) -> io::Result<()> {
@@ -200,6 +253,10 @@ impl Connection {
             let cookie = self.u64()?;
             let offset = self.u64()?;
             let length = self.u32()?;
+            if kind == COMMAND_BLOCK_STATUS {
+                self.block_status(cookie, offset, length, flags & FLAG_REQUEST_ONE != 0)?;
+                continue;
+            }
             let command = match kind {
                 0 => RequestKind::Read,
                 1 => RequestKind::Write,
@@ -234,8 +291,75 @@ impl Connection {
             } else {
                 self.serve(command, offset, u64::from(length), &data, flags & 1 != 0)
             };
-            self.answer(cookie, result)?;
+            match (self.structured && command == RequestKind::Read, result) {
+                (true, Ok(data)) => {
+                    let head = offset.to_be_bytes();
+                    self.chunk(cookie, CHUNK_DONE, CHUNK_OFFSET_DATA, &[&head, &data])?;
+                }
+                (true, Err(errno)) => self.failed(cookie, errno)?,
+                (false, result) => self.answer(cookie, result)?,
+            }
         }
+    }
+
+    /// What lies where, by each context that was chosen.
+    fn block_status(
+        &mut self,
+        cookie: u64,
+        offset: u64,
+        length: u32,
+        only_one: bool,
+    ) -> io::Result<()> {
+        let inside = offset
+            .checked_add(length.into())
+            .is_some_and(|end| end <= self.geometry.bytes);
+        if !inside || length == 0 || self.selected.is_empty() {
+            return match self.structured {
+                true => self.failed(cookie, libc::EINVAL),
+                false => self.answer(cookie, Err(libc::EINVAL)),
+            };
+        }
+        let mut answers = Vec::new();
+        for id in &self.selected {
+            let context = &self.contexts[*id as usize];
+            match context.extents(offset, length.into(), only_one) {
+                Ok(extents) => {
+                    let mut data = id.to_be_bytes().to_vec();
+                    for (bytes, state) in extents {
+                        data.extend(bytes.to_be_bytes());
+                        data.extend(state.to_be_bytes());
+                    }
+                    answers.push(data);
+                }
+                Err(error) => {
+                    let errno = error.raw_os_error().unwrap_or(libc::EIO);
+                    return self.failed(cookie, errno);
+                }
+            }
+        }
+        let last = answers.len() - 1;
+        for (index, data) in answers.iter().enumerate() {
+            let flags = if index == last { CHUNK_DONE } else { 0 };
+            self.chunk(cookie, flags, CHUNK_BLOCK_STATUS, &[data])?;
+        }
+        Ok(())
+    }
+
+    fn failed(&mut self, cookie: u64, errno: i32) -> io::Result<()> {
+        let (errno, no_words) = ((errno as u32).to_be_bytes(), 0u16.to_be_bytes());
+        self.chunk(cookie, CHUNK_DONE, CHUNK_ERROR, &[&errno, &no_words])
+    }
+
+    fn chunk(&mut self, cookie: u64, flags: u16, kind: u16, data: &[&[u8]]) -> io::Result<()> {
+        let length: usize = data.iter().map(|part| part.len()).sum();
+        let mut answer = Vec::with_capacity(20 + length);
+        answer.extend(CHUNK_MAGIC.to_be_bytes());
+        answer.extend(flags.to_be_bytes());
+        answer.extend(kind.to_be_bytes());
+        answer.extend(cookie.to_be_bytes());
+        answer.extend((length as u32).to_be_bytes());
+        data.iter().for_each(|part| answer.extend(*part));
+        self.stream.write_all(&answer)
     }
 
     fn serve(

@@ -11,11 +11,12 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use varve_control::{ControlError, Paths};
 use varve_front::channel;
+use varve_front::nbd_context::{BASE_ALLOCATION, MetaContext, STATE_DIRTY, STATE_HOLE, STATE_ZERO};
 use varve_front::{
     Device, DeviceFactory, Geometry, RingPort, Showing, Stopper, Waker, nbd, show, show_partitions,
     ublk,
 };
-use varve_store::Image;
+use varve_store::{Image, RangeKind};
 
 const SHOW_WAIT: Duration = Duration::from_secs(30);
 /// How long the device of a client that has gone may still be in use: its mounts end with it, a moment later.
@@ -43,6 +44,62 @@ fn is_in_use(name: &str) -> bool {
     exclusive.is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
 }
 
+/// An image that is served over NBD.
+pub struct NbdExport {
+    /// Where.
+    pub socket: String,
+    /// Ranges (offset, length) that were written since another instant, in order.
+    pub dirty: Option<Vec<(u64, u64)>>,
+}
+
+/// `base:allocation` of an image.
+fn allocation(image: &Arc<Image>) -> MetaContext {
+    let image = Arc::clone(image);
+    MetaContext {
+        name: BASE_ALLOCATION.to_owned(),
+        tell: Box::new(move |offset, length| {
+            let ranges = image
+                .ranges(offset, length)
+                .map_err(std::io::Error::other)?;
+            let state = |kind| match kind {
+                RangeKind::Data => 0,
+                RangeKind::Zero | RangeKind::Undefined => STATE_HOLE | STATE_ZERO,
+            };
+            Ok(ranges
+                .iter()
+                .map(|range| (range.length, state(range.kind)))
+                .collect())
+        }),
+    }
+}
+
+/// What was written, under the name by which clients know such bitmaps.
+fn dirty_bitmap(ranges: Vec<(u64, u64)>) -> MetaContext {
+    MetaContext {
+        name: "qemu:dirty-bitmap:varve".to_owned(),
+        tell: Box::new(move |offset, length| {
+            let (mut at, end) = (offset, offset + length);
+            let mut states = Vec::new();
+            let first = ranges.partition_point(|range| range.0 + range.1 <= offset);
+            for (start, bytes) in &ranges[first..] {
+                if *start >= end {
+                    break;
+                }
+                let (start, stop) = ((*start).max(at), (start + bytes).min(end));
+                if start > at {
+                    states.push((start - at, 0));
+                }
+                states.push((stop - start, STATE_DIRTY));
+                at = stop;
+            }
+            if at < end {
+                states.push((end - at, 0));
+            }
+            Ok(states)
+        }),
+    }
+}
+
 /// All exports.
 #[derive(Default)]
 pub struct Exports {
@@ -63,7 +120,7 @@ impl Exports {
         image: Image,
         what: String,
         writable: bool,
-        socket: Option<String>,
+        nbd: Option<NbdExport>,
     ) -> Result<(String, u64), ControlError> {
         let geometry = Geometry {
             bytes: image.bytes(),
@@ -81,21 +138,25 @@ impl Exports {
             None
         };
         let image = Arc::new(image);
+        // What is written to an overlay is not told of.
+        let allocated = (!writable).then(|| allocation(&image));
         let factory: DeviceFactory = Box::new(move |_port: RingPort| -> Box<dyn Device> {
             Box::new(ImageDevice::new(image, overlay))
         });
         let waker = Waker::new()?;
         let stopper = Stopper::new(&waker);
         let number = next_number();
-        let (shown, thread) = match socket {
-            Some(socket) => {
+        let (shown, thread) = match nbd {
+            Some(NbdExport { socket, dirty }) => {
+                let contexts = allocated.into_iter().chain(dirty.map(dirty_bitmap));
+                let contexts: Vec<MetaContext> = contexts.collect();
                 let (shown_in, shown) = bounded(1);
                 let (waker, stopper) = (waker.clone(), stopper.clone());
                 let thread = std::thread::Builder::new()
                     .name("export".to_owned())
                     .spawn(move || {
                         let (jobs, receiver) = channel::jobs(&waker);
-                        nbd::listen(Path::new(&socket), geometry, jobs, &stopper)
+                        nbd::listen(Path::new(&socket), geometry, jobs, contexts, &stopper)
                             .map_err(|e| format!("{socket}: {e}"))?;
                         let _ = shown_in.send(socket);
                         channel::serve(&receiver, factory, &waker, &stopper)

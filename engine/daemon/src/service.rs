@@ -1,7 +1,7 @@
 //! What `varved` does: follows the logs, answers questions about the past.
 
 use crate::describe::{PRUNED, clock, describe, history, span_name};
-use crate::export::Exports;
+use crate::export::{Exports, NbdExport};
 use crate::keys::Keys;
 use crate::store_clock::StoreClock;
 use std::collections::{BTreeMap, BTreeSet};
@@ -510,8 +510,15 @@ impl Service {
                 instant,
                 writable,
                 nbd,
+                since,
                 held,
             } => {
+                if since.is_some() && nbd.is_none() {
+                    return Err(error(
+                        "C003-question",
+                        "a dirty bitmap is told over NBD only",
+                    ));
+                }
                 let (image, time_ns) = self.image(&volume, &instant)?;
                 let lsn = image.lsn().0;
                 let what = format!(
@@ -519,6 +526,12 @@ impl Service {
                     clock(time_ns),
                     if writable { ", writable" } else { "" }
                 );
+                let dirty = |since: Instant| match self.diff(&volume, &since, &Instant::Lsn(lsn))? {
+                    StoreReply::Ranges { ranges, .. } => Ok(ranges),
+                    _ => Err(error("C005-answer", "no ranges")),
+                };
+                let dirty = since.map(dirty).transpose()?;
+                let nbd = nbd.map(|socket| NbdExport { socket, dirty });
                 let shown = self.exports.show(&self.paths, image, what, writable, nbd);
                 let (device, number) = shown?;
                 if held {

@@ -33,6 +33,7 @@ impl HeldImage {
             instant: instant.clone(),
             writable,
             nbd: None,
+            since: None,
             held: true,
         };
         match client.call(&op)? {

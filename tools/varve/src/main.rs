@@ -133,6 +133,9 @@ enum Command {
         /// Serve NBD on this Unix socket instead of a block device.
         #[arg(long, value_name = "SOCKET")]
         nbd: Option<String>,
+        /// With --nbd: also say what was written since this instant (`qemu:dirty-bitmap:varve`).
+        #[arg(long, value_name = "INSTANT", requires = "nbd")]
+        since: Option<String>,
         /// Writable (into a scratch overlay).
         #[arg(long)]
         writable: bool,
@@ -340,12 +343,19 @@ fn run(context: &Context, command: Command) -> Result<ExitCode, ControlError> {
         Command::Export {
             instant,
             nbd,
+            since,
             writable,
             copy,
             volume,
         } => match &copy.to {
             Some(to) => export::copy(context, volume.name, &instant, to, &copy),
-            None => show::export(context, volume.name, &instant, nbd, writable),
+            None => show::export(
+                context,
+                volume.name,
+                &instant,
+                (nbd, since.as_deref()),
+                writable,
+            ),
         }
         .map(done),
         Command::Unexport { device } => show::unexport(context, device).map(done),

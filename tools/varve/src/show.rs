@@ -12,7 +12,7 @@ fn show(
     context: &Context,
     volume: Option<String>,
     text: &str,
-    nbd: Option<String>,
+    (nbd, since): (Option<String>, Option<&str>),
     writable: bool,
 ) -> Result<(String, u64, i64), ControlError> {
     let volume = daemons::volume(context, volume)?;
@@ -21,6 +21,7 @@ fn show(
         instant: instant(text)?,
         writable,
         nbd,
+        since: since.map(instant).transpose()?,
         held: false,
     };
     match ask(context, &op, "opening the image")? {
@@ -46,14 +47,14 @@ pub fn export(
     context: &Context,
     volume: Option<String>,
     text: &str,
-    nbd: Option<String>,
+    (nbd, since): (Option<String>, Option<&str>),
     writable: bool,
 ) -> Result<(), ControlError> {
     let nbd = nbd
         .map(std::path::absolute)
         .transpose()?
         .map(|path| path.display().to_string());
-    let (device, lsn, time_ns) = show(context, volume, text, nbd, writable)?;
+    let (device, lsn, time_ns) = show(context, volume, text, (nbd, since), writable)?;
     context.output.result(
         &Shown {
             device: &device,
@@ -86,7 +87,7 @@ pub fn mount(
             format!("{} is not a directory", directory.display()),
         ));
     }
-    let (device, lsn, time_ns) = show(context, volume, text, None, true)?;
+    let (device, lsn, time_ns) = show(context, volume, text, (None, None), true)?;
     let node = node_of(&device, partition);
     let mode = if writable {
         MountMode::Writable

@@ -416,6 +416,69 @@ fn ended(story: &Story<'_>) -> Outcome {
     story.is_tidy()
 }
 
+/// Metadata contexts, asked for by programs that are not ours.
+fn over_nbd(varve: &Installation, raw: &str, data_at: u64) -> Outcome {
+    if sh("nbdinfo --version").is_err() || sh("nbdcopy --version").is_err() {
+        println!("SKIPPED: there is no nbdinfo or nbdcopy: metadata contexts were not tested");
+        return Ok(());
+    }
+    let place = varve.root().join("out");
+    let file = |name: &str| place.join(name).display().to_string();
+    let (socket, precious) = (file("nbd.sock"), file("precious"));
+    std::fs::write(&precious, "mine").map_err(|e| e.to_string())?;
+    let taken = varve.varve(&["export", "then", "--nbd", &precious]);
+    if taken.is_ok() || std::fs::read(&precious).ok().as_deref() != Some(b"mine") {
+        return Err("a file was taken for a socket".to_owned());
+    }
+    varve.varve(&["export", "now", "--nbd", &socket, "--since", "then"])?;
+    let uri = format!("nbd+unix:///?socket={socket}");
+    let map = |context: &str| -> Result<Vec<(u64, u64, u64)>, String> {
+        let told = sh(&format!("nbdinfo --map={context} '{uri}'"))?;
+        let line = |line: &str| {
+            let mut words = line.split_whitespace().map(|word| word.parse().ok());
+            Some((words.next()??, words.next()??, words.next()??))
+        };
+        told.lines()
+            .map(|text| line(text).ok_or_else(|| format!("not understood: {told}")))
+            .collect()
+    };
+    // At first 60 MiB at 7 MiB, then 90 MiB at the beginning.
+    let bytes: u64 = sh(&format!("nbdinfo --size '{uri}'"))?
+        .trim()
+        .parse()
+        .map_err(|_| "no size")?;
+    let written = 90 << 20;
+    if map("base:allocation")? != [(0, written, 0), (written, bytes - written, 3)] {
+        return Err(format!("allocation: {:?}", map("base:allocation")?));
+    }
+    if map("qemu:dirty-bitmap:varve")? != [(0, written, 1), (written, bytes - written, 0)] {
+        return Err(format!(
+            "written since: {:?}",
+            map("qemu:dirty-bitmap:varve")?
+        ));
+    }
+    varve.varve(&["unexport", &socket])?;
+    varve.varve(&["export", "then", "--nbd", &socket])?;
+    let end = data_at + (60 << 20);
+    if map("base:allocation")?
+        != [
+            (0, data_at, 3),
+            (data_at, end - data_at, 0),
+            (end, bytes - end, 3),
+        ]
+    {
+        return Err(format!("allocation then: {:?}", map("base:allocation")?));
+    }
+    sh(&format!(
+        "nbdcopy '{uri}' {0} && cmp {0} {raw}",
+        file("by-nbdcopy")
+    ))?;
+    if sh("qemu-img --version").is_ok() {
+        sh(&format!("qemu-img compare -f raw -F raw '{uri}' {raw}"))?;
+    }
+    varve.varve(&["unexport", &socket]).map(drop)
+}
+
 /// `varve export --to`: a file, a device, qcow2, standard output; interrupted and gone on with.
 pub fn export_to(varve: &Installation, device: &str) -> Outcome {
     let start = Instant::now();
@@ -491,6 +554,11 @@ pub fn export_to(varve: &Installation, device: &str) -> Outcome {
     } else {
         println!("SKIPPED: there is no qemu-img: qcow2 was not tested");
     }
+    over_nbd(varve, &raw, 7 << 20)?;
+    say(
+        start,
+        "an NBD client learns what lies where, and what was written",
+    );
     let mut interrupted = 0;
     for round in 0..6 {
         let to = file(&format!("killed-{round}"));
