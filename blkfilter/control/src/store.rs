@@ -100,6 +100,11 @@ pub enum StoreOp {
         /// Name.
         volume: String,
     },
+    /// Copy all that can be read of the store into a new one.
+    Salvage {
+        /// An empty directory.
+        to: String,
+    },
     /// Note what a drill found.
     Drilled {
         /// Name.
@@ -388,6 +393,17 @@ pub enum StoreReply {
         keys: KeysStatus,
         /// An exported file, in hex.
         file: String,
+    },
+    /// A store was salvaged.
+    Salvaged {
+        /// Files that were copied.
+        files: u64,
+        /// Their bytes.
+        bytes: u64,
+        /// What could not be read: file, first byte, bytes; no bytes: nothing of the file could.
+        unreadable: Vec<(String, u64, u64)>,
+        /// What the new store lacks by that.
+        damage: Vec<DamageInfo>,
     },
     /// What a policy keeps.
     Policy {

@@ -2,10 +2,11 @@
 
 use crate::service::{Service, error, store_error};
 use std::ops::ControlFlow;
+use std::path::Path;
 use std::time::{Duration, Instant};
 use varve_control::{ControlError, DamageInfo, Reporter, StoreReply};
-use varve_format::{Lsn, SegmentSequence};
-use varve_store::{Damage, Scrubbed};
+use varve_format::{Lsn, SegmentSequence, VolumeId};
+use varve_store::{Damage, Scrubbed, VolumeStore, salvage};
 
 impl Service {
     /// Reads a volume's whole history. A scrub that was broken off without having found anything goes on where it was.
@@ -53,6 +54,53 @@ impl Service {
         Ok(reply(&found, from))
     }
 
+    /// Copies all that can be read of the store into a new one, and reads that again.
+    pub(crate) fn salvage(
+        &self,
+        to: &str,
+        reporter: &mut Reporter<'_>,
+    ) -> Result<StoreReply, ControlError> {
+        let (from, to) = (self.paths().store(), Path::new(to));
+        if to.starts_with(&from) {
+            return Err(error(
+                "S020-not-empty",
+                "the new store must lie outside the old one",
+            ));
+        }
+        let salvaged = salvage(&from, to, |done, total| reporter.report(done, total));
+        let salvaged = salvaged.map_err(|e| store_error(&e))?;
+        let mut damage = Vec::new();
+        for id in volumes_in(to) {
+            let keys = self.keys.of_volume(&from, &self.paths().store_policy(), id);
+            let copy = VolumeStore::open_with(to, id, keys).map_err(|e| store_error(&e))?;
+            let found = match copy.encrypts() {
+                // What is encrypted proves by its frames alone.
+                Err(_) => copy.scrub().structure(),
+                Ok(_) => {
+                    let on = |_, found: &Scrubbed| match reporter
+                        .report(found.bytes.min(salvaged.bytes), salvaged.bytes)
+                    {
+                        true => ControlFlow::Continue(()),
+                        false => ControlFlow::Break(()),
+                    };
+                    copy.scrub().run(SegmentSequence(0), on).damage
+                }
+            };
+            damage.extend(found.iter().map(told));
+        }
+        let name = |path: &Path| path.display().to_string();
+        Ok(StoreReply::Salvaged {
+            files: salvaged.files,
+            bytes: salvaged.bytes,
+            unreadable: salvaged
+                .unreadable
+                .iter()
+                .map(|(path, offset, length)| (name(path), *offset, *length))
+                .collect(),
+            damage,
+        })
+    }
+
     /// Looks at the structure of a volume's history.
     pub(crate) fn check(&self, volume: &str) -> Result<StoreReply, ControlError> {
         let id = self.id_of(volume)?;
@@ -64,6 +112,17 @@ impl Service {
         };
         Ok(reply(&found, SegmentSequence(0)))
     }
+}
+
+/// The volumes of a store, by its directories.
+fn volumes_in(root: &Path) -> Vec<VolumeId> {
+    let entries = std::fs::read_dir(root.join("volumes"))
+        .into_iter()
+        .flatten();
+    entries
+        .flatten()
+        .filter_map(|entry| VolumeId::parse(entry.file_name().to_str()?))
+        .collect()
 }
 
 fn reply(found: &Scrubbed, from: SegmentSequence) -> StoreReply {

@@ -578,6 +578,7 @@ impl Service {
                 bytes_per_second,
             } => self.scrub(&volume, bytes_per_second, reporter),
             StoreOp::Check { volume } => self.check(&volume),
+            StoreOp::Salvage { to } => self.salvage(&to, reporter),
             StoreOp::Drilled { volume, drill } => {
                 let drill = Drill {
                     held: WallTime(drill.held_ns),

@@ -50,6 +50,10 @@ pub enum StoreError {
     Root(SegmentSequence),
     /// What was written cannot be read back as it was.
     Proof(PathBuf),
+    /// There is something where a new store is to be.
+    NotEmpty(PathBuf),
+    /// Whoever asked has gone.
+    Interrupted,
     /// The history is encrypted, and its key is not open.
     NoKey,
     /// The store is not encrypted.
@@ -79,6 +83,8 @@ impl StoreError {
             StoreError::Root(_) => "S010-root",
             StoreError::Proof(_) => "S011-proof",
             StoreError::Pruned(_) | StoreError::PrunedInstant(_) => "S014-pruned",
+            StoreError::Interrupted => "S012-interrupted",
+            StoreError::NotEmpty(_) => "S020-not-empty",
             StoreError::NoKey => "S015-no-key",
             StoreError::NoKeys => "S016-not-encrypted",
             StoreError::HasKeys => "S017-encrypted",
@@ -163,6 +169,12 @@ impl fmt::Display for StoreError {
                 f,
                 "segment {segment} is not what it was when it was sealed; it is left as it is. `varve scrub` says what is lost"
             ),
+            StoreError::NotEmpty(path) => write!(
+                f,
+                "{} is not empty: a new store needs a directory of its own. Nothing was written",
+                path.display()
+            ),
+            StoreError::Interrupted => f.write_str("nobody waits for it any more"),
             StoreError::NoKey => f.write_str(
                 "the history is encrypted and its key is not open: varve key unlock (new history is recorded meanwhile, and waits unencrypted)",
             ),

@@ -221,6 +221,12 @@ enum Command {
         #[command(flatten)]
         volume: Volume,
     },
+    /// Copy all that a failing disk still gives of the store into a new one, and say what is lost.
+    Salvage {
+        /// An empty directory, on another disk.
+        #[arg(long, value_name = "DIR")]
+        to: PathBuf,
+    },
     /// What is kept of the past, and for how long.
     Policy {
         #[command(flatten)]
@@ -380,6 +386,7 @@ fn run(context: &Context, command: Command) -> Result<ExitCode, ControlError> {
         Command::Scrub { rate, volume } => proof::scrub(context, volume.name, rate),
         Command::Check { volume } => proof::check(context, volume.name),
         Command::Drill { args, volume } => drill::run(context, volume.name, &args),
+        Command::Salvage { to } => proof::salvage(context, &to),
         Command::Policy { volume, command } => {
             let command = command.unwrap_or(policy::PolicyCommand::Show);
             policy::run(context, volume.name, command).map(done)

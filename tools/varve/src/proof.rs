@@ -2,6 +2,7 @@
 
 use crate::past::{ask, unexpected};
 use crate::{Context, daemons};
+use std::path::Path;
 use std::process::ExitCode;
 use varve_cli::{show_bytes, show_time};
 use varve_control::{ControlError, DamageInfo, StoreOp, StoreReply};
@@ -27,6 +28,45 @@ pub fn check(context: &Context, volume: Option<String>) -> Result<ExitCode, Cont
         volume: volume.clone(),
     };
     answer(context, &volume, &ask(context, &op, "checking")?)
+}
+
+/// `varve salvage`.
+pub fn salvage(context: &Context, to: &Path) -> Result<ExitCode, ControlError> {
+    let to = std::path::absolute(to)?;
+    let op = StoreOp::Salvage {
+        to: to.display().to_string(),
+    };
+    let reply = ask(context, &op, "copying what can be read")?;
+    let StoreReply::Salvaged {
+        files,
+        bytes,
+        unreadable,
+        damage,
+    } = &reply
+    else {
+        return Err(unexpected());
+    };
+    context.output.result(&reply, || {
+        for (file, offset, length) in unreadable {
+            match length {
+                0 => println!("UNREADABLE  {file}"),
+                _ => println!("UNREADABLE  {file}: bytes {offset} to {}", offset + length),
+            }
+        }
+        for found in damage {
+            show(found);
+        }
+        context.output.say(format!(
+            "{files} files, {} are in {}. To use them: varve down; put that directory in the place of {} (move, or mount); varve up; varve scrub",
+            show_bytes(*bytes),
+            to.display(),
+            context.paths.store().display()
+        ));
+    });
+    Ok(match unreadable.is_empty() && damage.is_empty() {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::from(7),
+    })
 }
 
 fn answer(context: &Context, volume: &str, reply: &StoreReply) -> Result<ExitCode, ControlError> {

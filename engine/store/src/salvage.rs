@@ -1,0 +1,155 @@
+//! Salvage: everything of a store that its disk still gives, in a new store.
+//!
+//! Files are copied as they are. What cannot be read becomes zeroes, block by block; no checksum in a store matches zeroes, so exactly that is damaged in
+//! the copy, and is told with its instants and blocks. A run is kept even if its segment is lost: it says what that held.
+//! Nothing of the old store is changed, and the new place must be empty.
+
+use crate::{StoreError, durable};
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+const BLOCK: usize = 4096;
+const STEP: usize = 1 << 20;
+/// Not worth a copy: it is made anew, or belongs to a process.
+const LEFT_OUT: [&str; 3] = ["lock", "scratch", "maps"];
+
+/// What was salvaged.
+#[derive(Clone, Debug, Default)]
+pub struct Salvaged {
+    /// Files that were copied.
+    pub files: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// What could not be read: file, first byte, bytes; no bytes: nothing of the file could.
+    pub unreadable: Vec<(PathBuf, u64, u64)>,
+}
+
+/// A file that is to be copied.
+struct Source {
+    path: PathBuf,
+    bytes: u64,
+}
+
+/// All files below a directory.
+fn list(
+    directory: &Path,
+    sources: &mut Vec<Source>,
+    salvaged: &mut Salvaged,
+) -> Result<(), StoreError> {
+    let io = StoreError::io(directory);
+    for entry in std::fs::read_dir(directory).map_err(&io)? {
+        let Ok(entry) = entry else {
+            continue;
+        };
+        let (path, name) = (entry.path(), entry.file_name());
+        let unfinished = path
+            .extension()
+            .is_some_and(|end| end == durable::UNFINISHED);
+        if unfinished || LEFT_OUT.iter().any(|left_out| *left_out == name) {
+            continue;
+        }
+        match entry.metadata() {
+            Ok(metadata) if metadata.is_dir() => {
+                if list(&path, sources, salvaged).is_err() {
+                    salvaged.unreadable.push((path, 0, 0));
+                }
+            }
+            Ok(metadata) if metadata.is_file() => sources.push(Source {
+                path,
+                bytes: metadata.len(),
+            }),
+            Ok(_) => {}
+            Err(_) => salvaged.unreadable.push((path, 0, 0)),
+        }
+    }
+    Ok(())
+}
+
+/// Copies the store under `from` into the empty directory `to`. `go_on` hears (bytes done, bytes in all), and can end it.
+pub fn salvage(
+    from: &Path,
+    to: &Path,
+    mut go_on: impl FnMut(u64, u64) -> bool,
+) -> Result<Salvaged, StoreError> {
+    let io = StoreError::io(to);
+    std::fs::create_dir_all(to).map_err(&io)?;
+    let mut there = std::fs::read_dir(to).map_err(&io)?;
+    if there.next().is_some() {
+        return Err(StoreError::NotEmpty(to.to_path_buf()));
+    }
+    std::fs::set_permissions(to, std::fs::Permissions::from_mode(0o700)).map_err(&io)?;
+    let (mut sources, mut salvaged) = (Vec::new(), Salvaged::default());
+    list(from, &mut sources, &mut salvaged)?;
+    // Keys and lists first: they are small, and all depends on them.
+    sources.sort_by_key(|source| source.bytes);
+    let total: u64 = sources.iter().map(|source| source.bytes).sum();
+    let mut buffer = vec![0u8; STEP];
+    for source in &sources {
+        let Ok(inside) = source.path.strip_prefix(from) else {
+            continue;
+        };
+        let target = to.join(inside);
+        if let Some(parent) = target.parent() {
+            std::fs::create_dir_all(parent).map_err(StoreError::io(parent))?;
+        }
+        let Ok(file) = File::open(&source.path) else {
+            salvaged.unreadable.push((source.path.clone(), 0, 0));
+            continue;
+        };
+        // Settling may have given it another's place since it was listed: what counts is what is open.
+        let metadata = file.metadata();
+        let bytes = metadata
+            .as_ref()
+            .map_or(source.bytes, std::fs::Metadata::len);
+        let mode = metadata.map(|metadata| metadata.permissions());
+        durable::create(&target, |out| {
+            if let Ok(mode) = mode {
+                out.set_permissions(mode).map_err(StoreError::io(&target))?;
+            }
+            let mut at = 0;
+            while at < bytes {
+                let part = &mut buffer[..STEP.min((bytes - at) as usize)];
+                read(&file, source, at, part, &mut salvaged.unreadable);
+                out.write_all(part).map_err(StoreError::io(&target))?;
+                at += part.len() as u64;
+                if !go_on(salvaged.bytes + at, total) {
+                    return Err(StoreError::Interrupted);
+                }
+            }
+            Ok(())
+        })?;
+        salvaged.files += 1;
+        salvaged.bytes += bytes;
+    }
+    Ok(salvaged)
+}
+
+/// Reads a part of a file; where it cannot be read, block by block, and zeroes for those that cannot be read alone.
+fn read(
+    file: &File,
+    source: &Source,
+    at: u64,
+    part: &mut [u8],
+    unreadable: &mut Vec<(PathBuf, u64, u64)>,
+) {
+    if file.read_exact_at(part, at).is_ok() {
+        return;
+    }
+    for (index, block) in part.chunks_mut(BLOCK).enumerate() {
+        let offset = at + (index * BLOCK) as u64;
+        if file.read_exact_at(block, offset).is_err() {
+            block.fill(0);
+            let bytes = block.len() as u64;
+            match unreadable.last_mut() {
+                Some((path, from, length))
+                    if *path == source.path && *length > 0 && *from + *length == offset =>
+                {
+                    *length += bytes;
+                }
+                _ => unreadable.push((source.path.clone(), offset, bytes)),
+            }
+        }
+    }
+}
