@@ -26,16 +26,18 @@ fn key_file(byte: u8) -> Secret {
 }
 
 fn open(root: &Path, secret: &Secret) -> Result<VolumeStore, StoreError> {
-    let mut keys = StoreKeys::load(root)?;
+    let mut keys = StoreKeys::load(root);
     keys.unlock(secret)?;
-    VolumeStore::open_with(root, VOLUME, keys.of_volume(VOLUME)?)
+    let (handle, made) = keys.of_volume(VOLUME);
+    made?;
+    VolumeStore::open_with(root, VOLUME, handle)
 }
 
 /// An encrypted store with a history; the marker is in it many times.
 fn history(root: &Path, secret: &Secret) -> Sample {
-    let mut keys = StoreKeys::load(root).unwrap();
+    let mut keys = StoreKeys::load(root);
     keys.create(secret).unwrap();
-    let store = VolumeStore::open_with(root, VOLUME, keys.of_volume(VOLUME).unwrap()).unwrap();
+    let store = VolumeStore::open_with(root, VOLUME, keys.of_volume(VOLUME).0).unwrap();
     let mut sample = Sample::with(store, VOLUME_BYTES, SEGMENT_BYTES, true);
     marked(&mut sample, 200);
     sample
@@ -65,7 +67,7 @@ fn encrypt_all(store: &mut VolumeStore) -> u64 {
     let (mut done, mut from) = (0, SegmentSequence(0));
     loop {
         let (job, next) = store
-            .next_to_encrypt(Compression::Zstd(1), from, 5)
+            .next_to_encrypt(Compression::Zstd(1), from, 5, &|_| false)
             .unwrap();
         match job {
             Some(job) => {
@@ -105,8 +107,8 @@ fn without_the_key_nothing_is_to_be_read_and_with_it_everything() {
     for wrong in [passphrase("correct horse "), key_file(3)] {
         assert!(matches!(open(root, &wrong), Err(StoreError::WrongKey)));
     }
-    let mut keys = StoreKeys::load(root).unwrap();
-    let mut store = VolumeStore::open_with(root, VOLUME, keys.of_volume(VOLUME).unwrap()).unwrap();
+    let mut keys = StoreKeys::load(root);
+    let mut store = VolumeStore::open_with(root, VOLUME, keys.of_volume(VOLUME).0).unwrap();
     let cannot = |store: &VolumeStore| {
         let later = matches!(Image::open(store, end), Err(StoreError::NoKey));
         // The first segment is not the one that is looked at first.
@@ -114,7 +116,7 @@ fn without_the_key_nothing_is_to_be_read_and_with_it_everything() {
     };
     assert!(cannot(&store));
     assert!(matches!(
-        store.next_to_encrypt(Compression::Lz4, SegmentSequence(0), 5),
+        store.next_to_encrypt(Compression::Lz4, SegmentSequence(0), 5, &|_| false),
         Err(StoreError::NoKey)
     ));
     // What is recorded while it is locked waits as it is.
@@ -133,9 +135,9 @@ fn without_the_key_nothing_is_to_be_read_and_with_it_everything() {
     for name in ["keys", "keys-copy"] {
         std::fs::remove_file(root.join(name)).unwrap();
     }
-    let mut keys = StoreKeys::load(root).unwrap();
-    let store = VolumeStore::open_with(root, VOLUME, keys.of_volume(VOLUME).unwrap()).unwrap();
-    keys.of_volume(VOLUME).unwrap();
+    let mut keys = StoreKeys::load(root);
+    let store = VolumeStore::open_with(root, VOLUME, keys.of_volume(VOLUME).0).unwrap();
+    keys.of_volume(VOLUME).0;
     assert!(matches!(store.encrypts(), Err(StoreError::NoKey)));
 }
 
@@ -145,7 +147,8 @@ fn whoever_changes_a_file_and_its_checksums_is_noticed() {
     let root = directory.path();
     let secret = key_file(9);
     let mut sample = history(root, &secret);
-    sample.settle_all(Compression::Lz4);
+    // As it is, so that nothing but a tag could tell a frame from another.
+    sample.settle_all(Compression::None);
     let end = sample.store.timeline().end();
     drop(sample);
     let parsed = |path: &Path| {
@@ -202,9 +205,20 @@ fn whoever_changes_a_file_and_its_checksums_is_noticed() {
         std::fs::write(&path, with_checksums(changed)).unwrap();
         let store = open(root, &secret).unwrap();
         assert!(!scrub(&store).damage.is_empty(), "{what}");
+        // By its tag, before any checksum of what is in it is looked at.
         let image = Image::open(&store, end).unwrap();
-        let mut bytes = vec![0; image.bytes() as usize];
-        let _ = image.read(0, &mut bytes); // No panic; what it holds is another matter.
+        let mut bytes = [0; 4096];
+        let whys: Vec<String> = (0..image.bytes() / 4096)
+            .filter_map(|block| image.read(block * 4096, &mut bytes).err())
+            .map(|error| error.to_string())
+            .collect();
+        let by_tag = |why: &String| {
+            why.contains("frame") || why.contains("checksum") && why.contains(".seg")
+        };
+        assert!(
+            !whys.is_empty() && whys.iter().all(by_tag),
+            "{what}: {whys:?}"
+        );
     }
     std::fs::write(&path, &whole).unwrap();
     assert!(scrub(&open(root, &secret).unwrap()).damage.is_empty());
@@ -220,7 +234,7 @@ fn another_secret_opens_it_and_the_old_one_does_not() {
     let wanted = sample.image(end);
     drop(sample);
     let old = std::fs::read(root.join("keys")).unwrap();
-    let mut keys = StoreKeys::load(root).unwrap();
+    let mut keys = StoreKeys::load(root);
     assert!(matches!(
         keys.rotate(&passphrase("new")),
         Err(StoreError::NoKey)
@@ -240,7 +254,12 @@ fn another_secret_opens_it_and_the_old_one_does_not() {
         let new = std::fs::read(root.join(name)).unwrap();
         std::fs::write(root.join(name), &old).unwrap();
         assert!(open(root, &passphrase("new")).is_ok(), "{name}");
-        std::fs::write(root.join(name), &new).unwrap();
+        assert!(
+            std::fs::read(root.join("keys")).unwrap()
+                == std::fs::read(root.join("keys-copy")).unwrap(),
+            "the older one is left as it was: {name}"
+        );
+        assert!(std::fs::read(root.join(name)).unwrap() == new);
     }
     // One of the two is damaged, or lost.
     for name in ["keys", "keys-copy"] {
@@ -249,20 +268,61 @@ fn another_secret_opens_it_and_the_old_one_does_not() {
         bad[200] ^= 1;
         std::fs::write(root.join(name), &bad).unwrap();
         assert!(open(root, &passphrase("new")).is_ok(), "{name}");
+        assert!(
+            std::fs::read(root.join(name)).unwrap() == new,
+            "not made good: {name}"
+        );
         std::fs::remove_file(root.join(name)).unwrap();
         assert!(open(root, &passphrase("new")).is_ok(), "{name}");
-        std::fs::write(root.join(name), &new).unwrap();
+        assert!(
+            std::fs::read(root.join(name)).unwrap() == new,
+            "not made good: {name}"
+        );
     }
+    // No new keys over those that are there, whoever has looked before they were.
+    let mut early = StoreKeys::load(&root.join("volumes"));
+    assert!(early.info().is_none());
+    for name in ["keys", "keys-copy"] {
+        std::fs::copy(root.join(name), root.join("volumes").join(name)).unwrap();
+    }
+    assert!(matches!(
+        early.create(&key_file(3)),
+        Err(StoreError::HasKeys)
+    ));
+    for name in ["keys", "keys-copy"] {
+        std::fs::remove_file(root.join("volumes").join(name)).unwrap();
+    }
+    // A change of which only half can be written is none.
+    let copy = root.join("keys-copy");
+    let whole = std::fs::read(&copy).unwrap();
+    let mut keys = StoreKeys::load(root);
+    keys.unlock(&passphrase("new")).unwrap();
+    std::fs::remove_file(&copy).unwrap();
+    std::fs::create_dir_all(copy.join("in the way")).unwrap();
+    assert!(keys.rotate(&passphrase("newer")).is_err());
+    std::fs::remove_dir_all(&copy).unwrap();
+    std::fs::write(&copy, &whole).unwrap();
+    assert!(open(root, &passphrase("newer")).is_err());
+    assert!(read(&open(root, &passphrase("new")).unwrap(), end) == wanted);
+    assert!(matches!(
+        keys.rotate(&passphrase("new")),
+        Err(StoreError::SameSecret)
+    ));
     // Both are damaged: that is said, and no new keys are made in their place.
     for name in ["keys", "keys-copy"] {
         let mut bad = std::fs::read(root.join(name)).unwrap();
         bad[200] ^= 1;
         std::fs::write(root.join(name), &bad).unwrap();
     }
+    let mut keys = StoreKeys::load(root);
+    assert!(matches!(keys.refresh(), Err(StoreError::Damaged(..))));
     assert!(matches!(
-        StoreKeys::load(root),
+        keys.create(&key_file(1)),
         Err(StoreError::Damaged(..))
     ));
+    // What is recorded meanwhile is not written in the clear.
+    let store = VolumeStore::open_with(root, VOLUME, keys.of_volume(VOLUME).0).unwrap();
+    assert!(matches!(store.encrypts(), Err(StoreError::NoKey)));
 }
 
 #[test]
@@ -274,7 +334,7 @@ fn keys_that_were_exported_open_what_is_left_of_a_store() {
     let end = sample.store.timeline().end();
     let wanted = sample.image(end);
     drop(sample);
-    let mut keys = StoreKeys::load(root).unwrap();
+    let mut keys = StoreKeys::load(root);
     assert!(matches!(
         keys.export(&passphrase("rescue")),
         Err(StoreError::NoKey)
@@ -285,7 +345,7 @@ fn keys_that_were_exported_open_what_is_left_of_a_store() {
     for name in ["keys", "keys-copy"] {
         std::fs::remove_file(root.join(name)).unwrap();
     }
-    let mut keys = StoreKeys::load(root).unwrap();
+    let mut keys = StoreKeys::load(root);
     assert!(keys.info().is_none());
     keys.create(&key_file(2)).unwrap();
     assert!(matches!(
@@ -297,14 +357,75 @@ fn keys_that_were_exported_open_what_is_left_of_a_store() {
         Err(StoreError::Damaged(..))
     ));
     // A key was made for the volume meanwhile: that one stays for what is new.
-    let handle = keys.of_volume(VOLUME).unwrap();
+    let handle = keys.of_volume(VOLUME).0;
     let store = VolumeStore::open_with(root, VOLUME, handle).unwrap();
-    assert!(matches!(Image::open(&store, end), Err(StoreError::NoKey)));
+    // Its keys are open, and not those that this history wants: that is known before anything is read.
+    assert!(matches!(
+        Image::open(&store, end),
+        Err(StoreError::OtherKey)
+    ));
     assert_eq!(keys.import(&exported, &passphrase("rescue")).unwrap(), 1);
     assert_eq!(keys.import(&exported, &passphrase("rescue")).unwrap(), 0);
     assert!(read(&store, end) == wanted);
     drop(store);
     assert!(read(&open(root, &key_file(2)).unwrap(), end) == wanted);
+}
+
+/// Keys of two times: the newest segment opens, older ones do not.
+#[test]
+fn a_key_that_is_missing_is_known_before_anything_is_begun() {
+    let directory = tempfile::tempdir().unwrap();
+    let root = directory.path();
+    let mut sample = history(root, &key_file(1));
+    sample.settle_all(Compression::Lz4);
+    drop(sample);
+    for name in ["keys", "keys-copy"] {
+        std::fs::remove_file(root.join(name)).unwrap();
+    }
+    let mut keys = StoreKeys::load(root);
+    keys.create(&key_file(2)).unwrap();
+    let mut store = VolumeStore::open_with(root, VOLUME, keys.of_volume(VOLUME).0).unwrap();
+    // As if the newest one had been settled with the new key.
+    let end = store.timeline().end();
+    assert!(matches!(
+        Image::open(&store, end),
+        Err(StoreError::OtherKey)
+    ));
+    assert!(matches!(
+        store.refuse_without_key(Lsn(2)),
+        Err(StoreError::OtherKey)
+    ));
+    assert!(
+        store.encrypts().unwrap(),
+        "what is new is encrypted with the new key"
+    );
+    assert!(store.next_to_settle(Compression::Lz4, &|_| false).is_none());
+    assert_eq!(encrypt_all(&mut store), 0);
+}
+
+/// A run is lost while the store is locked: its segment is not taken for lost.
+#[test]
+fn what_waits_for_its_key_is_no_hole() {
+    let directory = tempfile::tempdir().unwrap();
+    let root = directory.path();
+    let secret = passphrase("later");
+    let mut sample = history(root, &secret);
+    sample.settle_all(Compression::Lz4);
+    assert!(sample.map_all() > 0);
+    let end = sample.store.timeline().end();
+    let wanted = sample.image(end);
+    drop(sample);
+    let maps = files(root, "maps");
+    std::fs::remove_file(&files(root, "runs")[1]).unwrap();
+    let mut keys = StoreKeys::load(root);
+    let store = VolumeStore::open_with(root, VOLUME, keys.of_volume(VOLUME).0).unwrap();
+    assert!(store.waits_for_key());
+    drop(store);
+    assert!(files(root, "maps") == maps, "maps were given up for a key");
+    keys.unlock(&secret).unwrap();
+    let store = VolumeStore::open_with(root, VOLUME, keys.of_volume(VOLUME).0).unwrap();
+    assert!(!store.waits_for_key() && store.timeline().check(end).is_ok());
+    assert!(read(&store, end) == wanted);
 }
 
 #[test]
@@ -348,9 +469,9 @@ fn what_was_plain_becomes_encrypted_pruned_or_not() {
     assert!(pruned > 0);
     let wanted = sample.image(end);
     drop(sample);
-    let mut keys = StoreKeys::load(root).unwrap();
+    let mut keys = StoreKeys::load(root);
     keys.create(&key_file(5)).unwrap();
-    let mut store = VolumeStore::open_with(root, VOLUME, keys.of_volume(VOLUME).unwrap()).unwrap();
+    let mut store = VolumeStore::open_with(root, VOLUME, keys.of_volume(VOLUME).0).unwrap();
     let count = store.segments().count() as u64;
     assert!(read(&store, end) == wanted, "what is plain still reads");
     assert_eq!(encrypt_all(&mut store), count);

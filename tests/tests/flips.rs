@@ -170,9 +170,9 @@ fn flips_in_segments_that_are_as_they_were() {
 #[test]
 fn flips_in_encrypted_segments() {
     let directory = tempfile::tempdir().unwrap();
-    let mut keys = StoreKeys::load(directory.path()).unwrap();
+    let mut keys = StoreKeys::load(directory.path());
     keys.create(&Secret::KeyFile(vec![7; 32].into())).unwrap();
-    let handle = keys.of_volume(VOLUME).unwrap();
+    let handle = keys.of_volume(VOLUME).0;
     let mut sample = history(VolumeStore::open_with(directory.path(), VOLUME, handle).unwrap());
     sample.settle_all(Compression::Lz4);
     flip(directory.path(), &mut sample, count());

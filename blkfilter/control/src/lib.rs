@@ -8,6 +8,7 @@
 mod block;
 mod copies;
 mod filter;
+mod memory;
 mod mounts;
 mod notify;
 mod paths;
@@ -19,6 +20,7 @@ mod wire;
 pub use block::{is_same_storage, lasting_path, mapped_volume_under, sysfs};
 pub use copies::{CopyInfo, CopySet, CopySpec, NewCopy};
 pub use filter::{FilterOp, FilterReply, SealedInfo, VolumeInfo};
+pub use memory::keep_memory_secret;
 pub use mounts::{Mount, mounts, mounts_of};
 pub use paths::Paths;
 pub use policy::{PointPolicy, StorePolicy};

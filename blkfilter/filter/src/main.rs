@@ -24,6 +24,7 @@ for the next blkfilter, which takes it over without an I/O error (ublk).
 Exit codes: 0 ended as asked, 1 failed, 2 wrong usage, 5 another blkfilter runs.";
 
 fn main() -> ExitCode {
+    varve_control::keep_memory_secret("blkfilter");
     let mut root = std::env::var("VARVE_ROOT").unwrap_or_else(|_| "/".to_owned());
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {

@@ -34,10 +34,7 @@ fn every(policy: &Policy) -> Duration {
 
 /// Whether it may be better by itself in a while.
 fn passes(error: &StoreError) -> bool {
-    matches!(
-        error,
-        StoreError::Full(_) | StoreError::ReadOnly(_) | StoreError::NoKey
-    )
+    matches!(error, StoreError::Full(_) | StoreError::ReadOnly(_)) || error.wants_key()
 }
 
 enum Work {
@@ -55,6 +52,8 @@ struct Background {
     /// When the policy was asked last.
     retained: BTreeMap<String, Instant>,
     sweeps: BTreeMap<String, Sweep>,
+    /// Histories of which it was said that they are locked.
+    locked: BTreeSet<String>,
     /// From which segment on those are looked for that should be encrypted.
     plain_from: BTreeMap<String, SegmentSequence>,
     /// What the policy file says, and since when.
@@ -90,6 +89,7 @@ pub(crate) fn run(service: Arc<Service>) {
         retained: BTreeMap::new(),
         sweeps: BTreeMap::new(),
         plain_from: BTreeMap::new(),
+        locked: BTreeSet::new(),
         policy: None,
         proofs,
         proved,
@@ -117,6 +117,7 @@ impl Background {
             let percent = StorePolicy::default().background_percent;
             (Compression::default(), percent, None)
         });
+        self.service.retry_keys();
         let _ = self.service.clock_ns(); // A jump is noticed between two looks.
         let kept = self.settled_policy(kept);
         let began = Instant::now();
@@ -182,18 +183,25 @@ impl Background {
                 let job = store.next_to_settle(compression, &except);
                 let job = job.filter(|job| fits(job.data_bytes()));
                 let mut plain = || {
-                    let found = store.next_to_encrypt(compression, from, LOOKED_AT).ok()?;
+                    let found = store
+                        .next_to_encrypt(compression, from, LOOKED_AT, &except)
+                        .ok()?;
                     next = found.1;
-                    found
-                        .0
-                        .filter(|job| fits(job.data_bytes()) && !except(job.sequence()))
+                    found.0.filter(|job| fits(job.data_bytes()))
                 };
                 let job = job.or_else(|| if encrypts { plain() } else { None });
                 job.map(Work::Settle)
             })
         });
-        if let Some(error) = locked {
-            self.say(format!("{id}: {error}"));
+        match locked {
+            // Said once, not at every turn.
+            Some(error) if self.locked.insert(id.to_owned()) => {
+                eprintln!("varved: {id}: {error}");
+            }
+            Some(_) => {}
+            None => {
+                self.locked.remove(id);
+            }
         }
         self.plain_from.insert(id.to_owned(), next);
         match work.flatten() {

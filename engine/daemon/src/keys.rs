@@ -3,9 +3,10 @@
 use crate::service::{Service, error, store_error};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 use varve_control::{ControlError, KeysAsk, KeysStatus, StorePolicy, StoreReply};
 use varve_format::{SecretKind, VolumeId};
-use varve_store::{Secret, StoreKeys, VolumeKeys};
+use varve_store::{KeysInfo, Secret, StoreKeys, VolumeKeys};
 use zeroize::Zeroizing;
 
 /// A key file of more than this is none.
@@ -13,16 +14,12 @@ const KEY_FILE_BYTES_MAX: u64 = 64 << 10;
 
 /// The keys, once they are read.
 #[derive(Default)]
-pub(crate) struct Keys(Mutex<Option<StoreKeys>>);
+pub(crate) struct Keys(Mutex<Option<Loaded>>);
 
-/// No core of this process is written, and nobody looks into its memory: keys and plaintext are there.
-pub(crate) fn keep_memory_secret() {
-    use nix::sys::resource::{Resource, setrlimit};
-    let limited = setrlimit(Resource::RLIMIT_CORE, 0, 0);
-    let hidden = nix::sys::prctl::set_dumpable(false);
-    if let Err(errno) = limited.and(hidden) {
-        eprintln!("varved: core dumps of this process cannot be forbidden: {errno}");
-    }
+struct Loaded {
+    keys: StoreKeys,
+    tried: Option<Instant>,
+    said: String,
 }
 
 /// The content of a key file.
@@ -36,31 +33,23 @@ fn read_key_file(path: &Path) -> Result<Secret, String> {
     Ok(Secret::KeyFile(Zeroizing::new(content)))
 }
 
+/// How often what could not be read, or opened by its key file, is tried again.
+const RETRY_EVERY: Duration = Duration::from_secs(15);
+
 impl Keys {
-    /// Reads the keys if they are not read yet.
-    fn get(
-        &self,
-        root: &Path,
-        policy: &Path,
-    ) -> Result<MutexGuard<'_, Option<StoreKeys>>, varve_store::StoreError> {
+    /// The keys; read, and opened by the key file that the policy names, if that was not done yet.
+    fn get(&self, root: &Path, policy: &Path) -> MutexGuard<'_, Option<Loaded>> {
         let mut keys = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if keys.is_none() {
-            let mut loaded = StoreKeys::load(root)?;
-            let named = StorePolicy::load(policy).unwrap_or_default().key_file;
-            let by_file = |info: varve_store::KeysInfo| info.kind == SecretKind::KeyFile;
-            if loaded.info().is_some_and(by_file) && !named.is_empty() {
-                let opened = read_key_file(Path::new(&named)).and_then(|secret| {
-                    loaded
-                        .unlock(&secret)
-                        .map_err(|why| format!("{named}: {why}"))
-                });
-                if let Err(why) = opened {
-                    eprintln!("varved: the store stays locked: {why}");
-                }
-            }
-            *keys = Some(loaded);
+        let loaded = keys.get_or_insert_with(|| Loaded {
+            keys: StoreKeys::load(root),
+            tried: None,
+            said: String::new(),
+        });
+        let waits = |tried: Instant| tried.elapsed() < RETRY_EVERY;
+        if !loaded.tried.is_some_and(waits) {
+            loaded.try_to_open(policy);
         }
-        Ok(keys)
+        keys
     }
 
     /// What a volume's history is encrypted with. If the keys cannot be read it stays locked.
@@ -70,16 +59,48 @@ impl Keys {
         policy: &Path,
         volume: VolumeId,
     ) -> Arc<VolumeKeys> {
-        let found = self
-            .get(root, policy)
-            .and_then(|mut keys| match keys.as_mut() {
-                Some(keys) => keys.of_volume(volume),
-                None => Ok(Arc::default()),
-            });
-        found.unwrap_or_else(|failed| {
-            eprintln!("varved: the keys of the store: {failed}. Nothing is compressed until that is mended and varved restarted");
-            Arc::new(VolumeKeys::locked())
-        })
+        let mut guard = self.get(root, policy);
+        let Some(loaded) = guard.as_mut() else {
+            return Arc::default();
+        };
+        let (handle, made) = loaded.keys.of_volume(volume);
+        if let Err(failed) = made {
+            loaded.say(format!(
+                "the keys of the store: {failed}. Nothing is compressed until that is mended"
+            ));
+        }
+        handle
+    }
+}
+
+impl Loaded {
+    /// Said once.
+    fn say(&mut self, text: String) {
+        if text != self.said {
+            eprintln!("varved: {text}");
+            self.said = text;
+        }
+    }
+
+    fn try_to_open(&mut self, policy: &Path) {
+        self.tried = Some(Instant::now());
+        if let Err(failed) = self.keys.refresh() {
+            self.say(format!("the keys of the store: {failed}"));
+        }
+        let by_file = |info: KeysInfo| info.kind == SecretKind::KeyFile && !info.open;
+        if !self.keys.info().is_some_and(by_file) {
+            return;
+        }
+        let opened = StorePolicy::load(policy).and_then(|policy| match policy.key_file.as_str() {
+            "" => Err("no key_file is named in the policy".to_owned()),
+            named => read_key_file(Path::new(named)).and_then(|secret| {
+                let opened = self.keys.unlock(&secret);
+                opened.map_err(|why| format!("{named}: {why}"))
+            }),
+        });
+        if let Err(why) = opened {
+            self.say(format!("the store stays locked: {why}"));
+        }
     }
 }
 
@@ -106,29 +127,31 @@ impl Service {
         let mut status = KeysStatus::default();
         let mut file = String::new();
         {
-            let mut guard = self.keys.get(&root, &policy).map_err(wrong)?;
-            let Some(keys) = guard.as_mut() else {
+            let mut guard = self.keys.get(&root, &policy);
+            let Some(Loaded { keys, .. }) = guard.as_mut() else {
                 return Err(error(
                     "S016-not-encrypted",
                     "the store's keys are not there",
                 ));
             };
+            // What cannot be read is said whatever is asked.
+            keys.refresh().map_err(wrong)?;
             match ask {
                 KeysAsk::Status => {}
                 KeysAsk::Init => keys.create(&secret).map_err(wrong)?,
                 KeysAsk::Unlock => keys.unlock(&secret).map_err(wrong)?,
                 KeysAsk::Rotate => keys.rotate(&secret).map_err(wrong)?,
+                KeysAsk::Export if keys.info().is_some_and(|info| info.keys == 0) => {
+                    return Err(error(
+                        "X015-key",
+                        "there is no key yet: each volume gets one when it is protected. Protect first, then export",
+                    ));
+                }
                 KeysAsk::Export => {
                     let exported = keys.export(&secret).map_err(wrong)?;
                     file = exported.iter().map(|byte| format!("{byte:02x}")).collect();
                 }
                 KeysAsk::Import => status.imported = keys.import(rest, &secret).map_err(wrong)?,
-            }
-            // Volumes whose history is open get their keys now.
-            for id in &open {
-                if let Some(volume) = VolumeId::parse(id) {
-                    keys.of_volume(volume).map_err(wrong)?;
-                }
             }
             if let Some(info) = keys.info() {
                 status.encrypted = true;
@@ -141,6 +164,12 @@ impl Service {
                 .to_owned();
             }
         }
+        // What waited for its key is opened anew, and known then.
+        for id in &open {
+            if self.if_open(id, |store| store.waits_for_key()) == Some(true) {
+                let _ = self.stores_without(id)?;
+            }
+        }
         for id in &open {
             let segments = self.if_open(id, |store| store.shared_list());
             for segment in segments.unwrap_or_default() {
@@ -151,5 +180,13 @@ impl Service {
             }
         }
         Ok(StoreReply::Keys { keys: status, file })
+    }
+}
+
+impl Service {
+    /// Tries again what could not be read or opened.
+    pub(crate) fn retry_keys(&self) {
+        let (root, policy) = (self.paths().store(), self.paths().store_policy());
+        drop(self.keys.get(&root, &policy));
     }
 }

@@ -50,7 +50,7 @@ fn main() -> ExitCode {
             }
         }
     }
-    keys::keep_memory_secret();
+    varve_control::keep_memory_secret("varved");
     let paths = Paths::new(root);
     let socket = paths.store_socket();
     let service = Arc::new(Service::new(paths));

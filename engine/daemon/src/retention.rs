@@ -30,6 +30,10 @@ impl Service {
     /// Takes what the policy says now into use.
     pub(crate) fn retain(&self, id: &str, policy: &Policy) -> Result<(), varve_store::StoreError> {
         let now = WallTime(self.clock_ns());
+        // What is not known is not decided about.
+        if self.if_open(id, |store| store.waits_for_key()) == Some(true) {
+            return Ok(());
+        }
         let Some(job) = self.if_open(id, |store| store.plan(policy, now)) else {
             return Ok(());
         };

@@ -266,7 +266,7 @@ impl Service {
     }
 
     /// Closes a history that nobody uses. What uses it for a moment (a comparison that has just lost its volume, a map being made) is waited for.
-    fn stores_without(
+    pub(crate) fn stores_without(
         &self,
         id: &str,
     ) -> Result<std::sync::MutexGuard<'_, BTreeMap<String, VolumeStore>>, ControlError> {
@@ -357,8 +357,9 @@ impl Service {
         for problem in &done.problems {
             eprintln!("varved: {}: {problem}", volume.name);
         }
-        let incomplete =
-            self.with_store(&volume.id, |store| Ok(store.timeline().is_incomplete()))?;
+        let incomplete = self.with_store(&volume.id, |store| {
+            Ok(store.timeline().is_incomplete() && !store.waits_for_key())
+        })?;
         if incomplete && volume.state == "protected" {
             let op = FilterOp::Doubt {
                 name: volume.name.clone(),
@@ -449,7 +450,7 @@ impl Service {
                         .rev()
                         .find(|point| match store.point_name(point) {
                             Ok(found) => found == *name,
-                            Err(failed @ StoreError::NoKey) => {
+                            Err(failed) if failed.wants_key() => {
                                 locked = Some(failed);
                                 false
                             }

@@ -149,8 +149,8 @@ pub fn parse_keys(bytes: &[u8]) -> Result<(KeysHeader, Vec<SealedKey>), FormatEr
     }
     let bounded = |value: &U32, most: u32| (1..=most).contains(&value.get());
     if header.kind()? == SecretKind::Passphrase
-        && !(bounded(&header.memory_kib, 1 << 20)
-            && bounded(&header.passes, 100)
+        && !(bounded(&header.memory_kib, 256 << 10)
+            && bounded(&header.passes, 10)
             && bounded(&header.lanes, 16)
             && header.memory_kib.get() >= 8 * header.lanes.get())
     {
@@ -187,7 +187,7 @@ mod tests {
         for length in 0..bytes.len() {
             assert!(parse_keys(&bytes[..length]).is_err(), "{length}");
         }
-        header.memory_kib = (2 << 20).into();
+        header.memory_kib = (1 << 20).into();
         assert!(parse_keys(&encode_keys(&header, &[entry])).is_err());
     }
 }

@@ -147,6 +147,13 @@ impl SettledHeader {
         {
             return Err(FormatError::Field("settled.data_bytes"));
         }
+        // More than a segment of this size can say: a reader allocates by these.
+        let (whole, records) = (header.tables_whole_bytes(), header.block_count() * 82);
+        if header.tables_bytes.get() > whole + whole / 64 + BLOCK_BYTES
+            || header.run_bytes.get() > BLOCK_BYTES + records * 96
+        {
+            return Err(FormatError::Field("settled.run_bytes"));
+        }
         let needed = header
             .run_at()
             .and_then(|at| at.checked_add(header.run_bytes.get()))

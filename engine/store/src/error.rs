@@ -56,6 +56,12 @@ pub enum StoreError {
     Interrupted,
     /// The history is encrypted, and its key is not open.
     NoKey,
+    /// The history is encrypted with a key that is not among those of the store.
+    OtherKey,
+    /// A file of keys cannot be read: it may be newer than what could.
+    Unread(String),
+    /// The same secret again.
+    SameSecret,
     /// The store is not encrypted.
     NoKeys,
     /// The store is encrypted already.
@@ -67,6 +73,12 @@ pub enum StoreError {
 }
 
 impl StoreError {
+    /// Whether it only wants a key.
+    #[must_use]
+    pub fn wants_key(&self) -> bool {
+        matches!(self, StoreError::NoKey | StoreError::OtherKey)
+    }
+
     /// Stable code.
     #[must_use]
     pub fn code(&self) -> &'static str {
@@ -86,6 +98,9 @@ impl StoreError {
             StoreError::Interrupted => "S012-interrupted",
             StoreError::NotEmpty(_) => "S020-not-empty",
             StoreError::NoKey => "S015-no-key",
+            StoreError::OtherKey => "S021-other-key",
+            StoreError::Unread(_) => "S023-unread-keys",
+            StoreError::SameSecret => "S022-same-secret",
             StoreError::NoKeys => "S016-not-encrypted",
             StoreError::HasKeys => "S017-encrypted",
             StoreError::WrongKey => "S018-wrong-key",
@@ -94,7 +109,15 @@ impl StoreError {
     }
 
     pub(crate) fn io(path: &std::path::Path) -> impl Fn(std::io::Error) -> StoreError + '_ {
-        move |error| match error.raw_os_error() {
+        // What was carried through a reader comes out as what it was.
+        move |error| match error.downcast::<StoreError>() {
+            Ok(inner) => inner,
+            Err(error) => StoreError::of_io(path, error),
+        }
+    }
+
+    fn of_io(path: &std::path::Path, error: std::io::Error) -> StoreError {
+        match error.raw_os_error() {
             Some(libc::ENOSPC | libc::EDQUOT) => StoreError::Full(path.to_path_buf()),
             Some(libc::EROFS) => StoreError::ReadOnly(path.to_path_buf()),
             _ => StoreError::Io(path.to_path_buf(), error),
@@ -103,7 +126,7 @@ impl StoreError {
 
     pub(crate) fn segment(path: &std::path::Path) -> impl Fn(SegmentError) -> StoreError + '_ {
         move |error| match error {
-            SegmentError::Io(error) => StoreError::Io(path.to_path_buf(), error),
+            SegmentError::Io(error) => StoreError::io(path)(error),
             SegmentError::Format(error) => StoreError::Damaged(path.to_path_buf(), error),
         }
     }
@@ -178,6 +201,17 @@ impl fmt::Display for StoreError {
             StoreError::NoKey => f.write_str(
                 "the history is encrypted and its key is not open: varve key unlock (new history is recorded meanwhile, and waits unencrypted)",
             ),
+            StoreError::OtherKey => f.write_str(
+                "a part of the history is encrypted with a key that this store does not have. If its keys were exported: varve key import FILE (in a store without \
+                 keys: varve key init before)",
+            ),
+            StoreError::Unread(why) => write!(
+                f,
+                "a file of keys cannot be read ({why}): nothing is written over what may be newer. Mend it, or move that file away"
+            ),
+            StoreError::SameSecret => {
+                f.write_str("that opens the store already. Nothing was changed")
+            }
             StoreError::NoKeys => {
                 f.write_str("the store is not encrypted; varve key init makes it so")
             }

@@ -61,6 +61,7 @@ impl Image {
         if !store.kept().resolves(lsn) {
             return Err(StoreError::PrunedInstant(lsn));
         }
+        store.encrypts()?;
         store.refuse_without_key(lsn)?;
         let (bytes, sector_bytes) = store.shape(lsn);
         Ok(Image {
@@ -213,7 +214,7 @@ impl Image {
 /// What wants a key is not lost.
 fn or_no_key(error: StoreError, lost: impl Fn(String) -> StoreError) -> StoreError {
     match error {
-        StoreError::NoKey => error,
+        error if error.wants_key() => error,
         other => lost(other.to_string()),
     }
 }

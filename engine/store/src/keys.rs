@@ -8,15 +8,15 @@
 use crate::crypt::{self, FileCipher};
 use crate::{StoreError, durable};
 use ring::aead::{Aad, NONCE_LEN, Nonce};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 use varve_format::{
-    KEYS_FILE_BYTES_MAX, KeysHeader, SealedKey, SecretKind, SegmentFooter, VolumeId, encode_keys,
-    parse_keys,
+    FormatError, KEYS_FILE_BYTES_MAX, KeysHeader, SealedKey, SecretKind, SegmentFooter, VolumeId,
+    encode_keys, parse_keys,
 };
 use zerocopy::FromZeros;
 use zeroize::Zeroizing;
@@ -79,12 +79,6 @@ impl VolumeKeys {
         self.0.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// For a store whose keys cannot be read: nothing of it is written without them.
-    #[must_use]
-    pub fn locked() -> VolumeKeys {
-        VolumeKeys(RwLock::new(State::Locked))
-    }
-
     /// History that is encrypted is not gone on with in the clear because its keys are gone.
     pub(crate) fn lock_if_off(&self) {
         let mut state = self.0.write().unwrap_or_else(PoisonError::into_inner);
@@ -98,7 +92,22 @@ impl VolumeKeys {
         match &*self.state() {
             State::Off => Ok(false),
             State::Locked => Err(StoreError::NoKey),
-            State::Open(keys) => Ok(!keys.is_empty()),
+            // No key was made for this volume yet: nothing of it is written in the clear meanwhile.
+            State::Open(keys) if keys.is_empty() => Err(StoreError::NoKey),
+            State::Open(_) => Ok(true),
+        }
+    }
+
+    /// Whether all of these keys are there.
+    pub(crate) fn have(&self, ids: &BTreeSet<[u8; 16]>) -> Result<(), StoreError> {
+        match &*self.state() {
+            _ if ids.is_empty() => Ok(()),
+            State::Locked => Err(StoreError::NoKey),
+            State::Off => Err(StoreError::OtherKey),
+            State::Open(keys) => match ids.iter().all(|id| keys.iter().any(|key| key.0 == *id)) {
+                true => Ok(()),
+                false => Err(StoreError::OtherKey),
+            },
         }
     }
 
@@ -146,6 +155,8 @@ struct Key {
 pub struct StoreKeys {
     root: PathBuf,
     file: Option<(KeysHeader, Vec<SealedKey>)>,
+    /// The files are there and cannot be read, or one of them cannot: nothing is written over what may be newer.
+    failed: Option<String>,
     /// The sealing key and what it seals, once it is open.
     open: Option<(SecretKey, Vec<Key>)>,
     handles: BTreeMap<VolumeId, Arc<VolumeKeys>>,
@@ -256,6 +267,66 @@ fn unseal_all(
     Ok((sealing, keys))
 }
 
+/// The newest of the two files that is whole; the other is made the same. An error if what cannot be read may be newer, or all that there is.
+fn read_files(root: &Path) -> Result<Option<(KeysHeader, Vec<SealedKey>)>, StoreError> {
+    let (mut found, mut missing) = (Vec::new(), Vec::new());
+    let mut bad = Vec::new();
+    for name in NAMES {
+        let path = root.join(name);
+        let bounded = std::fs::metadata(&path).and_then(|metadata| {
+            match metadata.len() > KEYS_FILE_BYTES_MAX {
+                true => Err(io::Error::other("too many bytes")),
+                false => std::fs::read(&path),
+            }
+        });
+        match bounded.map(|bytes| (parse_keys(&bytes), bytes)) {
+            Ok((Ok(file), bytes)) => found.push((file, bytes, path)),
+            // Damaged beyond doubt: it is kept for who wants to look at it.
+            Ok((
+                Err(
+                    error @ (FormatError::Checksum
+                    | FormatError::Truncated { .. }
+                    | FormatError::NotVarve),
+                ),
+                _,
+            )) => {
+                bad.push((StoreError::Damaged(path.clone(), error), path));
+            }
+            Ok((Err(error), _)) => return Err(StoreError::Damaged(path, error)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => missing.push(path),
+            Err(error) => return Err(StoreError::io(&path)(error)),
+        }
+    }
+    found.sort_by_key(|(file, ..)| std::cmp::Reverse(file.0.generation.get()));
+    let Some((file, bytes, _)) = found.first() else {
+        return match bad.pop() {
+            Some((error, _)) => Err(error),
+            None => Ok(None),
+        };
+    };
+    for (_, path) in &bad {
+        let _ = std::fs::rename(path, path.with_extension("damaged"));
+    }
+    let older = found[1..]
+        .iter()
+        .filter(|other| other.1 != *bytes)
+        .map(|other| &other.2);
+    for path in bad.iter().map(|bad| &bad.1).chain(&missing).chain(older) {
+        let _ = write_file(path, bytes); // One is enough to read; the next start tries again.
+    }
+    Ok(Some(file.clone()))
+}
+
+fn write_file(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
+    durable::create(path, |file| {
+        let mode = std::fs::Permissions::from_mode(0o600);
+        let written = file
+            .set_permissions(mode)
+            .and_then(|()| file.write_all(bytes));
+        written.map_err(StoreError::io(path))
+    })
+}
+
 /// A file's bytes: a first entry of no volume, then the keys.
 fn sealed_file(
     header: &KeysHeader,
@@ -276,46 +347,42 @@ fn sealed_file(
 }
 
 impl StoreKeys {
-    /// Reads what a store has; nothing is opened. A file that cannot be read while the other can is made again at the next change.
-    pub fn load(root: &Path) -> Result<StoreKeys, StoreError> {
-        let (mut found, mut failed) = (None::<(KeysHeader, Vec<SealedKey>)>, None);
-        for name in NAMES {
-            let path = root.join(name);
-            let bounded = std::fs::metadata(&path).and_then(|metadata| {
-                match metadata.len() > KEYS_FILE_BYTES_MAX {
-                    true => Err(io::Error::other("too many bytes")),
-                    false => std::fs::read(&path),
-                }
-            });
-            let bytes = match bounded {
-                Ok(bytes) => bytes,
-                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-                Err(error) => {
-                    failed = Some(StoreError::io(&path)(error));
-                    continue;
-                }
-            };
-            match parse_keys(&bytes) {
-                Ok(file) => {
-                    let newer = |known: &(KeysHeader, _)| {
-                        file.0.generation.get() > known.0.generation.get()
-                    };
-                    if found.as_ref().is_none_or(newer) {
-                        found = Some(file);
-                    }
-                }
-                Err(error) => failed = Some(StoreError::Damaged(path, error)),
+    /// Reads what a store has; nothing is opened. What cannot be read is told by [`StoreKeys::refresh`], and keeps all handles locked.
+    #[must_use]
+    pub fn load(root: &Path) -> StoreKeys {
+        let mut keys = StoreKeys {
+            root: root.to_path_buf(),
+            file: None,
+            failed: None,
+            open: None,
+            handles: BTreeMap::new(),
+        };
+        let _ = keys.refresh();
+        keys
+    }
+
+    /// Reads the files (again) while there are none, or one of them could not be read. Of two that differ the newer one counts, and is written over the other.
+    pub fn refresh(&mut self) -> Result<(), StoreError> {
+        if self.file.is_some() && self.failed.is_none() {
+            return Ok(());
+        }
+        let read = read_files(&self.root);
+        self.failed = read.as_ref().err().map(ToString::to_string);
+        if let Ok(Some(file)) = read {
+            let known = |file: &(KeysHeader, _)| file.0.generation.get();
+            if self
+                .file
+                .as_ref()
+                .is_none_or(|old| known(old) < known(&file))
+            {
+                self.file = Some(file);
+                self.open = None;
             }
+            self.tell();
+            return Ok(());
         }
-        match (found, failed) {
-            (None, Some(error)) => Err(error),
-            (file, _) => Ok(StoreKeys {
-                root: root.to_path_buf(),
-                file,
-                open: None,
-                handles: BTreeMap::new(),
-            }),
-        }
+        self.tell();
+        read.map(|_| ())
     }
 
     /// What is known of them; none: the store is not encrypted.
@@ -331,24 +398,35 @@ impl StoreKeys {
 
     /// Makes the store an encrypted one.
     pub fn create(&mut self, secret: &Secret) -> Result<(), StoreError> {
+        self.refresh()?;
         if self.file.is_some() {
             return Err(StoreError::HasKeys);
         }
         let header = new_header(secret)?;
         let sealing = sealing_key(&header, secret)?;
-        self.put(header, sealing, Vec::new())
+        let keys = self.missing(&[])?;
+        self.put(header, sealing, keys)
     }
 
     /// Opens them.
     pub fn unlock(&mut self, secret: &Secret) -> Result<(), StoreError> {
+        let _ = self.refresh();
         let file = self.file.as_ref().ok_or(StoreError::NoKeys)?;
         self.open = Some(unseal_all(file, secret)?);
+        // What has no key yet stays locked if none can be made.
+        let made = self.add_missing();
         self.tell();
-        Ok(())
+        made
     }
 
     /// Another secret opens them from now on, and the old one does not.
     pub fn rotate(&mut self, secret: &Secret) -> Result<(), StoreError> {
+        self.refresh()?;
+        let (known, _) = self.open.as_ref().ok_or(StoreError::NoKey)?;
+        let old = self.file.as_ref().ok_or(StoreError::NoKeys)?;
+        if sealing_key(&old.0, secret).is_ok_and(|same| *same == **known) {
+            return Err(StoreError::SameSecret);
+        }
         let header = new_header(secret)?;
         let sealing = sealing_key(&header, secret)?;
         let (old, keys) = self.open.take().ok_or(StoreError::NoKey)?;
@@ -372,6 +450,7 @@ impl StoreKeys {
         let file = parse_keys(bytes)
             .map_err(|error| StoreError::Damaged(PathBuf::from("the file of keys"), error))?;
         let (_, imported) = unseal_all(&file, secret)?;
+        self.refresh()?;
         let (sealing, mut keys) = self.open.take().ok_or(StoreError::NoKey)?;
         let known: Vec<Key> = keys.iter().map(Key::again).collect();
         // In front: the last one of a volume is for new segments.
@@ -388,31 +467,50 @@ impl StoreKeys {
         Ok(count)
     }
 
-    /// The handle of a volume's keys. If the store is encrypted and open, and the volume has no key yet, one is made.
-    pub fn of_volume(&mut self, volume: VolumeId) -> Result<Arc<VolumeKeys>, StoreError> {
+    /// The handle of a volume's keys. If the store is encrypted and open, and the volume has no key yet, one is made; if that fails the handle stays locked.
+    pub fn of_volume(&mut self, volume: VolumeId) -> (Arc<VolumeKeys>, Result<(), StoreError>) {
         let handle = Arc::clone(self.handles.entry(volume).or_default());
-        let lacks = |(_, keys): &(SecretKey, Vec<Key>)| keys.iter().all(|key| key.volume != volume);
-        if self.open.as_ref().is_some_and(lacks) {
-            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-            let root = self.root.clone();
-            let io = StoreError::io(&root);
-            let key = Key {
-                volume,
-                id: crypt::random().map_err(&io)?,
-                created_ns: now.map_or(0, |now| now.as_nanos() as i64),
-                key: Zeroizing::new(crypt::random().map_err(&io)?),
-            };
-            let header = self.file.as_ref().ok_or(StoreError::NoKeys)?.0;
-            if let Some((sealing, mut keys)) = self.open.take() {
-                let known: Vec<Key> = keys.iter().map(Key::again).collect();
-                let same = Zeroizing::new(*sealing);
-                keys.push(key);
-                self.put(header, sealing, keys)
-                    .inspect_err(|_| self.open = Some((same, known)))?;
-            }
-        }
+        let made = self.refresh().and_then(|()| self.add_missing());
         self.tell();
-        Ok(handle)
+        (handle, made)
+    }
+
+    /// New keys for volumes that have a handle and none among `keys`.
+    fn missing(&self, keys: &[Key]) -> Result<Vec<Key>, StoreError> {
+        let io = StoreError::io(&self.root);
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        let created_ns = now.map_or(0, |now| now.as_nanos() as i64);
+        let lacks = |volume: &&VolumeId| keys.iter().all(|key| key.volume != **volume);
+        let mut new = Vec::new();
+        for volume in self.handles.keys().filter(lacks) {
+            new.push(Key {
+                volume: *volume,
+                id: crypt::random().map_err(&io)?,
+                created_ns,
+                key: Zeroizing::new(crypt::random().map_err(&io)?),
+            });
+        }
+        Ok(new)
+    }
+
+    /// Makes keys that are missing, durably.
+    fn add_missing(&mut self) -> Result<(), StoreError> {
+        let (Some((sealing, keys)), Some((header, _))) = (&self.open, &self.file) else {
+            return Ok(());
+        };
+        let mut new = self.missing(keys)?;
+        if new.is_empty() {
+            return Ok(());
+        }
+        if let Some(why) = &self.failed {
+            return Err(StoreError::Unread(why.clone()));
+        }
+        let (header, sealing) = (*header, sealing.clone());
+        let mut all: Vec<Key> = keys.iter().map(Key::again).collect();
+        all.append(&mut new);
+        let known = self.open.take();
+        self.put(header, sealing, all)
+            .inspect_err(|_| self.open = known)
     }
 
     /// Writes both files, then takes what is in them into use.
@@ -423,18 +521,24 @@ impl StoreKeys {
         keys: Vec<Key>,
     ) -> Result<(), StoreError> {
         let generation = self.file.as_ref().map_or(0, |file| file.0.generation.get());
-        header.generation = (generation + 1).into();
+        header.generation = generation.saturating_add(1).into();
         let io = StoreError::io(&self.root);
         let (bytes, entries) = sealed_file(&header, &sealing, &keys).map_err(&io)?;
         std::fs::create_dir_all(&self.root).map_err(&io)?;
-        for name in NAMES {
-            let path = self.root.join(name);
-            durable::create(&path, |file| {
-                let mode = std::fs::Permissions::from_mode(0o600);
-                let written = file
-                    .set_permissions(mode)
-                    .and_then(|()| file.write_all(&bytes));
-                written.map_err(StoreError::io(&path))
+        let old = self
+            .file
+            .as_ref()
+            .map(|(header, entries)| encode_keys(header, entries));
+        for (index, name) in NAMES.iter().enumerate() {
+            write_file(&self.root.join(name), &bytes).inspect_err(|_| {
+                // Half a change is none: what was told to have failed must not count after a restart.
+                for name in &NAMES[..=index] {
+                    let path = self.root.join(name);
+                    let _ = match &old {
+                        Some(old) => write_file(&path, old),
+                        None => std::fs::remove_file(&path).map_err(StoreError::io(&path)),
+                    };
+                }
             })?;
         }
         self.file = Some((header, entries));
@@ -447,6 +551,7 @@ impl StoreKeys {
     fn tell(&self) {
         for (volume, handle) in &self.handles {
             let state = match (&self.file, &self.open) {
+                (None, _) if self.failed.is_some() => State::Locked,
                 (None, _) => continue, // Off, or locked if keys are gone.
                 (Some(_), None) => State::Locked,
                 (Some(_), Some((_, keys))) => State::Open(

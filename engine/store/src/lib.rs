@@ -35,6 +35,7 @@ mod settle;
 mod settled_file;
 mod structure;
 mod timeline;
+mod used_keys;
 mod volume;
 
 pub use check::Check;

@@ -265,6 +265,7 @@ impl VolumeStore {
             let _ = std::fs::remove_file(&pruned.new);
             return Err(StoreError::Missing(sequence));
         }
+        self.note_key_of(&pruned.new)?;
         durable::name(&pruned.new, &pruned.before.path())?;
         run_file::write(
             &pruned.before.run_path(),
@@ -343,9 +344,8 @@ impl Sweep {
         match written {
             Ok(pruned) => Ok(Swept::Pruned(Box::new(pruned))),
             // A disk that does not take what is written: that goes for all of them.
-            Err(error @ (StoreError::ReadOnly(_) | StoreError::Proof(_) | StoreError::NoKey)) => {
-                Err(error)
-            }
+            Err(error @ (StoreError::ReadOnly(_) | StoreError::Proof(_))) => Err(error),
+            Err(error) if error.wants_key() => Err(error),
             // An older one, of which less is left, may fit, and make room.
             Err(error @ StoreError::Full(_)) => {
                 self.full = Some(error);

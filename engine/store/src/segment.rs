@@ -1,6 +1,6 @@
 //! A stored segment, as the store keeps it in memory: what its run says of it, without its records.
 
-use crate::segment_file::{SegmentFile, is_plain};
+use crate::segment_file::{SegmentFile, key_of};
 use crate::{StoreError, VolumeKeys, run_file};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -100,7 +100,7 @@ impl StoredSegment {
     /// Whether its file is encrypted, by its first block.
     #[must_use]
     pub fn is_encrypted(&self) -> bool {
-        self.settled && !is_plain(&self.path())
+        key_of(&self.path()).is_some()
     }
 
     pub(crate) fn run_path(&self) -> PathBuf {

@@ -33,14 +33,24 @@ fn next_number() -> u64 {
     OPENED.fetch_add(1, Ordering::Relaxed)
 }
 
-/// Whether a file is settled and not encrypted, by its first block. What cannot be told is no.
+/// The header of a settled file, by its first block; none if there is none that is whole.
+fn settled_header(path: &Path) -> Option<SettledHeader> {
+    let file = File::open(path).ok()?;
+    let mut block = vec![0u8; BLOCK_BYTES as usize];
+    file.read_exact_at(&mut block, 0).ok()?;
+    SettledHeader::parse(&block, file.metadata().ok()?.len()).ok()
+}
+
+/// Whether a file is settled and not encrypted. What cannot be told is no.
 pub(crate) fn is_plain(path: &Path) -> bool {
-    let header = File::open(path).and_then(|file| {
-        let mut block = vec![0u8; BLOCK_BYTES as usize];
-        file.read_exact_at(&mut block, 0)?;
-        Ok(SettledHeader::parse(&block, file.metadata()?.len()))
-    });
-    header.is_ok_and(|header| header.is_ok_and(|header| !header.is_encrypted()))
+    settled_header(path).is_some_and(|header| !header.is_encrypted())
+}
+
+/// The key that a file is encrypted with.
+pub(crate) fn key_of(path: &Path) -> Option<[u8; 16]> {
+    settled_header(path)
+        .filter(SettledHeader::is_encrypted)
+        .map(|header| header.key)
 }
 
 /// An open segment file. It stays readable when the file gets another one's place.
@@ -168,12 +178,6 @@ impl SegmentFile {
     /// What a file that is made of this one is encrypted with.
     pub(crate) fn keys(&self) -> &VolumeKeys {
         &self.keys
-    }
-
-    /// Whether it is encrypted and its key is not there.
-    pub(crate) fn lacks_key(&self) -> bool {
-        let settled = self.settled.as_ref();
-        settled.is_some_and(|s| s.header.is_encrypted() && s.cipher.is_none())
     }
 
     pub(crate) fn footer(&self) -> &SegmentFooter {

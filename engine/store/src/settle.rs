@@ -68,22 +68,29 @@ impl VolumeStore {
         })
     }
 
-    /// The next settled segment from `from` on that is not encrypted and should be; and from where on there may be more. So many files are looked at.
+    /// The next settled segment from `from` on that is not encrypted and should be, but for those in `except`; and below which all are encrypted. So many
+    /// files are looked at.
     pub fn next_to_encrypt(
         &self,
         compression: Compression,
         from: SegmentSequence,
         most: usize,
+        except: &dyn Fn(u64) -> bool,
     ) -> Result<(Option<SettleJob>, SegmentSequence), StoreError> {
         if !self.keys().wanted()? {
             return Ok((None, from));
         }
-        let mut next = from;
+        let (mut next, mut all) = (from, true);
         let behind = self.segments().filter(|segment| segment.sequence >= from);
         for segment in behind.take(most) {
-            next = SegmentSequence(segment.sequence.0 + 1);
             let path = segment.path();
-            if segment.settled && segment.stored_bytes > 0 && is_plain(&path) {
+            let plain = segment.settled && segment.stored_bytes > 0 && is_plain(&path);
+            // One that is not settled yet may still get a plain file: that was on its way.
+            all &= segment.settled && !plain;
+            if all {
+                next = SegmentSequence(segment.sequence.0 + 1);
+            }
+            if plain && !except(segment.sequence.0) {
                 let job = self.segment(segment.sequence).map(|segment| SettleJob {
                     segment: Arc::clone(segment),
                     new: durable::unfinished(&path),
@@ -107,6 +114,7 @@ impl VolumeStore {
                 None => Err(StoreError::Missing(sequence)),
             };
         }
+        self.note_key_of(&proved.new)?;
         durable::name(&proved.new, &proved.segment.path())?;
         self.replaced(sequence, proved.stored_bytes);
         Ok(())

@@ -9,6 +9,7 @@ use crate::maps::Maps;
 use crate::prune::Looked;
 use crate::segment::{run_path, segment_path};
 use crate::segment_file::SegmentFile;
+use crate::used_keys::{self, UsedKeys};
 use crate::{Nearest, Outside, StoreError, StoredSegment, Timeline, VolumeKeys, durable, run_file};
 use nix::fcntl::{Flock, FlockArg};
 use std::collections::{BTreeMap, BTreeSet};
@@ -46,6 +47,9 @@ pub struct VolumeStore {
     directory: Arc<Path>,
     /// What segments may be encrypted with.
     keys: Arc<VolumeKeys>,
+    pub(crate) used_keys: UsedKeys,
+    /// A segment whose run is lost cannot be read before its key is there.
+    waits_for_key: bool,
     volume: VolumeId,
     segments: Segments,
     pub(crate) maps: Maps,
@@ -90,6 +94,8 @@ impl VolumeStore {
             .map_err(|_| StoreError::Locked(directory.to_path_buf()))?;
         let mut store = VolumeStore {
             maps: Maps::new(&directory, volume),
+            used_keys: used_keys::load(&directory),
+            waits_for_key: false,
             directory,
             keys,
             volume,
@@ -137,7 +143,10 @@ impl VolumeStore {
                 Ok(segment) => {
                     segments.insert(sequence, Arc::new(segment));
                 }
-                Err(error) => self.damaged.push(error.to_string()),
+                Err(error) => {
+                    self.waits_for_key |= error.wants_key();
+                    self.damaged.push(error.to_string());
+                }
             }
         }
         self.segments = Arc::new(segments);
@@ -146,9 +155,12 @@ impl VolumeStore {
             let places = SegmentSequence(places.start)..SegmentSequence(places.end);
             there.range(places).count() as u64
         };
-        self.maps.load(count, &mut self.healed)?;
+        // What waits for its key has not gone: maps that cover it stay.
+        if !self.waits_for_key {
+            self.maps.load(count, &mut self.healed)?;
+        }
         self.timeline = Timeline::of(self.segments());
-        if let Err(StoreError::NoKey) = self.refuse_without_key(Lsn(u64::MAX)) {
+        if self.refuse_without_key(Lsn(u64::MAX)).is_err() {
             self.keys.lock_if_off();
         }
         self.load_kept();
@@ -486,25 +498,16 @@ impl VolumeStore {
         })
     }
 
-    /// Whether what lies below an LSN can be read, as far as keys go: the newest segment below it that is settled tells.
-    pub fn refuse_without_key(&self, lsn: Lsn) -> Result<(), StoreError> {
-        self.keys.wanted()?;
-        let below = |segment: &&StoredSegment| segment.settled && segment.lsn_start < lsn;
-        match self.segments().rev().find(below).map(SegmentFile::open) {
-            Some(Ok(file)) if file.lacks_key() => Err(StoreError::NoKey),
-            _ => Ok(()), // What is damaged is said when it is read.
-        }
-    }
-
     /// Its segments, to be looked at without the store.
     #[must_use]
     pub fn shared_list(&self) -> Vec<Arc<StoredSegment>> {
         self.segments.values().cloned().collect()
     }
 
-    /// Whether what is settled is encrypted; an error if it should be and cannot.
-    pub fn encrypts(&self) -> Result<bool, StoreError> {
-        self.keys.wanted()
+    /// Whether a part of it is not known before its key is there: nothing must be concluded from what it lacks. It is opened anew then.
+    #[must_use]
+    pub fn waits_for_key(&self) -> bool {
+        self.waits_for_key
     }
 
     pub(crate) fn keys(&self) -> &Arc<VolumeKeys> {

@@ -6,10 +6,10 @@ use clap::{Args, Subcommand};
 use nix::sys::termios::{LocalFlags, SetArg, tcgetattr, tcsetattr};
 use std::fs::File;
 use std::io::{BufRead, IsTerminal, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use varve_control::{
-    ControlError, KeysAsk, KeysStatus, StoreOp, StorePolicy, StoreReply, is_same_storage,
+    ControlError, KeysAsk, KeysStatus, StoreOp, StorePolicy, StoreReply, keep_memory_secret,
 };
 use zeroize::Zeroizing;
 
@@ -53,6 +53,7 @@ fn refused(why: String) -> ControlError {
 
 /// `varve key`.
 pub fn run(context: &Context, command: &KeyCommand) -> Result<(), ControlError> {
+    keep_memory_secret("varve");
     let ask = |what, secret: Option<&Secret>, file: &[u8]| ask(context, what, secret, file);
     match command {
         KeyCommand::Status => show(context, &ask(KeysAsk::Status, None, &[])?.0),
@@ -64,6 +65,7 @@ pub fn run(context: &Context, command: &KeyCommand) -> Result<(), ControlError> 
                     "the store is encrypted already; varve key rotate changes what opens it",
                 ));
             }
+            StorePolicy::load(&context.paths.store_policy()).map_err(refused)?; // It is written afterwards.
             let secret = new_secret(context, by)?;
             let (status, _) = ask(KeysAsk::Init, Some(&secret), &[])?;
             name_key_file(context, by)?;
@@ -77,6 +79,7 @@ pub fn run(context: &Context, command: &KeyCommand) -> Result<(), ControlError> 
             show(context, &ask(KeysAsk::Unlock, Some(&secret), &[])?.0);
         }
         KeyCommand::Rotate(by) => {
+            StorePolicy::load(&context.paths.store_policy()).map_err(refused)?; // It is written afterwards.
             let secret = new_secret(context, by)?;
             let (status, _) = ask(KeysAsk::Rotate, Some(&secret), &[])?;
             name_key_file(context, by)?;
@@ -183,7 +186,9 @@ fn write_new(path: &Path, bytes: &[u8]) -> Result<(), ControlError> {
             .mode(0o600)
             .open(path)?;
         file.write_all(bytes)?;
-        file.sync_all()
+        file.sync_all()?;
+        let path = std::path::absolute(path)?;
+        File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
     };
     write().map_err(|error: std::io::Error| refused(format!("{}: {error}", path.display())))
 }
@@ -201,11 +206,11 @@ fn known_secret(question: &str, by: &By) -> Result<Secret, ControlError> {
 /// What is to open it: a passphrase that was said twice, or a key file, which is made if it is not there.
 fn new_secret(context: &Context, by: &By) -> Result<Secret, ControlError> {
     if let Some(path) = &by.key_file {
-        let place = context.paths.store();
-        if path
-            .parent()
-            .is_some_and(|parent| is_same_storage(parent, &place))
-        {
+        let place = std::fs::canonicalize(context.paths.store()).unwrap_or_default();
+        let absolute = std::path::absolute(path)?;
+        let parent = absolute.parent().map(std::fs::canonicalize).transpose()?;
+        let inside = |parent: PathBuf| parent.starts_with(&place) && !place.as_os_str().is_empty();
+        if parent.is_some_and(inside) {
             return Err(refused(format!(
                 "{} lies in the store itself: whoever takes the store takes the key. Choose another place",
                 path.display()
@@ -216,6 +221,12 @@ fn new_secret(context: &Context, by: &By) -> Result<Secret, ControlError> {
             File::open("/dev/urandom")?.read_exact(&mut bytes)?;
             write_new(path, &bytes)?;
             context.output.say(format!("{}: made", path.display()));
+        }
+        if std::fs::metadata(path)?.mode() & 0o077 != 0 {
+            return Err(refused(format!(
+                "{} can be read by others: chmod 600 it, and think of who has it by now",
+                path.display()
+            )));
         }
         return known_secret("", by);
     }
