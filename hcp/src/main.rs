@@ -127,11 +127,12 @@ fn main() -> ExitCode {
         .clone()
         .or_else(|| std::env::var_os("VARVE_ROOT").map(PathBuf::from))
         .unwrap_or_else(|| PathBuf::from("/"));
+    // Standard output is the copy.
+    let to_stdout = cli.to.as_deref() == Some("-");
     let output = Output {
         program: "hcp",
-        json: cli.json,
-        // Standard output is the copy.
-        quiet: cli.quiet || cli.to.as_deref() == Some("-"),
+        json: cli.json && !to_stdout,
+        quiet: cli.quiet || to_stdout,
     };
     let context = Context {
         paths: Paths::new(root),

@@ -420,7 +420,13 @@ fn automatic_points_thin_out_by_the_ladder() {
     let (mut automatic, mut by_hand) = (Vec::new(), Vec::new());
     for number in 0..60 {
         sample.mixed(40);
-        automatic.push(sample.point_with(&format!("auto-{number}"), PointDetail::AUTOMATIC));
+        let better = if number % 10 == 3 {
+            PointDetail::APPLICATION
+        } else {
+            0
+        };
+        let detail = PointDetail::AUTOMATIC | better;
+        automatic.push(sample.point_with(&format!("auto-{number}"), detail));
         sample.mixed(3);
         if number % 20 == 5 {
             by_hand.push(sample.point(&format!("mine-{number}")));
@@ -457,6 +463,16 @@ fn automatic_points_thin_out_by_the_ladder() {
         let name = sample.store.point_name(point).unwrap();
         assert!(name.starts_with("auto-"), "{name}");
     }
+    // A better one is not given up for one that merely came later.
+    let better = |lsn: &&Lsn| {
+        let point = timeline.points.iter().find(|point| point.lsn == **lsn);
+        point.is_some_and(|point| point.entry.detail & PointDetail::APPLICATION != 0)
+    };
+    let (were, are) = (
+        old.iter().filter(better).count(),
+        left.iter().filter(better).count(),
+    );
+    assert!(were >= 4 && are >= 3, "{are} of {were}");
     // The same policy, later: no more than the ladder says, and each that is left then was left before.
     sample.mixed(600);
     keep(&mut sample.store, &coarse);

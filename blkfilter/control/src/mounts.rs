@@ -49,13 +49,34 @@ pub fn mounts_of(mapped: &str) -> Vec<PathBuf> {
     };
     let mut seen: Vec<String> = Vec::new();
     let mut places = Vec::new();
-    for mount in mounts() {
-        if is_part(name, &mount.source) && !seen.contains(&mount.number) {
-            seen.push(mount.number);
-            places.push(mount.on);
+    let all = mounts();
+    for (index, mount) in all.iter().enumerate() {
+        // What another is mounted over cannot be reached by its name.
+        let covered = all[index + 1..].iter().any(|later| later.on == mount.on);
+        if is_part(name, &mount.source) && !seen.contains(&mount.number) && !covered {
+            seen.push(mount.number.clone());
+            places.push(mount.on.clone());
         }
     }
     places
+}
+
+/// Whether a device or one of its partitions has something built on it: LVM, md, dm-crypt.
+#[must_use]
+pub fn has_holders(mapped: &str) -> bool {
+    let Some(name) = Path::new(mapped).file_name().and_then(|name| name.to_str()) else {
+        return false;
+    };
+    let directory = Path::new("/sys/class/block").join(name);
+    let holds = |directory: &Path| {
+        std::fs::read_dir(directory.join("holders"))
+            .is_ok_and(|mut holders| holders.next().is_some())
+    };
+    let parts = std::fs::read_dir(&directory)
+        .into_iter()
+        .flatten()
+        .flatten();
+    holds(&directory) || parts.into_iter().any(|part| holds(&part.path()))
 }
 
 /// Whether `source` is the disk called `name`, or a partition of it.

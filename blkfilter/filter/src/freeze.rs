@@ -14,7 +14,8 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
-use std::sync::mpsc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 use varve_control::{ControlError, mounts_of};
 
@@ -48,7 +49,18 @@ pub fn helper(directories: &[String]) -> io::Result<()> {
         let _ = io::stdin().read(&mut [0u8; 1]);
         let _ = told_in.send(());
     });
-    let mut frozen: Vec<File> = Vec::new();
+    let frozen: Arc<Mutex<Vec<File>>> = Arc::default();
+    let thaw_all = |frozen: &Mutex<Vec<File>>| {
+        let mut frozen = frozen.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut outcome = Ok(());
+        while let Some(directory) = frozen.pop() {
+            if let Err(error) = thaw(&directory) {
+                outcome = Err(error);
+            }
+        }
+        outcome
+    };
+    let expired = Arc::new(AtomicBool::new(false));
     let mut since = Instant::now();
     let mut outcome = Ok(());
     let opened: Vec<File> = directories
@@ -58,6 +70,13 @@ pub fn helper(directories: &[String]) -> io::Result<()> {
     for (index, directory) in opened.into_iter().enumerate() {
         if index == 0 {
             since = Instant::now();
+            // The first one must not wait for ever for the last one to write what it holds.
+            let (frozen, expired) = (Arc::clone(&frozen), Arc::clone(&expired));
+            std::thread::spawn(move || {
+                std::thread::sleep(DEADLINE);
+                expired.store(true, Ordering::Release);
+                let _ = thaw_all(&frozen);
+            });
         }
         if let Err(error) = freeze(&directory) {
             outcome = Err(io::Error::new(
@@ -66,19 +85,23 @@ pub fn helper(directories: &[String]) -> io::Result<()> {
             ));
             break;
         }
-        frozen.push(directory);
+        frozen
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(directory);
+    }
+    if outcome.is_ok() && expired.load(Ordering::Acquire) {
+        outcome = Err(io::Error::other("not all of them were frozen in time"));
     }
     let mut out = io::stdout();
     if outcome.is_ok() {
         let _ = writeln!(out, "frozen").and_then(|()| out.flush());
         let _ = told.recv_timeout(DEADLINE);
     }
-    for directory in frozen.iter().rev() {
-        if let Err(error) = thaw(directory)
-            && outcome.is_ok()
-        {
-            outcome = Err(error);
-        }
+    if let Err(error) = thaw_all(&frozen)
+        && outcome.is_ok()
+    {
+        outcome = Err(error);
     }
     let _ = writeln!(out, "thawed {}", since.elapsed().as_micros()).and_then(|()| out.flush());
     outcome
@@ -102,7 +125,10 @@ impl Frozen {
                 .and_then(|file| nix::unistd::syncfs(&file).map_err(io::Error::from));
             synced.map_err(|error| format!("{}: {error}", directory.display()))?;
         }
-        let record = run.join(RECORD);
+        // A record of its own: several may freeze at once.
+        static NUMBER: AtomicU64 = AtomicU64::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let record = run.join(format!("{RECORD}-{}-{number}", std::process::id()));
         let list: String = directories
             .iter()
             .map(|directory| format!("{}\n", directory.display()))
@@ -183,16 +209,19 @@ fn thaw_all(directories: &[PathBuf]) {
 
 /// At a daemon's start: thaws what a dead one left frozen.
 pub fn thaw_left_over(run: &Path) {
-    let record = run.join(RECORD);
-    let Ok(text) = std::fs::read_to_string(&record) else {
-        return;
-    };
-    // On a thread of its own: thawing writes to devices that this daemon is about to serve.
-    std::thread::spawn(move || {
-        let directories: Vec<PathBuf> = text.lines().map(PathBuf::from).collect();
-        thaw_all(&directories);
-        let _ = std::fs::remove_file(record);
-    });
+    let entries = std::fs::read_dir(run).into_iter().flatten().flatten();
+    let records = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(RECORD));
+    for record in records.map(|entry| entry.path()) {
+        let Ok(text) = std::fs::read_to_string(&record) else {
+            continue;
+        };
+        // On a thread of its own: thawing writes to devices that this daemon is about to serve.
+        std::thread::spawn(move || {
+            let directories: Vec<PathBuf> = text.lines().map(PathBuf::from).collect();
+            thaw_all(&directories);
+            let _ = std::fs::remove_file(record);
+        });
+    }
 }
 
 impl Manager {

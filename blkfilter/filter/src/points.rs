@@ -5,10 +5,10 @@
 
 use crate::driver::Message;
 use crate::freeze::{DEADLINE, Frozen};
-use crate::manager::{ANSWER_WAIT, Manager, error};
+use crate::manager::{ANSWER_WAIT, Manager, error, is_busy};
 use crossbeam_channel::bounded;
 use std::time::{Duration, Instant};
-use varve_control::{ControlError, mounts_of};
+use varve_control::{ControlError, has_holders, mounts_of};
 use varve_format::{Lsn, PointDetail};
 
 const SLACK: Duration = Duration::from_millis(200);
@@ -64,7 +64,14 @@ impl Manager {
             let mapped = self.mapped(volume)?;
             match self.freeze_devices(std::iter::once(mapped.as_str()), Vec::new())? {
                 Ok(now) => {
-                    clean = now.is_some() || mounts_of(&mapped).is_empty();
+                    // What is in use elsewhere (LVM on it, another namespace, a database without a file system) is not clean because nothing was found to freeze.
+                    let quiet = now.is_some() || mounts_of(&mapped).is_empty() && !is_busy(&mapped);
+                    clean = quiet && !has_holders(&mapped);
+                    if !clean {
+                        note = format!(
+                            "{mapped} is in use by more than file systems that could be frozen: the point is crash-consistent"
+                        );
+                    }
                     frozen = now;
                 }
                 Err(why) => note = format!("not frozen ({why}): the point is crash-consistent"),
@@ -74,15 +81,20 @@ impl Manager {
             label.detail |= PointDetail::FILE_SYSTEM;
         }
         // What the helper thaws at its deadline was frozen a little before we knew.
-        label.frozen_until = frozen.as_ref().map(|_| Instant::now() + DEADLINE - SLACK);
+        let lasts = if frozen.is_some() {
+            DEADLINE - SLACK
+        } else {
+            SLACK
+        };
+        label.frozen_until = clean.then(|| Instant::now() + lasts);
         let (placed_in, placed) = bounded(1);
         let (reply, answer) = bounded(1);
         let asked = self.tell(volume, Message::Mark(label, placed_in, reply));
-        if frozen.is_some() && asked.is_ok() {
+        if clean && asked.is_ok() {
             let detail = placed.recv_timeout(DEADLINE).unwrap_or(0);
             if detail & PointDetail::FILE_SYSTEM == 0 {
                 clean = false;
-                note = "the file system was thawed at its deadline, before the point had its place: it is crash-consistent".to_owned();
+                note = "the point had its place too late: the file system may have been written to by then, and it is crash-consistent".to_owned();
             }
         }
         let frozen = frozen.map(Frozen::thaw);

@@ -38,6 +38,8 @@ pub(crate) fn history(store: &VolumeStore) -> Result<VolumeHistory, StoreError> 
     answer.points = timeline
         .points
         .iter()
+        // What the policy has pruned cannot be gone back to.
+        .filter(|point| timeline.check(point.lsn).is_ok())
         .map(|point| PointInfo {
             // A name that cannot be read does not hide the others.
             name: store.point_name(point).unwrap_or_default(),

@@ -167,7 +167,7 @@ impl Service {
         // What waited for its key is opened anew, and known then.
         for id in &open {
             if self.if_open(id, |store| store.waits_for_key()) == Some(true) {
-                let _ = self.stores_without(id)?;
+                drop(self.stores_without(id)?);
             }
         }
         for id in &open {

@@ -8,11 +8,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use varve_control::{
     ControlError, FilterOp, FilterReply, PointPolicy, StorePolicy, VolumeInfo, mounts_of,
 };
-use varve_format::PointDetail;
 use varve_store::parse_span;
 
 const LOOK_EVERY: Duration = Duration::from_millis(250);
@@ -20,6 +19,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(250);
 const EVERY_MIN_NS: i64 = 1_000_000_000;
 /// Beside the store: the boot in which volumes were seen last.
 const BOOT: &str = "boot";
+/// A volume that records again later than this after the daemon's start has no point of the boot.
+const BOOT_FOR: Duration = Duration::from_secs(15 * 60);
 /// Begins the names of points on the schedule.
 const SCHEDULED: &str = "scheduled";
 
@@ -38,8 +39,9 @@ struct Known {
 struct Points {
     service: Arc<Service>,
     known: BTreeMap<String, Known>,
-    /// This boot, until its points are made.
-    boot: Option<String>,
+    /// This boot, and the volumes that have had no point of it yet.
+    boot: Option<(String, BTreeSet<String>)>,
+    began: Instant,
     said: String,
 }
 
@@ -48,10 +50,14 @@ pub(crate) fn run(service: Arc<Service>) {
     let last = std::fs::read_to_string(service.paths().store().join(BOOT)).unwrap_or_default();
     let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let is_new = id.trim() != last.trim();
+    let known = varve_control::load_specs(&service.paths().volumes());
+    let known = known.into_iter().filter_map(Result::ok).map(|spec| spec.id);
+    let boot = is_new.then(|| (id.trim().to_owned(), known.collect()));
     let mut points = Points {
         service,
         known: BTreeMap::new(),
-        boot: is_new.then(|| id.trim().to_owned()),
+        boot,
+        began: Instant::now(),
         said: String::new(),
     };
     loop {
@@ -131,35 +137,49 @@ impl Points {
         }
     }
 
-    /// Once after the machine has started, when all volumes record again.
+    /// Once for each volume after the machine has started, when it records again; not if that is long afterwards.
     fn booted(&mut self, volumes: &[VolumeInfo], wanted: bool) {
-        let all_record =
-            !volumes.is_empty() && volumes.iter().all(|volume| volume.state == "protected");
-        let Some(boot) = self.boot.take_if(|_| all_record) else {
+        let Some((boot, waiting)) = &mut self.boot else {
             return;
         };
-        for volume in volumes.iter().filter(|_| wanted) {
-            let point = Point {
-                name: named("booted"),
-                freeze: false,
-                application: false,
-            };
-            if let Err(failed) = point.make(&self.service, &volume.name) {
-                self.say(format!("{}: no point `booted`: {failed}", volume.name));
+        let in_time = self.began.elapsed() < BOOT_FOR;
+        let ready = |volume: &&VolumeInfo| volume.state == "protected" && wanted && in_time;
+        let mut failed = None;
+        for volume in volumes.iter().filter(ready) {
+            if waiting.remove(&volume.id) {
+                let point = Point {
+                    name: named("booted"),
+                    freeze: false,
+                    application: false,
+                };
+                let made = point.make(&self.service, &volume.name);
+                failed = made
+                    .err()
+                    .map(|why| format!("{}: no point `booted`: {why}", volume.name));
             }
         }
-        let place = self.service.paths().store();
-        let _ =
-            std::fs::create_dir_all(&place).and_then(|()| std::fs::write(place.join(BOOT), boot));
+        if waiting.is_empty() || !wanted || !in_time {
+            let place = self.service.paths().store();
+            let _ = std::fs::create_dir_all(&place)
+                .and_then(|()| std::fs::write(place.join(BOOT), boot.as_bytes()));
+            self.boot = None;
+        }
+        if let Some(failed) = failed {
+            self.say(failed);
+        }
     }
 
     fn scheduled(&mut self, volume: &VolumeInfo, every: i64, policy: &PointPolicy, path: &Path) {
         let known = self.known.entry(volume.id.clone()).or_default();
         let now = now_ns();
         let Some(last) = known.last_ns else {
-            // A restart of this daemon makes no point that is not due.
-            let found = self.service.last_point(&volume.id, SCHEDULED);
-            known.last_ns = Some(found.unwrap_or(now).min(now));
+            // A restart of this daemon makes no point that is not due; nor does it put off one that is.
+            let noted = std::fs::read_to_string(self.service.last_point(&volume.id));
+            let noted = noted.ok().and_then(|text| text.trim().parse::<i64>().ok());
+            known.last_ns = Some(noted.unwrap_or(now).min(now));
+            if noted.is_none() {
+                self.service.note_last_point(&volume.id, now);
+            }
             return;
         };
         // A clock that was set back does not stop the schedule.
@@ -175,6 +195,7 @@ impl Points {
             return;
         }
         known.last_ns = Some(now);
+        self.service.note_last_point(&volume.id, now);
         let job = Scheduled {
             service: Arc::clone(&self.service),
             volume: volume.name.clone(),
@@ -283,20 +304,14 @@ impl Scheduled {
 }
 
 impl Service {
-    /// When the last automatic point whose name begins like this was made, ns; as far as the store knows.
-    fn last_point(&self, id: &str, begins: &str) -> Option<i64> {
-        let found = self.with_store(id, |store| {
-            let points = store.timeline().points.iter().rev();
-            let mut automatic = points
-                .filter(|point| point.entry.detail & PointDetail::AUTOMATIC != 0)
-                .take(1000);
-            let last = automatic.find(|point| {
-                store
-                    .point_name(point)
-                    .is_ok_and(|name| name.starts_with(begins))
-            });
-            Ok(last.map(|point| point.time.0))
-        });
-        found.ok().flatten()
+    /// Where it stands when a volume's last scheduled point was due, in nanoseconds since 1970.
+    fn last_point(&self, id: &str) -> PathBuf {
+        let volumes = self.paths().store().join("volumes");
+        volumes.join(id).join("last-point")
+    }
+
+    fn note_last_point(&self, id: &str, now: i64) {
+        // Lost, the schedule begins anew.
+        let _ = std::fs::write(self.last_point(id), now.to_string());
     }
 }

@@ -201,10 +201,10 @@ impl RetentionJob {
                 found.entry(entry.lsn()).or_insert(*entry);
             }
         }
-        // Points live as long as the last rung; of those that were made by themselves, the last one of each step does.
+        // Points live as long as the last rung; of those that were made by themselves, one of each step does.
         let oldest = ladder.rungs.last().map_or(all, |rung| rung.age);
         let without_points = found.len();
-        let mut automatic: Option<((usize, i64), KeptEntry)> = None;
+        let mut automatic: Option<((usize, i64), u8, KeptEntry)> = None;
         for point in &self.timeline.points {
             if point.lsn >= below
                 || point.time.0 <= now.saturating_sub(oldest)
@@ -218,14 +218,25 @@ impl RetentionJob {
             let entry = KeptEntry::new(point.lsn, point.time, false);
             if point.entry.detail & PointDetail::AUTOMATIC == 0 {
                 keep(entry);
-            } else if let Some(place) = self.place(point.time)
-                && let Some((before, kept)) = automatic.replace((place, entry))
-                && before != place
-            {
-                keep(kept);
+            } else if let Some(place) = self.place(point.time) {
+                // The best of a step: applications were told, file systems are clean; of equals the last one.
+                let worth =
+                    point.entry.detail & (PointDetail::APPLICATION | PointDetail::FILE_SYSTEM);
+                match &mut automatic {
+                    Some((at, best, kept)) if *at == place => {
+                        if worth >= *best {
+                            (*best, *kept) = (worth, entry);
+                        }
+                    }
+                    other => {
+                        if let Some((_, _, kept)) = other.replace((place, worth, entry)) {
+                            keep(kept);
+                        }
+                    }
+                }
             }
         }
-        if let Some((_, kept)) = automatic {
+        if let Some((_, _, kept)) = automatic {
             found.entry(kept.lsn()).or_insert(kept);
         }
         let points = (found.len() - without_points) as u64;

@@ -48,6 +48,8 @@ pub struct VolumeStore {
     /// What segments may be encrypted with.
     keys: Arc<VolumeKeys>,
     pub(crate) used_keys: UsedKeys,
+    /// Names of points that were asked for.
+    point_names: Mutex<BTreeMap<Lsn, String>>,
     /// A segment whose run is lost cannot be read before its key is there.
     waits_for_key: bool,
     volume: VolumeId,
@@ -96,6 +98,7 @@ impl VolumeStore {
             maps: Maps::new(&directory, volume),
             used_keys: used_keys::load(&directory),
             waits_for_key: false,
+            point_names: Mutex::default(),
             directory,
             keys,
             volume,
@@ -514,8 +517,22 @@ impl VolumeStore {
         &self.keys
     }
 
-    /// A point's name, out of its segment.
+    /// A point's name. It is read out of its segment once.
     pub fn point_name(&self, point: &crate::Event) -> Result<String, StoreError> {
+        let names = || {
+            self.point_names
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+        };
+        if let Some(name) = names().get(&point.lsn) {
+            return Ok(name.clone());
+        }
+        let name = self.read_point_name(point)?;
+        names().insert(point.lsn, name.clone());
+        Ok(name)
+    }
+
+    fn read_point_name(&self, point: &crate::Event) -> Result<String, StoreError> {
         let segment = self
             .segments
             .get(&point.segment)

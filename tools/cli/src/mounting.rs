@@ -48,6 +48,9 @@ pub fn mount_copy(
         "ro"
     }];
     options.extend(further);
+    if kind.starts_with("ext") {
+        options.push("errors=remount-ro"); // A file system may have been told to panic: that is for its own machine.
+    }
     if kind == "xfs" {
         options.push("nouuid"); // Its original may be mounted beside it.
     }

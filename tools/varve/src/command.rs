@@ -17,7 +17,7 @@ pub enum Verdict {
     Skip,
 }
 
-/// Runs it through the shell, with the image's directory as working directory. What it prints goes to standard error: standard output is ours.
+/// Runs it through the shell (what it leaves running ends with it), with the image's directory as working directory. What it prints goes to standard error: standard output is ours.
 pub fn run(command: &str, image: &HeldImage, directory: &Path) -> Result<Verdict, ControlError> {
     let failed = |why: String| {
         ControlError::new(
@@ -28,8 +28,9 @@ pub fn run(command: &str, image: &HeldImage, directory: &Path) -> Result<Verdict
             ),
         )
     };
-    let status = Command::new("sh")
-        .args(["-c", command])
+    // In a PID namespace: what it leaves running would hold the image.
+    let status = Command::new("unshare")
+        .args(["--pid", "--fork", "--kill-child", "--", "sh", "-c", command])
         .current_dir(directory)
         .env("VARVE_IMAGE", directory)
         .env("VARVE_DEVICE", &image.device)

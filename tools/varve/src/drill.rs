@@ -25,6 +25,8 @@ pub struct DrillArgs {
     partition: Option<u32>,
 }
 
+const SWAP: &str = "swap";
+
 /// What was found of one file system.
 #[derive(Serialize)]
 struct Part {
@@ -41,7 +43,9 @@ struct Part {
 
 impl Part {
     fn is_good(&self) -> bool {
-        self.mounted && self.checked != Some(false) && self.command != Some(false)
+        // Nobody expects anything of swap.
+        self.file_system == SWAP
+            || self.mounted && self.checked != Some(false) && self.command != Some(false)
     }
 
     fn is_proven(&self) -> bool {
@@ -49,9 +53,16 @@ impl Part {
     }
 
     fn words(&self) -> String {
+        if self.file_system == SWAP {
+            return format!("partition {}, swap", self.partition.unwrap_or_default());
+        }
         let place = match self.partition {
             Some(number) => format!("partition {number}, {}", self.file_system),
             None => self.file_system.clone(),
+        };
+        let place = match self.file_system.is_empty() {
+            true => format!("{place}no file system that is known here"),
+            false => place,
         };
         let verdict = |word: &str, verdict: Option<bool>| match verdict {
             Some(true) => format!(", {word} good"),
@@ -91,8 +102,9 @@ pub fn run(
     let mut image = HeldImage::open(context, &volume, &wanted, true)?;
     let directory = context.paths.run().join("looking");
     let mut parts = Vec::new();
-    for (partition, kind) in file_systems(&image.device, args.partition)? {
-        parts.push(look(&mut image, &directory, partition, kind, args)?);
+    for (partition, kind) in file_systems(&image.device, args.partition) {
+        // Whatever keeps it from being proven is noted with the rest.
+        parts.push(look(&mut image, &directory, partition, kind, args));
     }
     let proven = parts.iter().all(Part::is_good) && parts.iter().any(Part::is_proven);
     let words: Vec<String> = parts.iter().map(Part::words).collect();
@@ -137,47 +149,28 @@ pub fn run(
     })
 }
 
-/// The file systems of an image: (partition, kind).
-fn file_systems(
-    device: &str,
-    only: Option<u32>,
-) -> Result<Vec<(Option<u32>, String)>, ControlError> {
+/// The file systems of an image: (partition, kind); all partitions of a disk, or what there is instead.
+fn file_systems(device: &str, only: Option<u32>) -> Vec<(Option<u32>, String)> {
     let found = |partition| (partition, file_system(&node_of(device, partition)));
-    let known = |(_, kind): &(Option<u32>, String)| {
-        !matches!(
-            kind.as_str(),
-            "" | "swap" | "LVM2_member" | "linux_raid_member" | "crypto_LUKS"
-        )
-    };
     let whole = found(only);
-    if known(&whole) {
-        return Ok(vec![whole]);
-    }
     let there = |number: &u32| Path::new(&format!("{device}p{number}")).exists();
-    let parts: Vec<_> = match only {
-        Some(_) => Vec::new(),
-        None => (1..=128)
-            .filter(there)
-            .map(|number| found(Some(number)))
-            .filter(known)
-            .collect(),
-    };
-    if parts.is_empty() {
-        return Err(ControlError::new(
-            "X014-drill",
-            "there is no file system in this image that is known here: nothing could be proven. `varve export INSTANT` shows it as a device",
-        ));
+    let mut parts = (1..=128).filter(there).peekable();
+    match only {
+        None if whole.1.is_empty() && parts.peek().is_some() => {
+            parts.map(|number| found(Some(number))).collect()
+        }
+        _ => vec![whole],
     }
-    Ok(parts)
 }
 
+/// Looks at one. What goes wrong is what was found.
 fn look(
     image: &mut HeldImage,
     directory: &Path,
     partition: Option<u32>,
     kind: String,
     args: &DrillArgs,
-) -> Result<Part, ControlError> {
+) -> Part {
     let mut part = Part {
         partition,
         file_system: kind,
@@ -186,18 +179,24 @@ fn look(
         command: None,
         said: String::new(),
     };
-    match image.mount(
-        partition,
-        directory,
-        MountMode::Writable,
-        &["nosuid", "nodev"],
-    ) {
-        Ok(()) => part.mounted = true,
-        Err(failed) => {
-            part.said = failed.message;
-            return Ok(part);
-        }
+    if part.file_system != SWAP
+        && let Err(failed) = mount_and_check(&mut part, image, directory, args)
+    {
+        part.said += &failed.message;
+        part.command = part.command.or(Some(false));
     }
+    part
+}
+
+fn mount_and_check(
+    part: &mut Part,
+    image: &mut HeldImage,
+    directory: &Path,
+    args: &DrillArgs,
+) -> Result<(), ControlError> {
+    let options = ["nosuid", "nodev"];
+    image.mount(part.partition, directory, MountMode::Writable, &options)?;
+    part.mounted = true;
     if let Some(command) = &args.exec {
         part.command = match command::run(command, image, directory)? {
             Verdict::Good => Some(true),
@@ -206,29 +205,31 @@ fn look(
         };
     }
     image.unmount()?;
-    let node = node_of(&image.device, partition);
-    if let Some((program, arguments, package)) = checker(&part.file_system) {
-        let outcome = Command::new(program)
-            .args(arguments)
-            .arg(&node)
-            .output()
-            .map_err(|error| {
-                ControlError::new(
-                    "H014-tool",
-                    format!("{program}: {error}; install {package}"),
-                )
-            })?;
-        part.checked = Some(outcome.status.success());
-        if !outcome.status.success() {
-            part.said = format!(
-                "{program}: {}\n{}{}",
-                outcome.status,
-                String::from_utf8_lossy(&outcome.stdout),
-                String::from_utf8_lossy(&outcome.stderr)
-            );
-        }
+    let node = node_of(&image.device, part.partition);
+    let Some((program, arguments, package)) = checker(&part.file_system) else {
+        return Ok(());
+    };
+    let outcome = Command::new(program)
+        .args(arguments)
+        .arg(&node)
+        .output()
+        .map_err(|error| {
+            ControlError::new(
+                "H014-tool",
+                format!("{program}: {error}; install {package}"),
+            )
+        })?;
+    part.checked = Some(outcome.status.success());
+    if !outcome.status.success() {
+        part.said = format!(
+            "{program}: {}
+{}{}",
+            outcome.status,
+            String::from_utf8_lossy(&outcome.stdout),
+            String::from_utf8_lossy(&outcome.stderr)
+        );
     }
-    Ok(part)
+    Ok(())
 }
 
 /// Who looks at a file system without changing it: program, arguments, and the package that brings it.

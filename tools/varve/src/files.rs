@@ -17,6 +17,7 @@ use serde::Serialize;
 use std::fs::{File, Metadata};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use varve_cli::{MountMode, keep_mounts_private, show_time};
 use varve_control::{ControlError, Instant};
 
@@ -79,7 +80,8 @@ pub enum FilesCommand {
     },
 }
 
-pub fn run(context: &Context, command: FilesCommand) -> Result<(), ControlError> {
+pub fn run(context: &Context, command: FilesCommand) -> Result<ExitCode, ControlError> {
+    let done = |()| ExitCode::SUCCESS;
     keep_mounts_private()?;
     match command {
         FilesCommand::List {
@@ -107,7 +109,7 @@ pub fn run(context: &Context, command: FilesCommand) -> Result<(), ControlError>
                 step_ns: (step.max(0.0) * 1e9) as i64,
                 most,
             };
-            versions::run(context, &place, &wanted)
+            versions::run(context, &place, &wanted).map(done)
         }
         FilesCommand::Get {
             path,
@@ -119,7 +121,7 @@ pub fn run(context: &Context, command: FilesCommand) -> Result<(), ControlError>
         } => {
             let place = place::find(context, &which, &path)?;
             let target = get::Target { to, all, overwrite };
-            get::run(context, &place, &instant(&at)?, &target)
+            get::run(context, &place, &instant(&at)?, &target).map(done)
         }
     }
 }
@@ -195,7 +197,8 @@ fn name_of(file: &File) -> PathBuf {
 
 #[derive(Serialize)]
 struct Entry {
-    path: PathBuf,
+    /// Names need not be UTF-8: what is not, is replaced.
+    path: String,
     kind: &'static str,
     bytes: u64,
     mode: u32,
@@ -204,7 +207,7 @@ struct Entry {
     modified_ns: i64,
     /// Where a link leads.
     #[serde(skip_serializing_if = "Option::is_none")]
-    link: Option<PathBuf>,
+    link: Option<String>,
 }
 
 fn kind_of(metadata: &Metadata) -> &'static str {
@@ -227,38 +230,52 @@ fn modified_ns(metadata: &Metadata) -> i64 {
 fn entry(path: PathBuf, link: Option<PathBuf>, metadata: &Metadata) -> Entry {
     let kind = kind_of(metadata);
     Entry {
-        path,
+        path: path.display().to_string(),
         kind,
         bytes: metadata.len(),
         mode: metadata.mode() & 0o7777,
         uid: metadata.uid(),
         gid: metadata.gid(),
         modified_ns: modified_ns(metadata),
-        link,
+        link: link.map(|link| link.display().to_string()),
     }
 }
 
+/// What is in a directory. One that cannot be read does not hide the others.
 fn collect(
     directory: &Path,
     shown: &Path,
     recursive: bool,
     entries: &mut Vec<Entry>,
-) -> std::io::Result<()> {
-    let mut found: Vec<_> = std::fs::read_dir(directory)?.collect::<Result<_, _>>()?;
+    unreadable: &mut Vec<String>,
+) {
+    let mut found = Vec::new();
+    let failed = |error: std::io::Error| format!("{}: {error}", printable(shown));
+    match std::fs::read_dir(directory) {
+        Ok(all) => {
+            for one in all {
+                match one {
+                    Ok(one) => found.push(one),
+                    Err(error) => unreadable.push(failed(error)),
+                }
+            }
+        }
+        Err(error) => unreadable.push(failed(error)),
+    }
     found.sort_by_key(std::fs::DirEntry::file_name);
     for one in found {
-        let (metadata, path) = (one.metadata()?, shown.join(one.file_name()));
-        let is_directory = metadata.is_dir();
-        entries.push(entry(
-            path.clone(),
-            std::fs::read_link(one.path()).ok(),
-            &metadata,
-        ));
-        if recursive && is_directory {
-            collect(&one.path(), &path, recursive, entries)?;
+        let path = shown.join(one.file_name());
+        match one.metadata() {
+            Ok(metadata) => {
+                let link = std::fs::read_link(one.path()).ok();
+                entries.push(entry(path.clone(), link, &metadata));
+                if recursive && metadata.is_dir() {
+                    collect(&one.path(), &path, recursive, entries, unreadable);
+                }
+            }
+            Err(error) => unreadable.push(format!("{}: {error}", printable(&path))),
         }
     }
-    Ok(())
 }
 
 fn list(
@@ -266,13 +283,20 @@ fn list(
     place: &Place,
     instant: &Instant,
     recursive: bool,
-) -> Result<(), ControlError> {
+) -> Result<ExitCode, ControlError> {
     let tree = Tree::open(context, place, instant)?;
     let found = tree.find(&place.inside)?;
     let metadata = found.metadata()?;
-    let mut entries = Vec::new();
+    let (mut entries, mut unreadable) = (Vec::new(), Vec::new());
     if metadata.is_dir() {
-        collect(&name_of(&found), &place.named, recursive, &mut entries)?;
+        let directory = name_of(&found);
+        collect(
+            &directory,
+            &place.named,
+            recursive,
+            &mut entries,
+            &mut unreadable,
+        );
     } else {
         let link = readlinkat(&found, "").ok().map(PathBuf::from);
         entries.push(entry(place.named.clone(), link, &metadata));
@@ -284,12 +308,15 @@ fn list(
         lsn: u64,
         time_ns: i64,
         entries: Vec<Entry>,
+        /// What could not be read, and why.
+        unreadable: Vec<String>,
     }
     let listed = Listed {
         volume: place.volume.clone(),
         lsn: tree.image.lsn,
         time_ns: tree.image.time_ns,
         entries,
+        unreadable,
     };
     tree.close()?;
     context.output.result(&listed, || {
@@ -301,7 +328,7 @@ fn list(
         ));
         for entry in &listed.entries {
             let link = match &entry.link {
-                Some(to) => format!(" -> {}", printable(to)),
+                Some(to) => format!(" -> {}", printable(Path::new(to))),
                 None => String::new(),
             };
             println!(
@@ -317,11 +344,17 @@ fn list(
                 entry.gid,
                 entry.bytes,
                 show_time(entry.modified_ns),
-                printable(&entry.path)
+                printable(Path::new(&entry.path))
             );
         }
+        for why in &listed.unreadable {
+            eprintln!("unreadable: {why}");
+        }
     });
-    Ok(())
+    Ok(match listed.unreadable.is_empty() {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::from(3),
+    })
 }
 
 /// Names in an image are anybody's: nothing in them drives the terminal.

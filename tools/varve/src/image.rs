@@ -1,6 +1,6 @@
 //! An image that this command looks into: it is shown for nobody else, and gone with the command, however that ends.
 
-use crate::past::unexpected;
+use crate::past::{unexpected, with_clock_times};
 use crate::{Context, daemons};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -36,7 +36,11 @@ impl HeldImage {
             since: None,
             held: true,
         };
-        match client.call(&op)? {
+        let shown = client.call(&op).map_err(|mut error: ControlError| {
+            error.message = with_clock_times(&error.message);
+            error
+        });
+        match shown? {
             StoreReply::Shown {
                 device,
                 lsn,

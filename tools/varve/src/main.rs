@@ -292,12 +292,13 @@ fn main() -> ExitCode {
         .root
         .or_else(|| std::env::var_os("VARVE_ROOT").map(PathBuf::from))
         .unwrap_or_else(|| PathBuf::from("/"));
+    // Standard output is the copy.
+    let to_stdout =
+        matches!(&cli.command, Command::Export { copy, .. } if copy.to.as_deref() == Some("-"));
     let output = Output {
         program: "varve",
-        json: cli.common.json,
-        // Standard output is the copy.
-        quiet: cli.common.quiet
-            || matches!(&cli.command, Command::Export { copy, .. } if copy.to.as_deref() == Some("-")),
+        json: cli.common.json && !to_stdout,
+        quiet: cli.common.quiet || to_stdout,
     };
     let context = Context {
         paths: Paths::new(root),
@@ -366,7 +367,7 @@ fn run(context: &Context, command: Command) -> Result<ExitCode, ControlError> {
         .map(done),
         Command::Unexport { device } => show::unexport(context, device).map(done),
         Command::Exports => show::exports(context).map(done),
-        Command::Files { command } => files::run(context, command).map(done),
+        Command::Files { command } => files::run(context, command),
         Command::Bisect { args, volume } => bisect::run(context, volume.name, &args).map(done),
         Command::Rewind {
             instant,

@@ -134,7 +134,7 @@ pub fn points(context: &Context, volume: Option<String>) -> Result<(), ControlEr
                 "{}  lsn:{:<10}  {kind:<11}  {}",
                 show_time(point.time_ns),
                 point.lsn,
-                with_clock_times(&point.name)
+                point.name
             );
         }
         if history.points.is_empty() {

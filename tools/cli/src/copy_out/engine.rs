@@ -232,6 +232,12 @@ pub fn copy_ranges<Bar: FnMut(u64, u64)>(
         None => ControlError::new("H018-target", error),
     })?;
     let source = Ends::source(&plan.source).map_err(reading)?;
+    // An empty file is nothing yet; from then on it is known which one is ours.
+    if !is_device {
+        new_or_old(&plan.target).map_err(writing)?;
+    }
+    let record = record.map(|record| record.now(&plan.target));
+    let record = record.as_ref();
     if let Some(record) = record {
         record.note(plan.from).map_err(writing)?;
     }
@@ -367,16 +373,23 @@ fn goes_on(plan: &Plan) -> bool {
     plan.from > 0 || plan.only.is_some()
 }
 
+fn new_or_old(target: &Path) -> io::Result<File> {
+    OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(target)
+}
+
 fn make_target(plan: &Plan, is_device: bool) -> io::Result<()> {
     if is_device {
         return Ok(());
     }
-    let file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(!goes_on(plan))
-        .mode(0o600)
-        .open(&plan.target)?;
+    let file = new_or_old(&plan.target)?;
+    if !goes_on(plan) {
+        file.set_len(0)?;
+    }
     file.set_len(plan.bytes)
 }
 

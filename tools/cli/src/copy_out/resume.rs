@@ -1,7 +1,9 @@
 //! How far a copy to a file has come, beside the file: `FILE.varve-progress`. Everything below what it says is durably there.
 
 use std::io::Write;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use varve_control::sysfs;
 /// What is being copied: it never changes, and nothing else is named like this.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Identity {
@@ -19,6 +21,8 @@ pub struct Resume {
     path: PathBuf,
     /// What is being copied.
     pub source: Identity,
+    /// Which file or device is being written; `-`: it was not there yet.
+    target: String,
     /// Bytes from the beginning that are done.
     pub done: u64,
 }
@@ -29,6 +33,24 @@ fn path_of(target: &Path) -> PathBuf {
     PathBuf::from(name)
 }
 
+/// Which file or device a path is now.
+fn target_of(path: &Path) -> String {
+    let Ok(metadata) = std::fs::metadata(path) else {
+        return "-".to_owned();
+    };
+    match metadata.file_type().is_block_device() {
+        true => {
+            let number = std::fs::read_to_string(sysfs(metadata.rdev()).join("diskseq"));
+            format!(
+                "device:{}:{}",
+                metadata.rdev(),
+                number.unwrap_or_default().trim()
+            )
+        }
+        false => format!("file:{}:{}", metadata.dev(), metadata.ino()),
+    }
+}
+
 impl Resume {
     /// A record of a copy that begins.
     #[must_use]
@@ -36,6 +58,7 @@ impl Resume {
         Resume {
             path: path_of(target),
             source: source.clone(),
+            target: target_of(target),
             done: 0,
         }
     }
@@ -46,11 +69,17 @@ impl Resume {
         let path = path_of(target);
         let text = std::fs::read_to_string(&path).ok()?;
         let fields: Vec<&str> = text.split_whitespace().collect();
-        let ["copy-1", name, time, bytes, done, "end"] = fields.as_slice() else {
+        let ["copy-2", name, time, bytes, is, done, "end"] = fields.as_slice() else {
             return None;
         };
+        // Another one may have its name by now: what that holds is not ours.
+        let now = target_of(target);
+        if *is != now {
+            return None;
+        }
         Some(Resume {
             path,
+            target: now,
             source: Identity {
                 name: (*name).to_owned(),
                 time_ns: time.parse().ok()?,
@@ -60,6 +89,15 @@ impl Resume {
         })
     }
 
+    /// The same record, once the target is there.
+    #[must_use]
+    pub fn now(&self, target: &Path) -> Resume {
+        Resume {
+            target: target_of(target),
+            ..self.clone()
+        }
+    }
+
     /// Notes that everything below is durably there.
     pub fn note(&self, done: u64) -> std::io::Result<()> {
         let mut new = self.path.clone().into_os_string();
@@ -67,8 +105,8 @@ impl Resume {
         let mut file = std::fs::File::create(&new)?;
         writeln!(
             file,
-            "copy-1 {} {} {} {done} end",
-            self.source.name, self.source.time_ns, self.source.bytes
+            "copy-2 {} {} {} {} {done} end",
+            self.source.name, self.source.time_ns, self.source.bytes, self.target
         )?;
         file.sync_all()?;
         std::fs::rename(&new, &self.path)
@@ -96,6 +134,19 @@ mod tests {
         record.note(1024).unwrap();
         let loaded = Resume::load(&target).unwrap();
         assert!(loaded.source == copy && loaded.done == 1024);
+        // Another file took its name.
+        std::fs::write(&target, "mine").unwrap();
+        assert_eq!(Resume::load(&target), None);
+        let record = record.now(&target);
+        record.note(2048).unwrap();
+        assert_eq!(Resume::load(&target).unwrap().done, 2048);
+        let other = target.with_extension("other");
+        std::fs::write(&other, "mine").unwrap();
+        std::fs::rename(&other, &target).unwrap();
+        assert_eq!(Resume::load(&target), None);
+        std::fs::remove_file(&target).unwrap();
+        let record = record.now(&target);
+        record.note(1024).unwrap();
         let text = std::fs::read_to_string(&record.path).unwrap();
         for length in 0..text.len() - 1 {
             std::fs::write(&record.path, &text[..length]).unwrap();

@@ -5,7 +5,7 @@ use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use varve_control::{ControlError, Paths, is_same_storage};
+use varve_control::{ControlError, Paths, is_same_storage, load_specs};
 
 /// A place to copy to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -117,23 +117,41 @@ impl std::fmt::Display for Target {
     }
 }
 
-/// What belongs to a volume is nobody's target.
+/// What belongs to a volume, or to Varve, is nobody's target; by the volumes' files, so that it is known while no daemon runs.
 fn refuse_volumes(paths: &Paths, path: &Path) -> Result<(), ControlError> {
-    for volume in daemons::volumes(paths).unwrap_or_default() {
-        for place in [&volume.device, &volume.mapped] {
-            if !place.is_empty() && is_same_storage(path, Path::new(place)) {
-                return Err(ControlError::new(
-                    "V037-same",
-                    format!(
-                        "{} belongs to the volume `{}`. Nothing was written (to put an instant back on it: varve rewind)",
-                        path.display(),
-                        volume.name
-                    ),
-                ));
+    let refuse = |whose: &str| {
+        Err(ControlError::new(
+            "V037-same",
+            format!(
+                "{} belongs to {whose}. Nothing was written (to put an instant back on a volume: varve rewind)",
+                path.display()
+            ),
+        ))
+    };
+    for spec in load_specs(&paths.volumes()).into_iter().flatten() {
+        for place in [&spec.device, &spec.log, &spec.state] {
+            if is_same_storage(path, place) {
+                return refuse(&format!("the volume `{}`", spec.name));
             }
         }
     }
-    Ok(())
+    // What is shown is known to the daemon alone; without it nothing is.
+    for volume in daemons::volumes(paths).unwrap_or_default() {
+        if !volume.mapped.is_empty() && is_same_storage(path, Path::new(&volume.mapped)) {
+            return refuse(&format!("the volume `{}`", volume.name));
+        }
+    }
+    let inside = |own: PathBuf| {
+        let parent = path
+            .parent()
+            .and_then(|parent| std::fs::canonicalize(parent).ok());
+        let own = std::fs::canonicalize(own).ok();
+        matches!((parent, own), (Some(parent), Some(own)) if parent.starts_with(&own))
+    };
+    match inside(paths.store()) || inside(paths.volumes()) {
+        true => refuse("Varve itself"),
+        false => Ok(()),
+    }
 }
 
 /// Whether a device holds anything: its first and last MiB, and a thousand places between, are looked at.

@@ -6,7 +6,9 @@ use crate::files::place::Place;
 use crate::files::{Tree, kind_of, name_of};
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use serde::Serialize;
-use std::path::{Path, PathBuf};
+use std::io::Read;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Component, Path, PathBuf};
 use std::process::Command;
 use varve_cli::{show_bytes, show_time};
 use varve_control::{ControlError, Instant};
@@ -59,13 +61,11 @@ pub fn run(
             to.display()
         )));
     }
-    let part = beside(&to);
+    let directory = beside(&to)?;
+    let part = directory.join("part");
     let copied = copy(&tree, place, &part).and_then(|()| put(&part, &to, target.overwrite));
-    if let Err(failed) = copied {
-        let _ = std::fs::remove_file(&part);
-        let _ = std::fs::remove_dir_all(&part);
-        return Err(failed);
-    }
+    let _ = std::fs::remove_dir_all(&directory);
+    copied?;
     let got = Got {
         volume: place.volume.clone(),
         lsn: tree.image.lsn,
@@ -101,6 +101,16 @@ fn destination(place: &Place, target: &Target) -> Result<PathBuf, ControlError> 
     };
     let to = target.to.clone().unwrap_or_else(|| PathBuf::from("."));
     let to = std::path::absolute(if to.is_dir() { to.join(name) } else { to })?;
+    if place
+        .inside
+        .components()
+        .any(|part| part == Component::ParentDir)
+    {
+        return Err(refused(format!(
+            "{}: say which file is meant without `..`",
+            place.named.display()
+        )));
+    }
     let parent = to.parent().unwrap_or(Path::new("/"));
     if !parent.is_dir() {
         return Err(refused(format!("{} is not a directory", parent.display())));
@@ -120,10 +130,15 @@ fn destination(place: &Place, target: &Target) -> Result<PathBuf, ControlError> 
     Ok(to)
 }
 
-/// A name in the same directory, for as long as it is not whole.
-fn beside(to: &Path) -> PathBuf {
-    let name = to.file_name().unwrap_or_default().to_string_lossy();
-    to.with_file_name(format!(".{name}.varve-{}", std::process::id()))
+/// A directory of its own beside the target, for as long as what is copied is not whole: nobody else's, and under a name that nobody knows before.
+fn beside(to: &Path) -> Result<PathBuf, ControlError> {
+    let parent = to.parent().unwrap_or(Path::new("/"));
+    let mut random = [0u8; 8];
+    std::fs::File::open("/dev/urandom")?.read_exact(&mut random)?;
+    let directory = parent.join(format!(".varve-{:016x}", u64::from_ne_bytes(random)));
+    let made = std::fs::DirBuilder::new().mode(0o700).create(&directory);
+    made.map_err(|error| refused(format!("{}: {error}", directory.display())))?;
+    Ok(directory)
 }
 
 fn copy(tree: &Tree, place: &Place, part: &Path) -> Result<(), ControlError> {

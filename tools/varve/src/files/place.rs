@@ -4,7 +4,7 @@ use crate::{Context, daemons};
 use clap::Args;
 use std::path::{Path, PathBuf};
 use varve_cli::device::partition_of;
-use varve_control::{ControlError, mounts};
+use varve_control::{ControlError, Mount, VolumeInfo, mounts};
 
 #[derive(Args)]
 pub struct Which {
@@ -30,43 +30,33 @@ pub struct Place {
     pub top_level: bool,
 }
 
-/// A mount of a volume on this machine.
-struct Mounted {
-    on: PathBuf,
-    /// Which directory of the file system is mounted.
-    root: PathBuf,
-    is_btrfs: bool,
-    volume: String,
-    partition: Option<u32>,
-}
-
 /// Finds it: on a volume that is mounted on this machine, or in the file system of the volume that is named.
 pub fn find(context: &Context, which: &Which, path: &Path) -> Result<Place, ControlError> {
-    let real = resolve(path);
-    let mounts = mounted(context);
-    let fits = |mounted: &&Mounted| {
-        real.starts_with(&mounted.on)
-            && which
-                .volume
-                .as_ref()
-                .is_none_or(|name| *name == mounted.volume)
-            && which
-                .partition
-                .is_none_or(|number| mounted.partition == Some(number))
-    };
-    if let Some(mounted) = mounts
-        .iter()
-        .filter(fits)
-        .max_by_key(|mounted| mounted.on.as_os_str().len())
-    {
-        let below = real.strip_prefix(&mounted.on).unwrap_or(&real);
-        return Ok(Place {
-            volume: mounted.volume.clone(),
-            partition: mounted.partition,
-            inside: mounted.root.join(below),
-            named: path.to_path_buf(),
-            top_level: mounted.is_btrfs,
-        });
+    let absolute = std::path::absolute(path)?;
+    let volumes = daemons::volumes(context).unwrap_or_default();
+    let mounts = mounts();
+    // The name as it was given, and if that leads to no volume, the name without the links of today.
+    for name in [&absolute, &resolve(&absolute)] {
+        let innermost = mounts
+            .iter()
+            .filter(|mount| name.starts_with(&mount.on))
+            .max_by_key(|mount| mount.on.as_os_str().len());
+        let Some(mount) = innermost else {
+            continue;
+        };
+        let found = on_volume(&volumes, mount)
+            .filter(|(volume, _)| which.volume.as_ref().is_none_or(|name| name == volume))
+            .filter(|found| which.partition.is_none() || found.1 == which.partition);
+        if let Some((volume, partition)) = found {
+            let below = name.strip_prefix(&mount.on).unwrap_or(name);
+            return Ok(Place {
+                volume,
+                partition,
+                inside: mount.root.join(below),
+                named: path.to_path_buf(),
+                top_level: mount.kind == "btrfs",
+            });
+        }
     }
     Ok(Place {
         volume: daemons::volume(context, which.volume.clone())?,
@@ -77,9 +67,19 @@ pub fn find(context: &Context, which: &Which, path: &Path) -> Result<Place, Cont
     })
 }
 
+/// The volume that a mount shows, and the partition of it.
+fn on_volume(volumes: &[VolumeInfo], mount: &Mount) -> Option<(String, Option<u32>)> {
+    let device = std::fs::canonicalize(&mount.source).ok()?;
+    volumes.iter().find_map(|volume| {
+        let mapped = std::fs::canonicalize(&volume.mapped).ok()?;
+        let partition = partition_of(&device, &mapped);
+        let is = device == mapped || partition.is_some();
+        is.then(|| (volume.name.clone(), partition))
+    })
+}
+
 /// The name without links, as far as there is something by that name still.
-fn resolve(path: &Path) -> PathBuf {
-    let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf());
+fn resolve(absolute: &Path) -> PathBuf {
     for there in absolute.ancestors() {
         if let Ok(real) = std::fs::canonicalize(there) {
             let gone = absolute.strip_prefix(there).unwrap_or(Path::new(""));
@@ -94,33 +94,7 @@ fn resolve(path: &Path) -> PathBuf {
             return real.join(gone);
         }
     }
-    absolute
-}
-
-fn mounted(context: &Context) -> Vec<Mounted> {
-    let volumes = daemons::volumes(context).unwrap_or_default();
-    let mut all = Vec::new();
-    for mount in mounts() {
-        let Ok(device) = std::fs::canonicalize(&mount.source) else {
-            continue;
-        };
-        for volume in &volumes {
-            let Ok(mapped) = std::fs::canonicalize(&volume.mapped) else {
-                continue;
-            };
-            let partition = partition_of(&device, &mapped);
-            if device == mapped || partition.is_some() {
-                all.push(Mounted {
-                    on: mount.on.clone(),
-                    root: mount.root.clone(),
-                    is_btrfs: mount.kind == "btrfs",
-                    volume: volume.name.clone(),
-                    partition,
-                });
-            }
-        }
-    }
-    all
+    absolute.to_path_buf()
 }
 
 #[cfg(test)]

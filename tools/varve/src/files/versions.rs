@@ -6,12 +6,13 @@ use crate::files::place::Place;
 use crate::files::{Tree, kind_of, modified_ns};
 use crate::past::{ask, fetch_history, unexpected};
 use serde::Serialize;
+use std::cell::Cell;
 use std::os::unix::fs::MetadataExt;
 use varve_cli::{show_bytes, show_time};
 use varve_control::{ControlError, Instant, StoreOp, StoreReply};
 
 /// How often an interval is halved in which the file is missing at both ends.
-const HALVED_WHERE_MISSING: u32 = 4;
+const HALVED_WHERE_MISSING: u32 = 5;
 
 /// What is looked for.
 pub struct Wanted {
@@ -59,6 +60,15 @@ struct Version {
     file: Option<Seen>,
 }
 
+#[derive(Serialize)]
+struct Versions {
+    versions: Vec<Version>,
+    /// Older ones were looked for, too.
+    complete: bool,
+    /// Instants that were looked at. A file that was missing at two neighbours may have been there between them.
+    looked_at: usize,
+}
+
 /// Finds and lists them.
 pub fn run(context: &Context, place: &Place, wanted: &Wanted) -> Result<(), ControlError> {
     let history = fetch_history(context, &place.volume)?;
@@ -80,7 +90,16 @@ pub fn run(context: &Context, place: &Place, wanted: &Wanted) -> Result<(), Cont
             .map_or(history.first_lsn, |kept| kept.lsn.min(history.first_lsn)),
     };
     let newest = resolve(&wanted.until)?;
-    let look = |lsn: u64| look(context, place, lsn);
+    // Where nothing can be mounted there is nothing to say about files.
+    let (mounted, unmountable) = (Cell::new(false), Cell::new(None));
+    let look = |lsn: u64| {
+        let (look, failed) = look(context, place, lsn)?;
+        match failed {
+            Some(failed) => unmountable.set(Some(failed)),
+            None => mounted.set(true),
+        }
+        Ok::<Look, ControlError>(look)
+    };
     let middle = |after: u64, before: u64| {
         let op = StoreOp::Middle {
             volume: place.volume.clone(),
@@ -93,9 +112,12 @@ pub fn run(context: &Context, place: &Place, wanted: &Wanted) -> Result<(), Cont
             _ => Err(unexpected()),
         }
     };
-    let (looks, whole) = search(look(oldest)?, look(newest)?, wanted, look, middle)?;
+    let (looks, complete) = search(look(oldest)?, look(newest)?, wanted, look, middle)?;
     let mut versions = group(&looks);
     versions.reverse();
+    if let Some(failed) = unmountable.take().filter(|_| !mounted.get()) {
+        return Err(failed);
+    }
     if versions.iter().all(|version| version.file.is_none()) {
         return Err(ControlError::new(
             "X003-unknown",
@@ -108,8 +130,13 @@ pub fn run(context: &Context, place: &Place, wanted: &Wanted) -> Result<(), Cont
             ),
         ));
     }
-    context.output.result(&versions, || {
-        for version in &versions {
+    let found = Versions {
+        versions,
+        complete,
+        looked_at: looks.len(),
+    };
+    context.output.result(&found, || {
+        for version in &found.versions {
             let what = match &version.file {
                 None => "not there".to_owned(),
                 Some(file) => format!(
@@ -131,7 +158,7 @@ pub fn run(context: &Context, place: &Place, wanted: &Wanted) -> Result<(), Cont
                 version.last_lsn
             );
         }
-        if !whole {
+        if !complete {
             context.output.say(format!(
                 "Older ones were not looked for: --most {} was reached",
                 wanted.most
@@ -145,16 +172,19 @@ pub fn run(context: &Context, place: &Place, wanted: &Wanted) -> Result<(), Cont
     Ok(())
 }
 
-fn look(context: &Context, place: &Place, lsn: u64) -> Result<Look, ControlError> {
+/// What is seen at an instant; and why it could not be mounted, if so.
+fn look(
+    context: &Context,
+    place: &Place,
+    lsn: u64,
+) -> Result<(Look, Option<ControlError>), ControlError> {
     let tree = match Tree::open(context, place, &Instant::Lsn(lsn)) {
         Ok(tree) => tree,
         // There may have been no file system yet.
         Err(failed) if failed.code == "X006-mount" => {
-            return Ok(Look {
-                lsn,
-                time_ns: time_of(context, place, lsn)?,
-                seen: None,
-            });
+            let time_ns = time_of(context, place, lsn)?;
+            let seen = None;
+            return Ok((Look { lsn, time_ns, seen }, Some(failed)));
         }
         Err(failed) => return Err(failed),
     };
@@ -177,7 +207,7 @@ fn look(context: &Context, place: &Place, lsn: u64) -> Result<Look, ControlError
     };
     let (lsn, time_ns) = (tree.image.lsn, tree.image.time_ns);
     tree.close()?;
-    Ok(Look { lsn, time_ns, seen })
+    Ok((Look { lsn, time_ns, seen }, None))
 }
 
 fn time_of(context: &Context, place: &Place, lsn: u64) -> Result<i64, ControlError> {
@@ -208,7 +238,8 @@ fn search(
         if same && (old.seen.is_some() || missing == 0) {
             continue;
         }
-        let wide = new.time_ns - old.time_ns > wanted.step_ns;
+        // A clock that was set back says nothing.
+        let wide = !(0..=wanted.step_ns).contains(&(new.time_ns - old.time_ns));
         let between = match wide {
             true => middle(old.lsn, new.lsn)?,
             false => None,
