@@ -13,7 +13,9 @@ use varve_log::{
     BatchBuffer, Completion, Disk, LogGeometry, LogWriter, Medium, Memory, Now, Operation, ReadAt,
     SLOT_BYTES, SegmentOpening,
 };
-use varve_store::{Image, Scrubbed, VolumeStore, ingest, volume_directory};
+use varve_store::{
+    Compression, Image, Ladder, Policy, Scrubbed, Swept, VolumeStore, ingest, volume_directory,
+};
 
 /// The volume of all samples.
 pub const VOLUME: VolumeId = VolumeId([5; 16]);
@@ -335,7 +337,7 @@ impl Sample {
     }
 
     /// Settles every segment.
-    pub fn settle_all(&mut self, compression: varve_store::Compression) -> u64 {
+    pub fn settle_all(&mut self, compression: Compression) -> u64 {
         let mut settled = 0;
         while let Some(job) = self.store.next_to_settle(compression, &|_| false) {
             let proved = job.compress().unwrap().prove().unwrap();
@@ -344,6 +346,50 @@ impl Sample {
         }
         settled
     }
+}
+
+/// Prunes all that is to be pruned; gives how many segments were written anew.
+///
+/// # Panics
+/// If it cannot be.
+pub fn sweep(store: &mut VolumeStore, compression: Compression) -> u64 {
+    let mut pruned = 0;
+    while let Some(mut sweep) = store.sweep(compression) {
+        loop {
+            match sweep.step().unwrap() {
+                Swept::Done => break,
+                Swept::Read => {}
+                Swept::Stays(sequence, hash) => store.stays(sequence, hash),
+                Swept::Pruned(done) => {
+                    store.replace_pruned(&done).unwrap();
+                    pruned += 1;
+                }
+            }
+        }
+    }
+    pruned
+}
+
+/// Keeps every instant of the last part of a history (`all` per cent of its time) and nothing before, and prunes it; gives how many segments were written
+/// anew.
+///
+/// # Panics
+/// If it cannot be, or nothing is to be pruned.
+pub fn prune_to(store: &mut VolumeStore, all: i64, compression: Compression) -> u64 {
+    let now = store.time_of(store.timeline().end()).unwrap();
+    let begun = store.segments().next().unwrap().time_start;
+    let policy = Policy {
+        ladder: Ladder {
+            all: Some((now.0 - begun.0) * all / 100),
+            rungs: Vec::new(),
+        },
+        immutable: 0,
+    };
+    let plan = store.plan(&policy, now).run().unwrap().unwrap();
+    store.keep(&plan).unwrap();
+    let pruned = sweep(store, compression);
+    assert!(pruned > 0);
+    pruned
 }
 
 /// The files of a kind (`segments`, `runs`, `maps`) of the history under `root`, in order.

@@ -11,7 +11,7 @@ use varve_format::{Lsn, SegmentSequence};
 use varve_store::{
     Compression, Image, Secret, StoreError, StoreKeys, VolumeStore, volume_directory,
 };
-use varve_tests::sample::{Sample, VOLUME, files, read, scrub};
+use varve_tests::sample::{Sample, VOLUME, files, prune_to, read, scrub};
 
 const VOLUME_BYTES: u64 = 4 << 20;
 const SEGMENT_BYTES: u64 = 256 << 10;
@@ -67,7 +67,7 @@ fn encrypt_all(store: &mut VolumeStore) -> u64 {
     let (mut done, mut from) = (0, SegmentSequence(0));
     loop {
         let (job, next) = store
-            .next_to_encrypt(Compression::Zstd(1), from, 5, &|_| false)
+            .next_to_encrypt(Compression::Zstd(1), from, 5, &|_| false, &|_| false)
             .unwrap();
         match job {
             Some(job) => {
@@ -116,7 +116,9 @@ fn without_the_key_nothing_is_to_be_read_and_with_it_everything() {
     };
     assert!(cannot(&store));
     assert!(matches!(
-        store.next_to_encrypt(Compression::Lz4, SegmentSequence(0), 5, &|_| false),
+        store.next_to_encrypt(Compression::Lz4, SegmentSequence(0), 5, &|_| false, &|_| {
+            false
+        }),
         Err(StoreError::NoKey)
     ));
     // What is recorded while it is locked waits as it is.
@@ -430,7 +432,6 @@ fn what_waits_for_its_key_is_no_hole() {
 
 #[test]
 fn what_was_plain_becomes_encrypted_pruned_or_not() {
-    use varve_store::{Ladder, Policy};
     let directory = tempfile::tempdir().unwrap();
     let root = directory.path();
     let mut sample = Sample::new(root, VOLUME_BYTES, SEGMENT_BYTES, true);
@@ -438,35 +439,7 @@ fn what_was_plain_becomes_encrypted_pruned_or_not() {
     sample.settle_all(Compression::None);
     assert!(files_that_tell(root) > 0);
     let end = sample.store.timeline().end();
-    let length = sample.store.time_of(end).unwrap().0;
-    let policy = Policy {
-        ladder: Ladder {
-            all: Some(length / 3),
-            rungs: Vec::new(),
-        },
-        immutable: 0,
-    };
-    let plan = sample
-        .store
-        .plan(&policy, sample.store.time_of(end).unwrap())
-        .run()
-        .unwrap();
-    sample.store.keep(&plan.unwrap()).unwrap();
-    let mut pruned = 0;
-    while let Some(mut sweep) = sample.store.sweep(Compression::None) {
-        loop {
-            match sweep.step().unwrap() {
-                varve_store::Swept::Done => break,
-                varve_store::Swept::Read => {}
-                varve_store::Swept::Stays(sequence, hash) => sample.store.stays(sequence, hash),
-                varve_store::Swept::Pruned(done) => {
-                    sample.store.replace_pruned(&done).unwrap();
-                    pruned += 1;
-                }
-            }
-        }
-    }
-    assert!(pruned > 0);
+    prune_to(&mut sample.store, 10, Compression::None);
     let wanted = sample.image(end);
     drop(sample);
     let mut keys = StoreKeys::load(root);

@@ -8,9 +8,9 @@
 
 use std::os::unix::fs::FileExt;
 use varve_format::Lsn;
-use varve_store::{Compression, Image, Ladder, Policy, Secret, StoreKeys, Swept, VolumeStore};
+use varve_store::{Compression, Image, Secret, StoreKeys, VolumeStore};
 use varve_tests::guest::sized;
-use varve_tests::sample::{Sample, VOLUME, files, scrub};
+use varve_tests::sample::{Sample, VOLUME, files, prune_to, scrub};
 
 const VOLUME_BYTES: u64 = 256 << 10;
 const SEGMENT_BYTES: u64 = 64 << 10;
@@ -110,36 +110,6 @@ fn flip(root: &std::path::Path, sample: &mut Sample, count: u32) {
     assert!(scrub(&sample.store).damage.is_empty());
 }
 
-fn prune(sample: &mut Sample) {
-    let end = sample.store.timeline().end();
-    let now = sample.store.time_of(end).unwrap();
-    let begun = sample.store.segments().next().unwrap().time_start;
-    let policy = Policy {
-        ladder: Ladder {
-            all: Some((now.0 - begun.0) / 10),
-            rungs: Vec::new(),
-        },
-        immutable: 0,
-    };
-    let plan = sample.store.plan(&policy, now).run().unwrap().unwrap();
-    sample.store.keep(&plan).unwrap();
-    let mut pruned = 0;
-    while let Some(mut sweep) = sample.store.sweep(Compression::Zstd(1)) {
-        loop {
-            match sweep.step().unwrap() {
-                Swept::Done => break,
-                Swept::Read => {}
-                Swept::Stays(sequence, hash) => sample.store.stays(sequence, hash),
-                Swept::Pruned(done) => {
-                    sample.store.replace_pruned(&done).unwrap();
-                    pruned += 1;
-                }
-            }
-        }
-    }
-    assert!(pruned > 0);
-}
-
 fn count() -> u32 {
     sized(400, 20_000)
 }
@@ -183,6 +153,6 @@ fn flips_in_pruned_segments() {
     let directory = tempfile::tempdir().unwrap();
     let mut sample = plain(directory.path());
     sample.settle_all(Compression::Lz4);
-    prune(&mut sample);
+    prune_to(&mut sample.store, 10, Compression::Zstd(1));
     flip(directory.path(), &mut sample, count());
 }

@@ -8,7 +8,7 @@
 use std::path::{Path, PathBuf};
 use varve_format::{KeptEntry, Lsn, PointDetail, RunEntry, RunHeader, WallTime};
 use varve_store::{Compression, Image, Ladder, Policy, Rung, Swept, VolumeStore, volume_directory};
-use varve_tests::sample::{Sample, VOLUME, files, read, scrub};
+use varve_tests::sample::{self, Sample, VOLUME, files, read, scrub};
 
 const VOLUME_BYTES: u64 = 4 << 20;
 const SEGMENT_BYTES: u64 = 96 << 10;
@@ -44,21 +44,7 @@ fn keep(store: &mut VolumeStore, policy: &Policy) -> bool {
 
 /// Prunes all that is to be pruned; gives how many segments were written anew.
 fn sweep(store: &mut VolumeStore) -> u64 {
-    let mut pruned = 0;
-    while let Some(mut sweep) = store.sweep(Compression::Zstd(1)) {
-        loop {
-            match sweep.step().unwrap() {
-                Swept::Done => break,
-                Swept::Read => {}
-                Swept::Stays(sequence, hash) => store.stays(sequence, hash),
-                Swept::Pruned(done) => {
-                    store.replace_pruned(&done).unwrap();
-                    pruned += 1;
-                }
-            }
-        }
-    }
-    pruned
+    sample::sweep(store, Compression::Zstd(1))
 }
 
 /// Everything that resolves reads as it was recorded; everything else is refused, with neighbours that resolve.

@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 /// A mount.
@@ -59,6 +60,22 @@ pub fn mounts_of(mapped: &str) -> Vec<PathBuf> {
         }
     }
     places
+}
+
+/// How many partitions of a device are mounted, or held by somebody.
+#[must_use]
+pub fn busy_parts(mapped: &str) -> usize {
+    const O_EXCL: i32 = 0o200;
+    const EBUSY: i32 = 16;
+    let is_busy = |number: &u32| {
+        let node = format!("{mapped}p{number}");
+        let exclusive = std::fs::File::options()
+            .read(true)
+            .custom_flags(O_EXCL)
+            .open(node);
+        exclusive.is_err_and(|error| error.raw_os_error() == Some(EBUSY))
+    };
+    (1..=128).filter(is_busy).count()
 }
 
 /// Whether a device or one of its partitions has something built on it: LVM, md, dm-crypt.

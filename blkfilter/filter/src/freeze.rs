@@ -89,9 +89,11 @@ pub fn helper(directories: &[String]) -> io::Result<()> {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .push(directory);
-    }
-    if outcome.is_ok() && expired.load(Ordering::Acquire) {
-        outcome = Err(io::Error::other("not all of them were frozen in time"));
+        // The watcher thaws what it finds; what comes later is for us.
+        if expired.load(Ordering::Acquire) {
+            outcome = Err(io::Error::other("they were not frozen in time"));
+            break;
+        }
     }
     let mut out = io::stdout();
     if outcome.is_ok() {
@@ -135,6 +137,7 @@ impl Frozen {
             .collect();
         std::fs::write(&record, list).map_err(|e| format!("{}: {e}", record.display()))?;
         let program = std::env::current_exe().map_err(|e| e.to_string())?;
+        let since = Instant::now();
         let mut helper = Command::new(program)
             .arg("--freeze")
             .args(directories)
@@ -158,7 +161,7 @@ impl Frozen {
             lines,
             directories: directories.to_vec(),
             record,
-            since: Instant::now(),
+            since,
         };
         match frozen.lines.recv_timeout(DEADLINE) {
             Ok(line) if line == "frozen" => Ok(frozen),
@@ -168,15 +171,29 @@ impl Frozen {
                 std::thread::spawn(move || frozen.thaw());
                 Err(format!("not frozen after {} s", DEADLINE.as_secs()))
             }
-            _ => {
+            other => {
                 let mut why = String::new();
                 if let Some(mut errors) = frozen.helper.stderr.take() {
                     let _ = errors.read_to_string(&mut why);
                 }
-                frozen.thaw();
+                match other {
+                    // The helper has thawed what it froze; by name we could thaw what somebody else has frozen.
+                    Ok(line) if line.starts_with("thawed") => {
+                        let _ = frozen.helper.wait();
+                        let _ = std::fs::remove_file(&frozen.record);
+                    }
+                    _ => {
+                        frozen.thaw();
+                    }
+                }
                 Err(why.trim().trim_start_matches("blkfilter: ").to_owned())
             }
         }
+    }
+
+    /// Until when they are surely frozen: the deadline counts from the first of them.
+    pub(crate) fn until(&self) -> Instant {
+        self.since + DEADLINE
     }
 
     /// Thaws; gives how long they were frozen.

@@ -8,9 +8,11 @@ use crate::freeze::{DEADLINE, Frozen};
 use crate::manager::{ANSWER_WAIT, Manager, error, is_busy};
 use crossbeam_channel::bounded;
 use std::time::{Duration, Instant};
-use varve_control::{ControlError, has_holders, mounts_of};
+use varve_control::{ControlError, busy_parts, has_holders, mounts_of};
 use varve_format::{Lsn, PointDetail};
 
+/// For so long a device that nobody has open is believed to stay so.
+const UNMOUNTED_FOR: Duration = Duration::from_secs(1);
 const SLACK: Duration = Duration::from_millis(200);
 
 /// A point that is to be.
@@ -65,7 +67,10 @@ impl Manager {
             match self.freeze_devices(std::iter::once(mapped.as_str()), Vec::new())? {
                 Ok(now) => {
                     // What is in use elsewhere (LVM on it, another namespace, a database without a file system) is not clean because nothing was found to freeze.
-                    let quiet = now.is_some() || mounts_of(&mapped).is_empty() && !is_busy(&mapped);
+                    let quiet = match now {
+                        Some(_) => mounts_of(&mapped).len() >= busy_parts(&mapped),
+                        None => !is_busy(&mapped) && busy_parts(&mapped) == 0,
+                    };
                     clean = quiet && !has_holders(&mapped);
                     if !clean {
                         note = format!(
@@ -80,13 +85,10 @@ impl Manager {
         if clean {
             label.detail |= PointDetail::FILE_SYSTEM;
         }
-        // What the helper thaws at its deadline was frozen a little before we knew.
-        let lasts = if frozen.is_some() {
-            DEADLINE - SLACK
-        } else {
-            SLACK
-        };
-        label.frozen_until = clean.then(|| Instant::now() + lasts);
+        label.frozen_until = clean.then(|| match &frozen {
+            Some(frozen) => frozen.until() - SLACK,
+            None => Instant::now() + UNMOUNTED_FOR,
+        });
         let (placed_in, placed) = bounded(1);
         let (reply, answer) = bounded(1);
         let asked = self.tell(volume, Message::Mark(label, placed_in, reply));

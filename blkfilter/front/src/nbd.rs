@@ -11,6 +11,7 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 const MAGIC: u64 = u64::from_be_bytes(*b"NBDMAGIC");
@@ -68,6 +69,12 @@ pub fn listen(
 ) -> io::Result<()> {
     // A socket that a dead server left; anything else is somebody's.
     if std::fs::symlink_metadata(socket).is_ok_and(|found| found.file_type().is_socket()) {
+        if UnixStream::connect(socket).is_ok() {
+            return Err(io::Error::new(
+                io::ErrorKind::AddrInUse,
+                "another server answers there",
+            ));
+        }
         let _ = std::fs::remove_file(socket);
     }
     let listener = UnixListener::bind(socket)?;
@@ -76,11 +83,16 @@ pub fn listen(
     let contexts = Arc::new(contexts);
     let (stopper, path) = (stopper.clone(), socket.to_path_buf());
     std::thread::spawn(move || {
+        let mut open: Vec<(UnixStream, JoinHandle<()>)> = Vec::new();
         while !stopper.is_stopping() {
             match listener.accept() {
                 Ok((stream, _)) => {
+                    open.retain(|connection| !connection.1.is_finished());
+                    let Ok(ours) = stream.try_clone() else {
+                        continue;
+                    };
                     let (jobs, contexts) = (jobs.clone(), Arc::clone(&contexts));
-                    std::thread::spawn(move || {
+                    let thread = std::thread::spawn(move || {
                         let _ = stream.set_nonblocking(false);
                         let _ = Connection {
                             stream,
@@ -92,11 +104,16 @@ pub fn listen(
                         }
                         .run();
                     });
+                    open.push((ours, thread));
                 }
                 Err(_) => std::thread::sleep(Duration::from_millis(20)),
             }
         }
         let _ = std::fs::remove_file(&path);
+        // A client that stays would keep the image.
+        for (stream, _) in &open {
+            let _ = stream.shutdown(std::net::Shutdown::Both);
+        }
     });
     Ok(())
 }

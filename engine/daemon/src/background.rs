@@ -156,9 +156,10 @@ impl Background {
             return false;
         }
         let given_up = self.given_up.get(id);
+        let given_up =
+            |sequence: u64| given_up.is_some_and(|given_up| given_up.contains(&sequence));
         let except = |sequence: u64| {
-            given_up.is_some_and(|given_up| given_up.contains(&sequence))
-                || self.under_way.contains(&(id.to_owned(), sequence))
+            given_up(sequence) || self.under_way.contains(&(id.to_owned(), sequence))
         };
         let room = statvfs(&self.service.paths().store()).map_or(u64::MAX, |disk| {
             disk.blocks_available() * disk.fragment_size()
@@ -184,7 +185,7 @@ impl Background {
                 let job = job.filter(|job| fits(job.data_bytes()));
                 let mut plain = || {
                     let found = store
-                        .next_to_encrypt(compression, from, LOOKED_AT, &except)
+                        .next_to_encrypt(compression, from, LOOKED_AT, &except, &given_up)
                         .ok()?;
                     next = found.1;
                     found.0.filter(|job| fits(job.data_bytes()))

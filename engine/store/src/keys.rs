@@ -44,7 +44,9 @@ pub enum Secret {
 enum State {
     /// The store has no keys: nothing is encrypted.
     Off,
-    /// It has, and they are not open.
+    /// It could not be told: locked, until it can be.
+    Unknown,
+    /// It has, and they are not open; or they are gone, and the history wants them.
     Locked,
     /// Open; the last one is for new segments.
     Open(Vec<([u8; 16], SecretKey)>),
@@ -82,7 +84,7 @@ impl VolumeKeys {
     /// History that is encrypted is not gone on with in the clear because its keys are gone.
     pub(crate) fn lock_if_off(&self) {
         let mut state = self.0.write().unwrap_or_else(PoisonError::into_inner);
-        if matches!(*state, State::Off) {
+        if matches!(*state, State::Off | State::Unknown) {
             *state = State::Locked;
         }
     }
@@ -91,7 +93,7 @@ impl VolumeKeys {
     pub fn wanted(&self) -> Result<bool, StoreError> {
         match &*self.state() {
             State::Off => Ok(false),
-            State::Locked => Err(StoreError::NoKey),
+            State::Locked | State::Unknown => Err(StoreError::NoKey),
             // No key was made for this volume yet: nothing of it is written in the clear meanwhile.
             State::Open(keys) if keys.is_empty() => Err(StoreError::NoKey),
             State::Open(_) => Ok(true),
@@ -102,7 +104,7 @@ impl VolumeKeys {
     pub(crate) fn have(&self, ids: &BTreeSet<[u8; 16]>) -> Result<(), StoreError> {
         match &*self.state() {
             _ if ids.is_empty() => Ok(()),
-            State::Locked => Err(StoreError::NoKey),
+            State::Locked | State::Unknown => Err(StoreError::NoKey),
             State::Off => Err(StoreError::OtherKey),
             State::Open(keys) => match ids.iter().all(|id| keys.iter().any(|key| key.0 == *id)) {
                 true => Ok(()),
@@ -154,7 +156,7 @@ struct Key {
 /// All keys of a store.
 pub struct StoreKeys {
     root: PathBuf,
-    file: Option<(KeysHeader, Vec<SealedKey>)>,
+    file: Option<KeysFile>,
     /// The files are there and cannot be read, or one of them cannot: nothing is written over what may be newer.
     failed: Option<String>,
     /// The sealing key and what it seals, once it is open.
@@ -255,7 +257,7 @@ fn unseal(sealing: &SecretKey, entry: &SealedKey) -> Result<Key, StoreError> {
 
 /// Opens all entries of a file; the first one, of no volume, is left out.
 fn unseal_all(
-    (header, entries): &(KeysHeader, Vec<SealedKey>),
+    (header, entries): &KeysFile,
     secret: &Secret,
 ) -> Result<(SecretKey, Vec<Key>), StoreError> {
     let sealing = sealing_key(header, secret)?;
@@ -267,10 +269,12 @@ fn unseal_all(
     Ok((sealing, keys))
 }
 
-/// The newest of the two files that is whole; the other is made the same. An error if what cannot be read may be newer, or all that there is.
-fn read_files(root: &Path) -> Result<Option<(KeysHeader, Vec<SealedKey>)>, StoreError> {
+type KeysFile = (KeysHeader, Vec<SealedKey>);
+
+/// The newest of the two files that is whole; the other is made the same. And what is wrong if one cannot be read that may be newer, or none can.
+fn read_files(root: &Path) -> (Option<KeysFile>, Option<StoreError>) {
     let (mut found, mut missing) = (Vec::new(), Vec::new());
-    let mut bad = Vec::new();
+    let (mut bad, mut failed) = (Vec::new(), None);
     for name in NAMES {
         let path = root.join(name);
         let bounded = std::fs::metadata(&path).and_then(|metadata| {
@@ -292,18 +296,18 @@ fn read_files(root: &Path) -> Result<Option<(KeysHeader, Vec<SealedKey>)>, Store
             )) => {
                 bad.push((StoreError::Damaged(path.clone(), error), path));
             }
-            Ok((Err(error), _)) => return Err(StoreError::Damaged(path, error)),
+            Ok((Err(error), _)) => failed = Some(StoreError::Damaged(path, error)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => missing.push(path),
-            Err(error) => return Err(StoreError::io(&path)(error)),
+            Err(error) => failed = Some(StoreError::io(&path)(error)),
         }
     }
     found.sort_by_key(|(file, ..)| std::cmp::Reverse(file.0.generation.get()));
     let Some((file, bytes, _)) = found.first() else {
-        return match bad.pop() {
-            Some((error, _)) => Err(error),
-            None => Ok(None),
-        };
+        return (None, failed.or_else(|| bad.pop().map(|bad| bad.0)));
     };
+    if failed.is_some() {
+        return (Some(file.clone()), failed);
+    }
     for (_, path) in &bad {
         let _ = std::fs::rename(path, path.with_extension("damaged"));
     }
@@ -314,7 +318,7 @@ fn read_files(root: &Path) -> Result<Option<(KeysHeader, Vec<SealedKey>)>, Store
     for path in bad.iter().map(|bad| &bad.1).chain(&missing).chain(older) {
         let _ = write_file(path, bytes); // One is enough to read; the next start tries again.
     }
-    Ok(Some(file.clone()))
+    (Some(file.clone()), None)
 }
 
 fn write_file(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
@@ -366,9 +370,9 @@ impl StoreKeys {
         if self.file.is_some() && self.failed.is_none() {
             return Ok(());
         }
-        let read = read_files(&self.root);
-        self.failed = read.as_ref().err().map(ToString::to_string);
-        if let Ok(Some(file)) = read {
+        let (read, failed) = read_files(&self.root);
+        self.failed = failed.as_ref().map(ToString::to_string);
+        if let Some(file) = read {
             let known = |file: &(KeysHeader, _)| file.0.generation.get();
             if self
                 .file
@@ -382,7 +386,16 @@ impl StoreKeys {
             return Ok(());
         }
         self.tell();
-        read.map(|_| ())
+        failed.map_or(Ok(()), Err)
+    }
+
+    /// Whether files may be written: not over what cannot be read, and may be newer.
+    fn may_write(&mut self) -> Result<(), StoreError> {
+        self.refresh()?;
+        match &self.failed {
+            Some(why) => Err(StoreError::Unread(why.clone())),
+            None => Ok(()),
+        }
     }
 
     /// What is known of them; none: the store is not encrypted.
@@ -398,7 +411,7 @@ impl StoreKeys {
 
     /// Makes the store an encrypted one.
     pub fn create(&mut self, secret: &Secret) -> Result<(), StoreError> {
-        self.refresh()?;
+        self.may_write()?;
         if self.file.is_some() {
             return Err(StoreError::HasKeys);
         }
@@ -421,7 +434,7 @@ impl StoreKeys {
 
     /// Another secret opens them from now on, and the old one does not.
     pub fn rotate(&mut self, secret: &Secret) -> Result<(), StoreError> {
-        self.refresh()?;
+        self.may_write()?;
         let (known, _) = self.open.as_ref().ok_or(StoreError::NoKey)?;
         let old = self.file.as_ref().ok_or(StoreError::NoKeys)?;
         if sealing_key(&old.0, secret).is_ok_and(|same| *same == **known) {
@@ -450,7 +463,7 @@ impl StoreKeys {
         let file = parse_keys(bytes)
             .map_err(|error| StoreError::Damaged(PathBuf::from("the file of keys"), error))?;
         let (_, imported) = unseal_all(&file, secret)?;
-        self.refresh()?;
+        self.may_write()?;
         let (sealing, mut keys) = self.open.take().ok_or(StoreError::NoKey)?;
         let known: Vec<Key> = keys.iter().map(Key::again).collect();
         // In front: the last one of a volume is for new segments.
@@ -551,7 +564,9 @@ impl StoreKeys {
     fn tell(&self) {
         for (volume, handle) in &self.handles {
             let state = match (&self.file, &self.open) {
-                (None, _) if self.failed.is_some() => State::Locked,
+                (None, _) if matches!(*handle.state(), State::Locked) => continue,
+                (None, _) if self.failed.is_some() => State::Unknown,
+                (None, _) if matches!(*handle.state(), State::Unknown) => State::Off,
                 (None, _) => continue, // Off, or locked if keys are gone.
                 (Some(_), None) => State::Locked,
                 (Some(_), Some((_, keys))) => State::Open(

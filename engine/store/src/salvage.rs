@@ -32,6 +32,19 @@ struct Source {
     bytes: u64,
 }
 
+/// In which order files are copied.
+fn rank(path: &Path) -> u8 {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let ending = path.extension().unwrap_or_default().to_string_lossy();
+    match (name.as_ref(), ending.as_ref()) {
+        (name, _) if name.starts_with("keys") => 0,
+        (_, "run") => 1,
+        (_, "seg") => 2,
+        (name, _) if name.starts_with("kept") => 4,
+        _ => 3,
+    }
+}
+
 /// All files below a directory.
 fn list(
     directory: &Path,
@@ -41,6 +54,8 @@ fn list(
     let io = StoreError::io(directory);
     for entry in std::fs::read_dir(directory).map_err(&io)? {
         let Ok(entry) = entry else {
+            // What stands behind it in the directory is not known.
+            salvaged.unreadable.push((directory.to_path_buf(), 0, 0));
             continue;
         };
         let (path, name) = (entry.path(), entry.file_name());
@@ -60,8 +75,7 @@ fn list(
                 path,
                 bytes: metadata.len(),
             }),
-            Ok(_) => {}
-            Err(_) => salvaged.unreadable.push((path, 0, 0)),
+            Ok(_) | Err(_) => salvaged.unreadable.push((path, 0, 0)),
         }
     }
     Ok(())
@@ -82,8 +96,9 @@ pub fn salvage(
     std::fs::set_permissions(to, std::fs::Permissions::from_mode(0o700)).map_err(&io)?;
     let (mut sources, mut salvaged) = (Vec::new(), Salvaged::default());
     list(from, &mut sources, &mut salvaged)?;
-    // Keys and lists first: they are small, and all depends on them.
-    sources.sort_by_key(|source| source.bytes);
+    // Pruning may go on meanwhile. It replaces a segment before its run, and strikes instants before either: so copied the other way round, the copy is what
+    // some crash would have left. Keys come first: all depends on them.
+    sources.sort_by_cached_key(|source| (rank(&source.path), source.path.clone()));
     let total: u64 = sources.iter().map(|source| source.bytes).sum();
     let mut buffer = vec![0u8; STEP];
     for source in &sources {

@@ -69,13 +69,14 @@ impl VolumeStore {
     }
 
     /// The next settled segment from `from` on that is not encrypted and should be, but for those in `except`; and below which all are encrypted. So many
-    /// files are looked at.
+    /// files are looked at; those that were given up (`except` has them, too) hold nothing up.
     pub fn next_to_encrypt(
         &self,
         compression: Compression,
         from: SegmentSequence,
         most: usize,
         except: &dyn Fn(u64) -> bool,
+        given_up: &dyn Fn(u64) -> bool,
     ) -> Result<(Option<SettleJob>, SegmentSequence), StoreError> {
         if !self.keys().wanted()? {
             return Ok((None, from));
@@ -86,7 +87,7 @@ impl VolumeStore {
             let path = segment.path();
             let plain = segment.settled && segment.stored_bytes > 0 && is_plain(&path);
             // One that is not settled yet may still get a plain file: that was on its way.
-            all &= segment.settled && !plain;
+            all &= segment.settled && !plain || given_up(segment.sequence.0);
             if all {
                 next = SegmentSequence(segment.sequence.0 + 1);
             }

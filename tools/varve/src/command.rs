@@ -4,6 +4,7 @@ use crate::image::HeldImage;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::OnceLock;
 use varve_control::ControlError;
 
 /// What it found.
@@ -15,6 +16,16 @@ pub enum Verdict {
     Bad,
     /// Exit code 125: this instant says nothing.
     Skip,
+}
+
+/// A command that ends with us, and all that it starts with it.
+fn contained(command: &[&str]) -> Command {
+    let mut contained = Command::new("setpriv");
+    contained
+        .args(["--pdeathsig", "KILL", "--"])
+        .args(["unshare", "--pid", "--fork", "--kill-child", "--"])
+        .args(command);
+    contained
 }
 
 /// Runs it through the shell (what it leaves running ends with it), with the image's directory as working directory. What it prints goes to standard error: standard output is ours.
@@ -29,8 +40,15 @@ pub fn run(command: &str, image: &HeldImage, directory: &Path) -> Result<Verdict
         )
     };
     // In a PID namespace: what it leaves running would hold the image.
-    let status = Command::new("unshare")
-        .args(["--pid", "--fork", "--kill-child", "--", "sh", "-c", command])
+    static HAS_NAMESPACES: OnceLock<bool> = OnceLock::new();
+    let has_namespaces = HAS_NAMESPACES.get_or_init(|| {
+        let tried = contained(&["true"]).output();
+        tried.is_ok_and(|tried| tried.status.success())
+    });
+    if !has_namespaces {
+        return Err(failed("this machine gives it no PID namespace".to_owned()));
+    }
+    let status = contained(&["sh", "-c", command])
         .current_dir(directory)
         .env("VARVE_IMAGE", directory)
         .env("VARVE_DEVICE", &image.device)

@@ -9,7 +9,7 @@ use clap::Args;
 use serde::Serialize;
 use std::path::Path;
 use std::process::{Command, ExitCode};
-use varve_cli::{MountMode, file_system, keep_mounts_private, node_of};
+use varve_cli::{MountMode, file_system, keep_mounts_private, node_of, output_of};
 use varve_control::{ControlError, DrillInfo, StoreOp};
 
 #[derive(Args)]
@@ -37,6 +37,8 @@ struct Part {
     checked: Option<bool>,
     /// None: no command was given, or it said nothing of this one.
     command: Option<bool>,
+    /// Something kept it from being looked at to the end.
+    unfinished: bool,
     /// What went wrong, in the words of who found it.
     said: String,
 }
@@ -70,14 +72,19 @@ impl Part {
             None => String::new(),
         };
         format!(
-            "{place}: {}{}{}",
+            "{place}: {}{}{}{}",
             if self.mounted {
                 "mounted"
             } else {
                 "NOT MOUNTED"
             },
             verdict("checker", self.checked),
-            verdict("command", self.command)
+            verdict("command", self.command),
+            if self.unfinished {
+                ", NOT LOOKED AT TO THE END"
+            } else {
+                ""
+            }
         )
     }
 }
@@ -106,7 +113,8 @@ pub fn run(
         // Whatever keeps it from being proven is noted with the rest.
         parts.push(look(&mut image, &directory, partition, kind, args));
     }
-    let proven = parts.iter().all(Part::is_good) && parts.iter().any(Part::is_proven);
+    let proven = parts.iter().all(|part| part.is_good() && !part.unfinished)
+        && parts.iter().any(Part::is_proven);
     let words: Vec<String> = parts.iter().map(Part::words).collect();
     let drill = DrillInfo {
         held_ns: jiff::Timestamp::now().as_nanosecond() as i64,
@@ -136,7 +144,7 @@ pub fn run(
         }
         let verdict = match (proven, held.parts.iter().all(Part::is_good)) {
             (true, _) => "proven",
-            (false, true) => "NOT PROVEN: nothing in it could be checked; --exec COMMAND would",
+            (false, true) => "NOT PROVEN: not all of it could be looked at; what is said above, or --exec COMMAND, may help",
             (false, false) => {
                 "NOT GOOD. Look for the last good instant: varve bisect --good INSTANT --exec COMMAND"
             }
@@ -157,10 +165,31 @@ fn file_systems(device: &str, only: Option<u32>) -> Vec<(Option<u32>, String)> {
     let mut parts = (1..=128).filter(there).peekable();
     match only {
         None if whole.1.is_empty() && parts.peek().is_some() => {
-            parts.map(|number| found(Some(number))).collect()
+            let holds = |number: &u32| !holds_none(&node_of(device, Some(*number)));
+            parts
+                .filter(holds)
+                .map(|number| found(Some(number)))
+                .collect()
         }
         _ => vec![whole],
     }
+}
+
+/// Whether the table of partitions says that one holds no file system: BIOS boot, PReP, an extended one.
+fn holds_none(node: &str) -> bool {
+    const NONE: [&str; 6] = [
+        "21686148-6449-6e6f-744e-656564454649",
+        "9e1a2d38-c612-4316-aa26-8b49521e5a8b",
+        "0x41",
+        "0x5",
+        "0xf",
+        "0x85",
+    ];
+    let kind = output_of(
+        "blkid",
+        &["-p", "-o", "value", "-s", "PART_ENTRY_TYPE", node],
+    );
+    NONE.contains(&kind.to_lowercase().as_str())
 }
 
 /// Looks at one. What goes wrong is what was found.
@@ -177,13 +206,14 @@ fn look(
         mounted: false,
         checked: None,
         command: None,
+        unfinished: false,
         said: String::new(),
     };
     if part.file_system != SWAP
         && let Err(failed) = mount_and_check(&mut part, image, directory, args)
     {
         part.said += &failed.message;
-        part.command = part.command.or(Some(false));
+        part.unfinished = true;
     }
     part
 }

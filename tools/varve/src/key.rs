@@ -65,10 +65,10 @@ pub fn run(context: &Context, command: &KeyCommand) -> Result<(), ControlError> 
                     "the store is encrypted already; varve key rotate changes what opens it",
                 ));
             }
-            StorePolicy::load(&context.paths.store_policy()).map_err(refused)?; // It is written afterwards.
+            can_note(context)?;
             let secret = new_secret(context, by)?;
             let (status, _) = ask(KeysAsk::Init, Some(&secret), &[])?;
-            name_key_file(context, by)?;
+            noted(context, by)?;
             show(context, &status);
             context.output.say(
                 "  Next: varve key export FILE, and keep FILE somewhere else. Without keys nothing of this history can be read",
@@ -79,10 +79,10 @@ pub fn run(context: &Context, command: &KeyCommand) -> Result<(), ControlError> 
             show(context, &ask(KeysAsk::Unlock, Some(&secret), &[])?.0);
         }
         KeyCommand::Rotate(by) => {
-            StorePolicy::load(&context.paths.store_policy()).map_err(refused)?; // It is written afterwards.
+            can_note(context)?;
             let secret = new_secret(context, by)?;
             let (status, _) = ask(KeysAsk::Rotate, Some(&secret), &[])?;
-            name_key_file(context, by)?;
+            noted(context, by)?;
             show(context, &status);
         }
         KeyCommand::Export { file } => {
@@ -254,6 +254,30 @@ fn name_key_file(context: &Context, by: &By) -> Result<(), ControlError> {
         None => String::new(),
     };
     policy.save(&path).map_err(refused)
+}
+
+/// Before keys are changed: whether it can be noted what opens them.
+fn can_note(context: &Context) -> Result<(), ControlError> {
+    let path = context.paths.store_policy();
+    let policy = StorePolicy::load(&path).map_err(refused)?;
+    match path.exists() {
+        true => policy.save(&path).map_err(refused),
+        false => Ok(()),
+    }
+}
+
+/// Notes it. If that fails the keys are changed all the same.
+fn noted(context: &Context, by: &By) -> Result<(), ControlError> {
+    name_key_file(context, by).map_err(|failed| {
+        let what = match &by.key_file {
+            Some(file) => format!("only {} opens the store", file.display()),
+            None => "only the new passphrase opens the store".to_owned(),
+        };
+        refused(format!(
+            "the keys ARE changed, and {what} from now on; but that could not be noted: {}. Set key_file there by hand",
+            failed.message
+        ))
+    })
 }
 
 /// Reads a line, without showing it if a terminal would.

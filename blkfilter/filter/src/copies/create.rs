@@ -3,12 +3,12 @@
 use super::files::CopyMemoryFile;
 use super::{explain, identity, unknown};
 use crate::driver::Message;
-use crate::freeze::{DEADLINE, Frozen};
+use crate::freeze::Frozen;
 use crate::manager::{ANSWER_WAIT, Manager, START_WAIT, Slot, error};
 use crate::running::Mode;
 use crossbeam_channel::{Receiver, bounded};
 use std::fs::File;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use varve_control::{ControlError, CopyInfo, CopySet, CopySpec, NewCopy, VolumeSpec};
 use varve_format::{Lsn, VolumeId};
 
@@ -241,10 +241,11 @@ impl Manager {
         } else {
             None
         };
-        let begun = std::time::Instant::now();
         let outcome = self.cut_held(sources, memories);
+        let in_time = frozen
+            .as_ref()
+            .is_none_or(|frozen| Instant::now() < frozen.until());
         let frozen_for = frozen.map(Frozen::thaw);
-        let in_time = begun.elapsed() < DEADLINE;
         let now = std::time::SystemTime::now()
             .duration_since(std::time::UNIX_EPOCH)
             .map_or(0, |since| since.as_nanos() as i64);
@@ -319,7 +320,7 @@ impl Manager {
         memories: Vec<CopyMemoryFile>,
     ) -> Result<(Instants, Option<Duration>), ControlError> {
         let several = sources.len() > 1;
-        let begun = std::time::Instant::now();
+        let begun = Instant::now();
         let release = || {
             for source in sources.iter().filter(|_| several) {
                 let _ = self.tell(&source.spec.name, Message::GoOn);

@@ -7,6 +7,7 @@
 //! writes to devices. A file is written through the cache, and flushed every other second: its file system then lays it out in large pieces.
 
 use super::resume::Resume;
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -27,6 +28,8 @@ const THREADS: usize = 32;
 /// How often progress is made durable.
 const NOTE_EVERY: Duration = Duration::from_secs(2);
 const ALIGN: usize = 4096;
+/// So much of a file is given to its disk at once.
+const SEND: u64 = 16 << 20;
 
 /// What is to be done.
 pub struct Plan {
@@ -248,6 +251,7 @@ pub fn copy_ranges<Bar: FnMut(u64, u64)>(
     let (read, written) = (AtomicU64::new(0), AtomicU64::new(0));
     let mut show = bar("copying");
     let mut noted = Instant::now();
+    let mut sent = plan.from;
     let digests = Digests::default();
     in_parallel(
         &pieces,
@@ -287,6 +291,14 @@ pub fn copy_ranges<Bar: FnMut(u64, u64)>(
         },
         |done, below| {
             show(done, total);
+            // The disk begins with what is whole, while the rest is still being read.
+            let below_now = below.min(plan.bytes);
+            if !is_device && below_now >= sent + SEND {
+                let (from, length) = (sent as i64, (below_now - sent) as i64);
+                let advice = PosixFadviseAdvice::POSIX_FADV_DONTNEED;
+                let _ = posix_fadvise(&target.cached, from, length, advice);
+                sent = below_now;
+            }
             if let Some(record) = record
                 && plan.only.is_none()
                 && noted.elapsed() >= NOTE_EVERY

@@ -1,0 +1,116 @@
+//! Salvage: what can be read of a store is a store again, also if it was pruned meanwhile; what cannot be is named, and nothing else is lost.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "in tests a surprise should end the test"
+)]
+
+use varve_format::Lsn;
+use varve_store::{Compression, Image, StoreError, VolumeStore, salvage};
+use varve_tests::sample::{Sample, VOLUME, files, prune_to, read, scrub};
+
+const VOLUME_BYTES: u64 = 2 << 20;
+const SEGMENT_BYTES: u64 = 96 << 10;
+
+fn history(root: &std::path::Path) -> Sample {
+    let mut sample = Sample::new(root, VOLUME_BYTES, SEGMENT_BYTES, true);
+    sample.mixed(800);
+    sample.settle_all(Compression::Lz4);
+    sample
+}
+
+#[test]
+fn a_salvaged_store_is_the_store() {
+    let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let mut sample = history(from.path());
+    let end = sample.store.timeline().end();
+    sample.store.pin(Lsn(end.0 / 3)).unwrap();
+    let to = to.path().join("new");
+    let (mut last, mut total) = (0, 0);
+    let done = salvage(from.path(), &to, |done, all| {
+        assert!(done >= last && done <= all);
+        (last, total) = (done, all);
+        true
+    })
+    .unwrap();
+    assert!(done.unreadable.is_empty() && done.bytes == total && last == total);
+    let store = VolumeStore::open(&to, VOLUME).unwrap();
+    assert!(scrub(&store).damage.is_empty());
+    for lsn in [Lsn(end.0 / 3), Lsn(end.0 / 2), end] {
+        assert!(read(&store, lsn) == sample.image(lsn), "{lsn}");
+    }
+    assert!(store.kept() == sample.store.kept());
+    drop(store);
+    let again = salvage(from.path(), &to, |_, _| true);
+    assert!(matches!(again, Err(StoreError::NotEmpty(_))));
+    let gone = tempfile::tempdir().unwrap();
+    let broken_off = salvage(from.path(), gone.path(), |_, _| false);
+    assert!(matches!(broken_off, Err(StoreError::Interrupted)));
+}
+
+#[test]
+fn what_was_pruned_meanwhile_is_what_a_crash_would_have_left() {
+    // Pruned before the first file, and after each of the first thirty.
+    for turn in (0..30).step_by(3) {
+        let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let mut sample = history(from.path());
+        let end = sample.store.timeline().end();
+        prune_to(&mut sample.store, 40, Compression::Lz4);
+        let pin = Lsn(sample.store.kept().below.0 + 20);
+        sample.store.pin(pin).unwrap();
+        let mut calls = 0;
+        let store = &mut sample.store;
+        let done = salvage(from.path(), to.path(), |_, _| {
+            if calls == turn {
+                prune_to(store, 5, Compression::Lz4);
+            }
+            calls += 1;
+            true
+        })
+        .unwrap();
+        assert!(calls > 30, "{calls} files only");
+        assert!(done.unreadable.is_empty(), "{:?}", done.unreadable);
+        let copy = VolumeStore::open(to.path(), VOLUME).unwrap();
+        assert!(
+            scrub(&copy).damage.is_empty(),
+            "turn {turn}: {:?}",
+            scrub(&copy).damage
+        );
+        assert!(copy.kept() == sample.store.kept(), "turn {turn}");
+        for lsn in [pin, copy.kept().below, end] {
+            assert_eq!(copy.timeline().check(lsn), Ok(lsn), "turn {turn}");
+            assert!(read(&copy, lsn) == sample.image(lsn), "turn {turn}: {lsn}");
+        }
+    }
+}
+
+#[test]
+fn what_is_lost_is_named_and_the_rest_is_there() {
+    let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let sample = history(from.path());
+    let end = sample.store.timeline().end();
+    // In place of a segment there is something that is no file, as after a bad repair.
+    let victim = files(from.path(), "segments").swap_remove(2);
+    std::fs::remove_file(&victim).unwrap();
+    std::os::unix::net::UnixListener::bind(&victim).unwrap();
+    let done = salvage(from.path(), to.path(), |_, _| true).unwrap();
+    assert_eq!(done.unreadable, [(victim, 0, 0)]);
+    let store = VolumeStore::open(to.path(), VOLUME).unwrap();
+    let damage = scrub(&store).damage;
+    assert!(!damage.is_empty());
+    // Its run tells what it held: everything else reads as it was.
+    let wanted = sample.image(end);
+    let image = Image::open(&store, end).unwrap();
+    let mut bytes = [0; 4096];
+    let mut lost = 0;
+    for (block, wanted) in (0..).zip(wanted.chunks(4096)) {
+        match image.read(block * 4096, &mut bytes) {
+            Ok(()) => assert!(bytes == wanted),
+            Err(_) => lost += 1,
+        }
+    }
+    assert!(
+        lost > 0 && lost < VOLUME_BYTES / 4096 / 2,
+        "{lost} blocks are lost"
+    );
+}
