@@ -7,6 +7,7 @@ use crate::device::Stopper;
 use crate::nbd_context::{MetaContext, named};
 use crate::{Geometry, RequestKind};
 use std::io::{self, Read, Write};
+use std::net::Shutdown;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -69,7 +70,13 @@ pub fn listen(
 ) -> io::Result<()> {
     // A socket that a dead server left; anything else is somebody's.
     if std::fs::symlink_metadata(socket).is_ok_and(|found| found.file_type().is_socket()) {
-        if UnixStream::connect(socket).is_ok() {
+        // One that was told to end does so in a moment.
+        let mut tries = 0;
+        while UnixStream::connect(socket).is_ok() && tries < 20 {
+            std::thread::sleep(Duration::from_millis(25));
+            tries += 1;
+        }
+        if tries == 20 {
             return Err(io::Error::new(
                 io::ErrorKind::AddrInUse,
                 "another server answers there",
@@ -83,14 +90,15 @@ pub fn listen(
     let contexts = Arc::new(contexts);
     let (stopper, path) = (stopper.clone(), socket.to_path_buf());
     std::thread::spawn(move || {
-        let mut open: Vec<(UnixStream, JoinHandle<()>)> = Vec::new();
+        let mut open: Vec<(Arc<UnixStream>, JoinHandle<()>)> = Vec::new();
         while !stopper.is_stopping() {
             match listener.accept() {
                 Ok((stream, _)) => {
                     open.retain(|connection| !connection.1.is_finished());
-                    let Ok(ours) = stream.try_clone() else {
+                    let Ok(ours) = stream.try_clone().map(Arc::new) else {
                         continue;
                     };
+                    let theirs = Arc::clone(&ours);
                     let (jobs, contexts) = (jobs.clone(), Arc::clone(&contexts));
                     let thread = std::thread::spawn(move || {
                         let _ = stream.set_nonblocking(false);
@@ -103,6 +111,8 @@ pub fn listen(
                             selected: Vec::new(),
                         }
                         .run();
+                        // We hold it, too: the client is to see its end all the same.
+                        let _ = theirs.shutdown(Shutdown::Both);
                     });
                     open.push((ours, thread));
                 }
@@ -112,7 +122,7 @@ pub fn listen(
         let _ = std::fs::remove_file(&path);
         // A client that stays would keep the image.
         for (stream, _) in &open {
-            let _ = stream.shutdown(std::net::Shutdown::Both);
+            let _ = stream.shutdown(Shutdown::Both);
         }
     });
     Ok(())
