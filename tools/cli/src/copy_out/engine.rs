@@ -4,7 +4,8 @@
 //! Order: the progress record is there before the target is touched, so that whatever a crash leaves is known as ours; what the record calls done was
 //! flushed before the record was. A target that was there before is written over, not replaced: a device,
 //! or a file that holds an older copy. Reads go past the page cache where the file systems allow it, so that what is verified comes from the disk; so do
-//! writes to devices. A file is written through the cache, and flushed every other second: its file system then lays it out in large pieces.
+//! writes to devices. A file is written through the cache, so that its file system lays it out in large pieces; they are given to its disk while the rest
+//! is still being read.
 
 use super::resume::Resume;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
