@@ -2,12 +2,12 @@
 
 use crate::command::{self, Verdict};
 use crate::image::HeldImage;
-use crate::past::{ask, instant, unexpected};
+use crate::past::{instant, middle};
 use crate::{Context, daemons};
 use clap::Args;
 use serde::Serialize;
 use varve_cli::{MountMode, keep_mounts_private, show_time};
-use varve_control::{ControlError, Instant, StoreOp, StoreReply};
+use varve_control::{ControlError, Instant};
 
 /// So many instants that cannot be told about are passed over.
 const SKIPPED_MAX: usize = 64;
@@ -72,18 +72,7 @@ pub fn run(
             ),
         ));
     }
-    let middle = |after: u64, before: u64| {
-        let op = StoreOp::Middle {
-            volume: volume.clone(),
-            after,
-            before,
-        };
-        match ask(context, &op, "")? {
-            StoreReply::Resolved { lsn, .. } => Ok(Some(lsn)),
-            StoreReply::Nothing => Ok(None),
-            _ => Err(unexpected()),
-        }
-    };
+    let middle = |after: u64, before: u64| middle(context, &volume, after, before);
     let (last_good, first_bad, skipped) =
         search(good, bad, middle, |lsn| look(&Instant::Lsn(lsn)))?;
     let answer = Answer {

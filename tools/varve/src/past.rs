@@ -106,6 +106,25 @@ pub fn mark(
     Ok(())
 }
 
+/// The instant in the middle of two, by records; none if there is none between them.
+pub(crate) fn middle(
+    context: &Context,
+    volume: &str,
+    after: u64,
+    before: u64,
+) -> Result<Option<u64>, ControlError> {
+    let op = StoreOp::Middle {
+        volume: volume.to_owned(),
+        after,
+        before,
+    };
+    match ask(context, &op, "")? {
+        StoreReply::Resolved { lsn, .. } => Ok(Some(lsn)),
+        StoreReply::Nothing => Ok(None),
+        _ => Err(unexpected()),
+    }
+}
+
 pub(crate) fn fetch_history(context: &Context, name: &str) -> Result<VolumeHistory, ControlError> {
     match ask(
         context,

@@ -4,7 +4,7 @@
 use crate::Context;
 use crate::files::place::Place;
 use crate::files::{Tree, kind_of, modified_ns};
-use crate::past::{ask, fetch_history, unexpected};
+use crate::past::{ask, fetch_history, middle, unexpected};
 use serde::Serialize;
 use std::cell::Cell;
 use std::os::unix::fs::MetadataExt;
@@ -100,18 +100,7 @@ pub fn run(context: &Context, place: &Place, wanted: &Wanted) -> Result<(), Cont
         }
         Ok::<Look, ControlError>(look)
     };
-    let middle = |after: u64, before: u64| {
-        let op = StoreOp::Middle {
-            volume: place.volume.clone(),
-            after,
-            before,
-        };
-        match ask(context, &op, "")? {
-            StoreReply::Resolved { lsn, .. } => Ok(Some(lsn)),
-            StoreReply::Nothing => Ok(None),
-            _ => Err(unexpected()),
-        }
-    };
+    let middle = |after: u64, before: u64| middle(context, &place.volume, after, before);
     let (looks, complete) = search(look(oldest)?, look(newest)?, wanted, look, middle)?;
     let mut versions = group(&looks);
     versions.reverse();
