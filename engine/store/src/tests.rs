@@ -127,6 +127,26 @@ fn a_full_copy_that_began_before_a_hole_does_not_make_up_for_it() {
 }
 
 #[test]
+fn the_middle_of_two_instants_is_an_instant_between_them() {
+    let span = [
+        entry(21, RecordKind::SpanBegin, Some(SpanKind::CatchUp), 0),
+        entry(29, RecordKind::SpanEnd, None, 21),
+    ];
+    let later = segment(2, 10, 40, vec![span[0], span[1]]);
+    let timeline = Timeline::of([&beginning(), &later].into_iter());
+    let middle = |after, before| timeline.middle(Lsn(after), Lsn(before)).map(|lsn| lsn.0);
+    assert_eq!(middle(5, 10), Some(7));
+    // 22 to 29 lie inside the span.
+    assert_eq!(middle(10, 40), Some(21));
+    assert_eq!(middle(21, 40), Some(30));
+    assert_eq!(middle(21, 30), None);
+    assert_eq!(
+        (middle(7, 8), middle(7, 7), middle(8, 7)),
+        (None, None, None)
+    );
+}
+
+#[test]
 fn a_timeline_that_grew_is_the_one_of_all_segments() {
     let gap = entry(20, RecordKind::Gap, None, 95);
     let begin = entry(21, RecordKind::SpanBegin, Some(SpanKind::CatchUp), 0);

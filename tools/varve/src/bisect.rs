@@ -1,7 +1,7 @@
 //! `varve bisect`: the last instant at which something was still good. One change from good to bad is assumed: with several, one of them is found.
 
 use crate::command::{self, Verdict};
-use crate::image::HeldImage;
+use crate::image::{HeldImage, looking};
 use crate::past::{instant, middle};
 use crate::{Context, daemons};
 use clap::Args;
@@ -136,7 +136,7 @@ fn look(
     instant: &Instant,
 ) -> Result<(Found, Verdict), ControlError> {
     let mut image = HeldImage::open(context, volume, instant, true)?;
-    let directory = context.paths.run().join("looking");
+    let directory = looking(context);
     let verdict = match image.mount(
         args.partition,
         &directory,

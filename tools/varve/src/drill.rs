@@ -2,7 +2,7 @@
 //! command of the user's, which may write there. What was found is noted with the history: `varve status` shows the last proven instant.
 
 use crate::command::{self, Verdict};
-use crate::image::HeldImage;
+use crate::image::{HeldImage, looking};
 use crate::past::{ask, instant};
 use crate::{Context, daemons};
 use clap::Args;
@@ -107,7 +107,7 @@ pub fn run(
     let wanted = instant(&args.at)?;
     keep_mounts_private()?;
     let mut image = HeldImage::open(context, &volume, &wanted, true)?;
-    let directory = context.paths.run().join("looking");
+    let directory = looking(context);
     let mut parts = Vec::new();
     for (partition, kind) in file_systems(&image.device, args.partition) {
         // Whatever keeps it from being proven is noted with the rest.

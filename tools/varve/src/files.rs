@@ -8,7 +8,7 @@ mod place;
 mod versions;
 
 use crate::Context;
-use crate::image::HeldImage;
+use crate::image::{HeldImage, looking};
 use crate::past::instant;
 use clap::Subcommand;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2, readlinkat};
@@ -135,7 +135,7 @@ struct Tree {
 impl Tree {
     fn open(context: &Context, place: &Place, instant: &Instant) -> Result<Tree, ControlError> {
         let mut image = HeldImage::open(context, &place.volume, instant, true)?;
-        let directory = context.paths.run().join("looking");
+        let directory = looking(context);
         let mut options = MOUNT_OPTIONS.to_vec();
         options.extend(place.top_level.then_some("subvolid=5"));
         image

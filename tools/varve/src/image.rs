@@ -7,6 +7,11 @@ use std::process::Command;
 use varve_cli::{MountMode, mount_copy, node_of, show_time};
 use varve_control::{Client, ControlError, Instant, StoreOp, StoreReply};
 
+/// Where images are mounted; each command sees its own there.
+pub fn looking(context: &Context) -> PathBuf {
+    context.paths.run().join("looking")
+}
+
 /// An image, for as long as this lives.
 pub struct HeldImage {
     client: Client,
