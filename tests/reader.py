@@ -119,10 +119,12 @@ def keys_of(path, key_file):
 
 def settled(data, name):
     """The bytes of the sealed segment, out of a settled one; and of a pruned one its run."""
-    features = head(data[:BLOCK], b"VSET", name, known=3)
+    features = head(data[:BLOCK], b"VSET", name, known=7)
     pruned, encrypted = features & 1, features & 2
     sequence, data_bytes, kept, tables_at, tables_crc, tables_bytes, run_bytes = struct.unpack_from("<QQQQIQQ", data, 32)
-    frame_count, block_count = (kept + 15) // 16, data_bytes // BLOCK
+    in_frame = struct.unpack_from("<I", data, FIELDS["settled segment header"]["frame_blocks"])[0] if features & 4 else 16
+    must(1 <= in_frame <= 64, f"{name}: blocks of a frame")
+    frame_count, block_count = (kept + in_frame - 1) // in_frame, data_bytes // BLOCK
     tables, run = data[tables_at : len(data) - BLOCK], None
     if pruned:
         must(len(tables) == tables_bytes + run_bytes, f"{name}: size of tables and run")
@@ -139,6 +141,7 @@ def settled(data, name):
         for field in ("lsn_start", "lsn_end", "sequence"):
             context += end[footer[field] :][:8]
         sizes = struct.pack("<IQQQ", features, data_bytes, kept, tables_at)
+        sizes += struct.pack("<I", in_frame) if features & 4 else b""
         about = b"varve tables 1" + context + sizes + tables + (run or b"")
         decrypt(file_key, b"\xff" * 12, about, data[fields["tables_tag"] :][:16], f"{name}: tables")
     frames = []
@@ -149,13 +152,13 @@ def settled(data, name):
         if encrypted:
             about = b"varve frame 1" + context + struct.pack("<Q", number)
             stored = decrypt(file_key, struct.pack("<QI", number, 0), about, stored, f"{name}: frame {number}")
-        frames.append(unpack(codec, stored, min(16, kept - number * 16) * BLOCK))
+        frames.append(unpack(codec, stored, min(in_frame, kept - number * in_frame) * BLOCK))
     out = bytearray()
     for number in struct.unpack_from(f"<{block_count}I", tables, frame_count * 24):
         if number >= 0xFFFFFFFE:  # Zero, or gone: no record of the run touches it.
             out += bytes(BLOCK)
         else:
-            out += frames[number // 16][number % 16 * BLOCK :][:BLOCK]
+            out += frames[number // in_frame][number % in_frame * BLOCK :][:BLOCK]
     return bytes(out), run
 
 

@@ -232,6 +232,7 @@ pub fn markdown() -> String {
             key,
             salt,
             tables_tag,
+            frame_blocks,
             reserved
         ]
     );

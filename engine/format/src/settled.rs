@@ -3,8 +3,8 @@
 //!
 //!   header block │ frames │ tables │ the sealed segment's footer block
 //!
-//! The segment is seen as blocks of 4 KiB. A block is zero, or a copy of an earlier one, or it is kept. Kept blocks, 16 in a row, make a frame;
-//! each frame is compressed by itself. The tables (frames, then one number for each block) have a checksum in the header.
+//! The segment is seen as blocks of 4 KiB. A block is zero, or a copy of an earlier one, or it is kept. Kept blocks, so many in a row as the header
+//! says, make a frame; each frame is compressed by itself. The tables (frames, then one number for each block) have a checksum in the header.
 //!
 //! Frames of an encrypted segment are compressed, then encrypted; checksums are of what is stored, so that a store can be looked after without its keys.
 //!
@@ -18,10 +18,12 @@ use crate::{BLOCK_BYTES, FormatError, VERSION, crc32c};
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-/// Kept blocks in a frame: 64 KiB. A random read pays for a whole one.
-pub const FRAME_BLOCKS: u64 = 16;
-/// Bytes of a whole frame before compression.
-pub const FRAME_BYTES: usize = (FRAME_BLOCKS * BLOCK_BYTES) as usize;
+/// Kept blocks in a frame of new files: 16 KiB. A random read pays for a whole one; frames of 64 KiB would be 1 to 5 % smaller and four times as dear.
+pub const FRAME_BLOCKS: u32 = 4;
+/// Most of them: bounds what a reader allocates for a frame (256 KiB).
+pub const FRAME_BLOCKS_MAX: u32 = 64;
+/// Kept blocks in a frame of files that do not say it.
+const FRAME_BLOCKS_UNSAID: u32 = 16;
 /// In the block table: the block is zero.
 pub const BLOCK_IS_ZERO: u32 = u32::MAX;
 /// In the block table of a pruned segment: nobody needs the block any more.
@@ -30,12 +32,15 @@ pub const BLOCK_IS_GONE: u32 = u32::MAX - 1;
 pub const SETTLED_IS_PRUNED: u32 = 1;
 /// Feature that a reader must know: the frames are encrypted.
 pub const SETTLED_IS_ENCRYPTED: u32 = 2;
+/// Feature that a reader must know: the header says how many blocks a frame has; without it they are 16.
+pub const SETTLED_SAYS_FRAMES: u32 = 4;
 /// Bytes that encryption adds to a frame, at its end.
 pub const FRAME_TAG_BYTES: usize = 16;
-/// Largest segment that can be settled, in bytes: bounds what a reader allocates for its tables (1 MiB blocks, 4 MiB).
+/// Largest segment that can be settled, in bytes: bounds what a reader allocates for its tables (a million blocks: 4 MiB, and 24 bytes for each frame).
 pub const SETTLED_BYTES_MAX: u64 = 4 << 30;
 
 const MAGIC: [u8; 4] = *b"VSET";
+const FEATURES: u32 = SETTLED_IS_PRUNED | SETTLED_IS_ENCRYPTED | SETTLED_SAYS_FRAMES;
 
 /// How a frame is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,8 +102,10 @@ pub struct SettledHeader {
     pub salt: [u8; 32],
     /// Of an encrypted segment: the tag of tables, run and sizes; else 0.
     pub tables_tag: [u8; 16],
+    /// Kept blocks in a frame, 1 to 64; 0 without the feature that says so.
+    pub frame_blocks: U32,
     /// Zero.
-    pub reserved: [u8; 3916],
+    pub reserved: [u8; 3912],
 }
 const _: () = assert!(size_of::<SettledHeader>() == BLOCK_BYTES as usize);
 
@@ -109,6 +116,8 @@ impl SettledHeader {
         let mut header: SettledHeader = zerocopy::FromZeros::new_zeroed();
         header.magic = MAGIC;
         header.version = U16::new(VERSION);
+        header.incompat = SETTLED_SAYS_FRAMES.into();
+        header.frame_blocks = FRAME_BLOCKS.into();
         header
     }
 
@@ -139,13 +148,16 @@ impl SettledHeader {
             header.crc.get(),
             header.as_bytes(),
             header.version.get(),
-            header.incompat.get() & !(SETTLED_IS_PRUNED | SETTLED_IS_ENCRYPTED),
+            header.incompat.get() & !FEATURES,
         )?;
         if header.data_bytes.get() > SETTLED_BYTES_MAX
             || !header.data_bytes.get().is_multiple_of(BLOCK_BYTES)
             || header.kept_blocks.get() > header.block_count()
         {
             return Err(FormatError::Field("settled.data_bytes"));
+        }
+        if header.says_frames() && !(1..=FRAME_BLOCKS_MAX).contains(&header.frame_blocks.get()) {
+            return Err(FormatError::Field("settled.frame_blocks"));
         }
         // More than a segment of this size can say: a reader allocates by these.
         let (whole, records) = (header.tables_whole_bytes(), header.block_count() * 82);
@@ -180,6 +192,17 @@ impl SettledHeader {
         self.incompat.get() & SETTLED_IS_ENCRYPTED != 0
     }
 
+    fn says_frames(&self) -> bool {
+        self.incompat.get() & SETTLED_SAYS_FRAMES != 0
+    }
+
+    /// Kept blocks in a frame.
+    #[must_use]
+    pub fn blocks_in_frame(&self) -> u64 {
+        let said = self.says_frames().then(|| self.frame_blocks.get());
+        said.unwrap_or(FRAME_BLOCKS_UNSAID).into()
+    }
+
     /// Most stored bytes of frame number `frame`.
     #[must_use]
     pub fn frame_stored_max(&self, frame: u64) -> usize {
@@ -198,6 +221,9 @@ impl SettledHeader {
         tagged.extend(self.incompat.get().to_le_bytes());
         for size in [self.data_bytes, self.kept_blocks, self.tables_at] {
             tagged.extend(size.get().to_le_bytes());
+        }
+        if self.says_frames() {
+            tagged.extend(self.frame_blocks.get().to_le_bytes());
         }
         tagged.extend_from_slice(tables);
         tagged.extend_from_slice(run);
@@ -240,14 +266,15 @@ impl SettledHeader {
     /// Frames.
     #[must_use]
     pub fn frame_count(&self) -> u64 {
-        self.kept_blocks.get().div_ceil(FRAME_BLOCKS)
+        self.kept_blocks.get().div_ceil(self.blocks_in_frame())
     }
 
     /// Bytes of frame number `frame` before compression: whole but for the last one.
     #[must_use]
     pub fn frame_bytes(&self, frame: u64) -> usize {
-        let blocks = self.kept_blocks.get() - (frame * FRAME_BLOCKS).min(self.kept_blocks.get());
-        (blocks.min(FRAME_BLOCKS) * BLOCK_BYTES) as usize
+        let (kept, whole) = (self.kept_blocks.get(), self.blocks_in_frame());
+        let before = frame.saturating_mul(whole).min(kept);
+        ((kept - before).min(whole) * BLOCK_BYTES) as usize
     }
 }
 

@@ -1,4 +1,4 @@
-//! A small cache: what came first goes first. Its bound is a number of values, whose size the user of it knows.
+//! A small cache: what came first goes first. Its bound is a number of values, or what they weigh.
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::Hash;
@@ -7,22 +7,31 @@ use std::sync::{Mutex, PoisonError};
 struct Kept<K, V> {
     values: HashMap<K, V>,
     order: VecDeque<K>,
+    weight: usize,
 }
 
-/// Up to `limit` values.
+/// Values that together weigh up to `limit`, and the newest in any case.
 pub(crate) struct Cache<K, V> {
     limit: usize,
+    weigh: fn(&V) -> usize,
     kept: Mutex<Kept<K, V>>,
 }
 
 impl<K: Copy + Eq + Hash, V: Clone> Cache<K, V> {
-    /// An empty one.
+    /// An empty one for so many values.
     pub(crate) fn new(limit: usize) -> Cache<K, V> {
+        Cache::weighed(limit, |_| 1)
+    }
+
+    /// An empty one for values of so much weight.
+    pub(crate) fn weighed(limit: usize, weigh: fn(&V) -> usize) -> Cache<K, V> {
         Cache {
             limit,
+            weigh,
             kept: Mutex::new(Kept {
                 values: HashMap::new(),
                 order: VecDeque::new(),
+                weight: 0,
             }),
         }
     }
@@ -34,13 +43,17 @@ impl<K: Copy + Eq + Hash, V: Clone> Cache<K, V> {
         }
         let value = make()?;
         let mut kept = self.lock();
-        if kept.values.insert(key, value.clone()).is_none() {
-            kept.order.push_back(key);
-            if kept.order.len() > self.limit
-                && let Some(oldest) = kept.order.pop_front()
-            {
-                kept.values.remove(&oldest);
-            }
+        if kept.values.contains_key(&key) {
+            return Ok(value);
+        }
+        kept.values.insert(key, value.clone());
+        kept.order.push_back(key);
+        kept.weight += (self.weigh)(&value);
+        while kept.weight > self.limit
+            && kept.order.len() > 1
+            && let Some(oldest) = kept.order.pop_front()
+        {
+            self.drop_value(&mut kept, &oldest);
         }
         Ok(value)
     }
@@ -48,8 +61,15 @@ impl<K: Copy + Eq + Hash, V: Clone> Cache<K, V> {
     /// Drops a value.
     pub(crate) fn forget(&self, key: &K) {
         let mut kept = self.lock();
-        if kept.values.remove(key).is_some() {
+        if kept.values.contains_key(key) {
+            self.drop_value(&mut kept, key);
             kept.order.retain(|other| other != key);
+        }
+    }
+
+    fn drop_value(&self, kept: &mut Kept<K, V>, key: &K) {
+        if let Some(value) = kept.values.remove(key) {
+            kept.weight -= (self.weigh)(&value);
         }
     }
 

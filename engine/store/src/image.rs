@@ -5,7 +5,7 @@
 
 use crate::cache::Cache;
 use crate::maps::Layer;
-use crate::segment_file::{FrameCache, SegmentFile};
+use crate::segment_file::{FrameCache, SegmentFile, frame_cache};
 use crate::volume::{InstantLease, Segments};
 use crate::{StoreError, VolumeStore};
 use std::sync::Arc;
@@ -13,10 +13,12 @@ use varve_format::{Lsn, MAP_UNIT_BYTES, MapExtent, RecordKind, SegmentSequence, 
 
 /// Payloads kept in memory: 64 × at most 64 KiB = 4 MiB.
 const PAYLOADS_KEPT: usize = 64;
-/// Frames kept in memory: 256 × 64 KiB = 16 MiB.
-const FRAMES_KEPT: usize = 256;
-/// Segment files kept open. A settled one of 64 MiB has tables of about 80 KiB: 5 MiB.
+/// Frames kept in memory, in bytes.
+const FRAMES_KEPT_BYTES: usize = 16 << 20;
+/// Segment files kept open. A settled one of 64 MiB has tables of about 160 KiB: 10 MiB.
 const FILES_KEPT: usize = 64;
+/// A read that is longer is shared among processors: unpacking costs more than reading.
+const SHARED_BYTES: usize = 128 << 10;
 
 /// What a range of an image is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,7 +74,7 @@ impl Image {
             segments: store.shared_segments(),
             files: Cache::new(FILES_KEPT),
             payloads: Cache::new(PAYLOADS_KEPT),
-            frames: Cache::new(FRAMES_KEPT),
+            frames: frame_cache(FRAMES_KEPT_BYTES),
             _lease: store.lease_at(lsn),
         })
     }
@@ -160,8 +162,21 @@ impl Image {
         Ok(found)
     }
 
-    /// Reads `target.len()` bytes from `offset`.
+    /// Reads `target.len()` bytes from `offset`; a long range on several processors.
     pub fn read(&self, offset: u64, target: &mut [u8]) -> Result<(), StoreError> {
+        if target.len() <= SHARED_BYTES || rayon::current_num_threads() == 1 {
+            return self.read_alone(offset, target);
+        }
+        let half = (target.len() / 2).next_multiple_of(SHARED_BYTES / 2);
+        let (first, second) = target.split_at_mut(half);
+        let (first, second) = rayon::join(
+            || self.read(offset, first),
+            || self.read(offset + half as u64, second),
+        );
+        first.and(second)
+    }
+
+    fn read_alone(&self, offset: u64, target: &mut [u8]) -> Result<(), StoreError> {
         let mut at = 0;
         for extent in self.extents(offset, target.len() as u64)? {
             let start = (extent.offset.get() - offset) as usize;
@@ -178,7 +193,14 @@ impl Image {
     }
 
     fn read_extent(&self, extent: &MapExtent, target: &mut [u8]) -> Result<(), StoreError> {
-        let payload = self.payloads.get(extent.lsn.get(), || self.load(extent))?;
+        if target.len() as u64 == u64::from(extent.payload_bytes.get()) {
+            return self.load(extent, target);
+        }
+        // Only whole payloads have a checksum: who wants a part of one is likely to want the rest.
+        let payload = self.payloads.get(extent.lsn.get(), || {
+            let mut payload = vec![0u8; extent.payload_bytes.get() as usize];
+            self.load(extent, &mut payload).map(|()| Arc::new(payload))
+        })?;
         let skip = (u64::from(extent.skip.get()) * MAP_UNIT_BYTES) as usize;
         // The format promises that an extent lies within its payload.
         let part = payload.get(skip..skip + target.len());
@@ -187,7 +209,7 @@ impl Image {
     }
 
     /// Reads a record's whole payload and checks it.
-    fn load(&self, extent: &MapExtent) -> Result<Arc<Vec<u8>>, StoreError> {
+    fn load(&self, extent: &MapExtent, payload: &mut [u8]) -> Result<(), StoreError> {
         let sequence = SegmentSequence(extent.segment.get());
         let lost = |why: String| lost(extent, &why);
         let segment = self
@@ -199,15 +221,14 @@ impl Image {
             .files
             .get(sequence.0, open)
             .map_err(|error| or_no_key(error, lost))?;
-        let mut payload = vec![0u8; extent.payload_bytes.get() as usize];
         let at = u64::from(extent.payload.get()) * MAP_UNIT_BYTES;
-        file.read(at, &mut payload, &self.frames)
+        file.read(at, payload, &self.frames)
             .map_err(|error| or_no_key(error, lost))?;
-        let crc = payload_crc(file.epoch(), Lsn(extent.lsn.get()), &payload);
-        if crc != extent.payload_crc.get() {
-            return Err(lost("its checksum does not match".to_owned()));
+        let crc = payload_crc(file.epoch(), Lsn(extent.lsn.get()), payload);
+        match crc == extent.payload_crc.get() {
+            true => Ok(()),
+            false => Err(lost("its checksum does not match".to_owned())),
         }
-        Ok(Arc::new(payload))
     }
 }
 

@@ -13,11 +13,10 @@
 //! between the two renames the run says more than is there, of what nobody needs, and the segment is pruned again because its run does not say that it
 //! was; a lost run is made again from the copy in the segment. Each record that is kept is therefore read from the disk before its old copy goes.
 
-use crate::cache::Cache;
 use crate::kept::KeptInstants;
-use crate::segment_file::SegmentFile;
+use crate::segment_file::{SegmentFile, frame_cache};
 use crate::settle::from_the_disk;
-use crate::settled_file::{self, WINDOW_FRAMES, root_of};
+use crate::settled_file::{self, WINDOW_FRAMES_BYTES, root_of};
 use crate::volume::Segments;
 use crate::{Compression, StoreError, StoredSegment, VolumeStore, durable, run_file};
 use roaring::RoaringBitmap;
@@ -437,8 +436,8 @@ impl Sweep {
             blocks: &blocks,
             run: &run,
         };
-        settled_file::write(&source, &entries, new, self.compression, Some(&kept))?;
-        let (written, stored_bytes) = from_the_disk(new, &segment.keys)?;
+        let written = settled_file::write(&source, &entries, new, self.compression, Some(&kept))?;
+        let (written, stored_bytes) = from_the_disk(written, new, &segment.keys)?;
         prove(segment, &source, &written, &entries, new)?;
         let after = StoredSegment::new(
             (&self.directory, &segment.keys),
@@ -525,7 +524,7 @@ pub(crate) fn first_damaged<'a>(
     file: &SegmentFile,
     entries: &'a [RunEntry],
 ) -> Option<&'a RunEntry> {
-    let cache = Cache::new(WINDOW_FRAMES);
+    let cache = frame_cache(WINDOW_FRAMES_BYTES);
     entries.iter().find(|entry| {
         payload_of(entry).is_some_and(|(at, length)| {
             let mut payload = vec![0u8; length.min(RECORD_PAYLOAD_BYTES_MAX) as usize];

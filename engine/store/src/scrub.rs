@@ -4,12 +4,11 @@
 //! A segment is whole if every batch of it parses, follows its predecessor and matches its checksums, its bytes have the root that they were sealed
 //! with, and its records are those of its run. If it is not, each of the run's records is tried by itself: what can be read is not lost.
 
-use crate::cache::Cache;
 use crate::map_file::MapCursor;
 use crate::maps::MapPlace;
 use crate::prune::first_damaged;
-use crate::segment_file::{SegmentBytes, SegmentFile};
-use crate::settled_file::{WINDOW_FRAMES, root_of};
+use crate::segment_file::{SegmentBytes, SegmentFile, frame_cache};
+use crate::settled_file::{WINDOW_FRAMES_BYTES, root_of};
 use crate::volume::Segments;
 use crate::{StoreError, StoredSegment, VolumeStore, run_file};
 use std::ops::ControlFlow;
@@ -334,7 +333,7 @@ fn cover(left: &mut Vec<(u64, u64)>, offset: u64, length: u64) {
 /// Records of a damaged segment whose payload cannot be read.
 fn lost_records(segment: &StoredSegment, entries: &[RunEntry]) -> Vec<RunEntry> {
     let file = SegmentFile::open(segment).ok();
-    let cache = Cache::new(WINDOW_FRAMES);
+    let cache = frame_cache(WINDOW_FRAMES_BYTES);
     let is_lost = |entry: &&RunEntry| {
         if entry.kind != varve_format::RecordKind::Write as u8 {
             return false;

@@ -2,7 +2,7 @@
 
 use crate::cache::Cache;
 use crate::crypt::FileCipher;
-use crate::settled_file::WINDOW_FRAMES;
+use crate::settled_file::WINDOW_FRAMES_BYTES;
 use crate::{StoreError, StoredSegment, VolumeKeys, compression};
 use std::fs::File;
 use std::io;
@@ -11,14 +11,19 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use varve_format::{
-    BLOCK_BYTES, BLOCK_IS_GONE, BLOCK_IS_ZERO, Codec, EpochId, FRAME_BLOCKS, FormatError,
-    FrameEntry, SEGMENT_FOOTER_BYTES, SegmentFooter, SegmentSequence, SettledHeader, frame_crc,
+    BLOCK_BYTES, BLOCK_IS_GONE, BLOCK_IS_ZERO, Codec, EpochId, FormatError, FrameEntry,
+    SEGMENT_FOOTER_BYTES, SegmentFooter, SegmentSequence, SettledHeader, frame_crc,
     parse_settled_tables,
 };
 use varve_log::ReadAt;
 
-/// Frames that were decompressed, by open file and number. 64 KiB each.
+/// Frames that were decompressed, by open file and number.
 pub(crate) type FrameCache = Cache<(u64, u64), Arc<Vec<u8>>>;
+
+/// A cache for frames of so many bytes together.
+pub(crate) fn frame_cache(bytes: usize) -> FrameCache {
+    Cache::weighed(bytes, |frame| frame.len())
+}
 
 struct Settled {
     header: SettledHeader,
@@ -285,10 +290,8 @@ impl SegmentFile {
             if kept == BLOCK_IS_GONE {
                 return Err(StoreError::Pruned(self.sequence()));
             }
-            let (frame, index) = (
-                u64::from(kept) / FRAME_BLOCKS,
-                u64::from(kept) % FRAME_BLOCKS,
-            );
+            let in_frame = settled.header.blocks_in_frame();
+            let (frame, index) = (u64::from(kept) / in_frame, u64::from(kept) % in_frame);
             if last.as_ref().is_none_or(|(number, _)| *number != frame) {
                 let key = (self.number, frame);
                 last = Some((frame, cache.get(key, || self.read_frame(frame))?));
@@ -312,7 +315,7 @@ impl<'a> SegmentBytes<'a> {
     pub(crate) fn new(file: &'a SegmentFile) -> SegmentBytes<'a> {
         SegmentBytes {
             file,
-            cache: Cache::new(WINDOW_FRAMES),
+            cache: frame_cache(WINDOW_FRAMES_BYTES),
         }
     }
 }

@@ -27,9 +27,10 @@ pub struct SettleJob {
     lease: Arc<()>,
 }
 
-/// A segment that is compressed and flushed, and not proved yet.
+/// A segment that is compressed, and not flushed nor proved yet.
 pub struct Settling {
     segment: Arc<StoredSegment>,
+    written: File,
     /// What it was made of, still open, and the BLAKE3 of that.
     source: SegmentFile,
     root: [u8; 32],
@@ -135,7 +136,7 @@ impl SettleJob {
         self.segment.data_bytes
     }
 
-    /// Compresses it into a new file, durably.
+    /// Compresses it into a new file.
     pub fn compress(self) -> Result<Settling, StoreError> {
         let source = SegmentFile::open(&self.segment)?;
         // Without them the blocks lie in the order of time.
@@ -149,11 +150,11 @@ impl SettleJob {
         });
         let (new, compression) = (&self.new, self.compression);
         let written = settled_file::write(&source, &entries, new, compression, kept.as_ref());
-        if written.is_err() {
+        let written = written.inspect_err(|_| {
             let _ = std::fs::remove_file(&self.new);
-        }
-        written?;
+        })?;
         Ok(Settling {
+            written,
             root: source.kept_root().unwrap_or(self.segment.root),
             source,
             segment: self.segment,
@@ -164,10 +165,12 @@ impl SettleJob {
 }
 
 impl Settling {
-    /// Reads the new file from the disk, not from memory, and compares it with what was sealed.
+    /// Flushes the new file, reads it from the disk, not from memory, and compares it with what was sealed.
     pub fn prove(self) -> Result<Proved, StoreError> {
-        let stored_bytes = self.read_back().inspect_err(|_| {
-            let _ = std::fs::remove_file(&self.new);
+        let new = self.new.as_path();
+        let proof = read_back(&self.segment, &self.source, &self.root, self.written, new);
+        let stored_bytes = proof.inspect_err(|_| {
+            let _ = std::fs::remove_file(new);
         })?;
         Ok(Proved {
             segment: self.segment,
@@ -176,28 +179,36 @@ impl Settling {
             _lease: self.lease,
         })
     }
+}
 
-    fn read_back(&self) -> Result<u64, StoreError> {
-        let (settled, stored_bytes) = from_the_disk(&self.new, &self.segment.keys)?;
-        let unproved = || StoreError::Proof(self.new.clone());
-        let same_run = settled.run().ok() == self.source.run().ok();
-        if root_of(&settled).map_err(|_| unproved())? == self.root && same_run {
-            return Ok(stored_bytes);
-        }
-        // Which of the two is wrong?
-        match root_of(&self.source)? == self.root {
-            true => Err(unproved()),
-            false => Err(StoreError::Root(self.segment.sequence)),
-        }
+/// Proves what was written of `source`; gives its stored bytes.
+fn read_back(
+    segment: &StoredSegment,
+    source: &SegmentFile,
+    root: &[u8; 32],
+    written: File,
+    new: &Path,
+) -> Result<u64, StoreError> {
+    let (settled, stored_bytes) = from_the_disk(written, new, &segment.keys)?;
+    let unproved = || StoreError::Proof(new.to_path_buf());
+    let same_run = settled.run().ok() == source.run().ok();
+    if root_of(&settled).map_err(|_| unproved())? == *root && same_run {
+        return Ok(stored_bytes);
+    }
+    // Which of the two is wrong?
+    match root_of(source)? == *root {
+        true => Err(unproved()),
+        false => Err(StoreError::Root(segment.sequence)),
     }
 }
 
-/// Opens a file that was just written and flushed so that it is read from the disk, not from memory; and its size.
+/// Flushes a file that was just written, and opens it so that it is read from the disk, not from memory; and its size.
 pub(crate) fn from_the_disk(
+    file: File,
     new: &Path,
     keys: &Arc<VolumeKeys>,
 ) -> Result<(SegmentFile, u64), StoreError> {
-    let file = File::open(new).map_err(StoreError::io(new))?;
+    file.sync_all().map_err(StoreError::io(new))?;
     // What is clean leaves memory, and all of it is clean: it was flushed.
     let _ = posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
     let stored_bytes = file.metadata().map_err(StoreError::io(new))?.len();

@@ -14,20 +14,21 @@ use std::fs::File;
 use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::path::Path;
 use varve_format::{
-    BLOCK_BYTES, BLOCK_IS_GONE, BLOCK_IS_ZERO, FRAME_BLOCKS, FRAME_BYTES, FrameEntry, RecordKind,
-    RunEntry, SETTLED_IS_ENCRYPTED, SETTLED_IS_PRUNED, SettledHeader, crc32c, frame_crc,
+    BLOCK_BYTES, BLOCK_IS_GONE, BLOCK_IS_ZERO, FRAME_BLOCKS, FrameEntry, RecordKind, RunEntry,
+    SETTLED_IS_ENCRYPTED, SETTLED_IS_PRUNED, SettledHeader, crc32c, frame_crc,
 };
 use varve_log::ReadAt;
 use zerocopy::{FromZeros, IntoBytes};
 
 const BLOCK: usize = BLOCK_BYTES as usize;
+const FRAME_BYTES: usize = FRAME_BLOCKS as usize * BLOCK;
 /// Bytes that are read at a time.
 const STEP_BYTES: usize = 1 << 20;
 
-/// Blocks that are put in order together: 16 MiB.
-const WINDOW_BLOCKS: u32 = 4096;
-/// Frames that reading in the order of time needs at hand: a window's, and some that later blocks are copies of.
-pub(crate) const WINDOW_FRAMES: usize = (WINDOW_BLOCKS as u64 / FRAME_BLOCKS) as usize + 16;
+/// Blocks that are put in order together, and are in memory meanwhile: 16 MiB.
+const WINDOW_BLOCKS: u64 = 4096;
+/// Frames that reading in the order of time needs at hand: a window's, and some that later blocks are copies of. In bytes.
+pub(crate) const WINDOW_FRAMES_BYTES: usize = (WINDOW_BLOCKS as usize + 256) * BLOCK;
 
 /// What a pruned segment keeps.
 pub(crate) struct Kept<'a> {
@@ -127,17 +128,23 @@ impl FrameWriter<'_> {
     }
 }
 
-/// Writes `source`, whose records are `entries`, into a new file, durably. `kept`: only what is named there.
+/// Writes `source`, whose records are `entries`, into a new file, which is not flushed yet. `kept`: only what is named there.
 pub(crate) fn write(
     source: &SegmentFile,
     entries: &[RunEntry],
     new: &Path,
     compression: Compression,
     kept: Option<&Kept<'_>>,
-) -> Result<(), StoreError> {
+) -> Result<File, StoreError> {
     let io = StoreError::io(new);
     let encryption = source.keys().new_file(source.footer())?;
-    let file = File::create(new).map_err(&io)?;
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(new)
+        .map_err(&io)?;
     let mut writer = FrameWriter {
         out: BufWriter::with_capacity(STEP_BYTES, file),
         path: new,
@@ -152,7 +159,7 @@ pub(crate) fn write(
     let mut header = SettledHeader::empty();
     if let Some(new) = encryption {
         (header.key, header.salt) = (new.key, new.salt);
-        header.incompat = SETTLED_IS_ENCRYPTED.into();
+        header.incompat = (header.incompat.get() | SETTLED_IS_ENCRYPTED).into();
         writer.cipher = Some(new.cipher);
     }
     writer.out.write_all(&[0u8; BLOCK]).map_err(&io)?;
@@ -193,8 +200,7 @@ pub(crate) fn write(
     out.write_all(&footer.to_block()).map_err(&io)?;
     out.seek(SeekFrom::Start(0)).map_err(&io)?;
     out.write_all(&header.to_block()).map_err(&io)?;
-    let file = out.into_inner().map_err(|error| io(error.into_error()))?;
-    file.sync_all().map_err(&io)
+    out.into_inner().map_err(|error| io(error.into_error()))
 }
 
 struct Written {
@@ -224,39 +230,70 @@ fn places(source: &SegmentFile, entries: &[RunEntry]) -> Vec<u64> {
     places
 }
 
+/// Reads the blocks `window` of `source` that are wanted, each to its place in `buffer`.
+fn read_window(
+    source: &mut SegmentBytes<'_>,
+    window: &std::ops::Range<u64>,
+    wanted: impl Fn(u64) -> bool,
+    buffer: &mut [u8],
+) -> std::io::Result<()> {
+    let mut block = window.start;
+    while block < window.end {
+        let more = (block..window.end).take_while(|block| wanted(*block));
+        let count = more.count().min(STEP_BYTES / BLOCK);
+        let at = (block - window.start) as usize * BLOCK;
+        source.read_at(block * BLOCK_BYTES, &mut buffer[at..at + count * BLOCK])?;
+        block += count.max(1) as u64;
+    }
+    Ok(())
+}
+
 fn write_blocks(
     source: &SegmentFile,
     writer: &mut FrameWriter<'_>,
     entries: &[RunEntry],
     blocks: Option<&[bool]>,
 ) -> Result<Written, StoreError> {
+    let io = StoreError::io(source.path());
     let count = source.footer().data_bytes.get() / BLOCK_BYTES;
     let wanted = |block: u64| blocks.is_none_or(|blocks| blocks.get(block as usize) == Some(&true));
+    let places = places(source, entries);
+    let mut bytes = SegmentBytes::new(source);
+    let mut buffer = vec![0u8; count.min(WINDOW_BLOCKS) as usize * BLOCK];
     let mut numbers = vec![BLOCK_IS_GONE; count as usize];
     // Blocks by checksum: the first of its kind, and those that are the same.
     let mut seen: HashMap<u32, u32> = HashMap::new();
     let mut copies: Vec<(u32, u32)> = Vec::new();
-    let mut kept: Vec<u32> = Vec::new();
     let mut earlier = vec![0u8; BLOCK];
-    let mut again = SegmentBytes::new(source);
     let mut hasher = blake3::Hasher::new();
-    each_step(source, wanted, |first, bytes| {
-        if blocks.is_some() {
-            hasher.update(bytes);
-        }
-        for (block, bytes) in (first as u32..).zip(bytes.chunks_exact(BLOCK)) {
-            if bytes == [0u8; BLOCK] {
+    let mut number = 0;
+    for start in (0..count).step_by(WINDOW_BLOCKS as usize) {
+        let window = start..count.min(start + WINDOW_BLOCKS);
+        read_window(&mut bytes, &window, wanted, &mut buffer).map_err(&io)?;
+        let content = |block: u32| &buffer[(u64::from(block) - start) as usize * BLOCK..][..BLOCK];
+        let mut kept: Vec<u32> = Vec::new();
+        for block in window.filter(|block| wanted(*block)) {
+            let block = block as u32;
+            let this = content(block);
+            if blocks.is_some() {
+                hasher.update(this);
+            }
+            if this == [0u8; BLOCK] {
                 numbers[block as usize] = BLOCK_IS_ZERO;
                 continue;
             }
             // A checksum only says where to look; what counts are the bytes.
-            match seen.entry(crc32c(bytes)) {
+            match seen.entry(crc32c(this)) {
                 Entry::Occupied(found) => {
                     let there = *found.get();
-                    again
-                        .read_at(u64::from(there) * BLOCK_BYTES, &mut earlier)
-                        .map_err(StoreError::io(source.path()))?;
-                    if earlier == bytes {
+                    let same = if u64::from(there) < start {
+                        let at = u64::from(there) * BLOCK_BYTES;
+                        bytes.read_at(at, &mut earlier).map_err(&io)?;
+                        earlier == this
+                    } else {
+                        content(there) == this
+                    };
+                    if same {
                         copies.push((block, there));
                         continue;
                     }
@@ -267,23 +304,19 @@ fn write_blocks(
             }
             kept.push(block);
         }
-        Ok(())
-    })?;
-    let places = places(source, entries);
-    kept.sort_by_key(|block| (*block / WINDOW_BLOCKS, places[*block as usize]));
-    for (number, block) in (0..).zip(&kept) {
-        numbers[*block as usize] = number;
-        again
-            .read_at(u64::from(*block) * BLOCK_BYTES, &mut earlier)
-            .map_err(StoreError::io(source.path()))?;
-        writer.keep(&earlier)?;
+        kept.sort_by_key(|block| places[*block as usize]);
+        for block in kept {
+            numbers[block as usize] = number;
+            number += 1;
+            writer.keep(content(block))?;
+        }
     }
     for (block, there) in copies {
         numbers[block as usize] = numbers[there as usize];
     }
     Ok(Written {
         numbers,
-        kept: kept.len() as u32,
+        kept: number,
         root: *hasher.finalize().as_bytes(),
     })
 }
