@@ -14,7 +14,8 @@ use varve_log::{
     SLOT_BYTES, SegmentOpening,
 };
 use varve_store::{
-    Compression, Image, Ladder, Policy, Scrubbed, Swept, VolumeStore, ingest, volume_directory,
+    Compression, Image, Ladder, Policy, Scrubbed, StoreError, Swept, VolumeStore, ingest,
+    volume_directory,
 };
 
 /// The volume of all samples.
@@ -327,55 +328,65 @@ impl Sample {
 
     /// Makes every map that is missing; gives their number.
     pub fn map_all(&mut self) -> u64 {
-        let mut made = 0;
-        while let Some(job) = self.store.next_map() {
-            job.run().unwrap();
-            self.store.add_map(&job).unwrap();
-            made += 1;
-        }
-        made
+        map_all(&mut self.store).unwrap()
     }
 
     /// Settles every segment.
     pub fn settle_all(&mut self, compression: Compression) -> u64 {
-        let mut settled = 0;
-        while let Some(job) = self.store.next_to_settle(compression, &|_| false) {
-            let proved = job.compress().unwrap().prove().unwrap();
-            self.store.replace(&proved).unwrap();
-            settled += 1;
-        }
-        settled
+        settle_all(&mut self.store, compression).unwrap()
     }
 }
 
+/// Makes every map that is missing; gives their number.
+pub fn map_all(store: &mut VolumeStore) -> Result<u64, StoreError> {
+    let mut made = 0;
+    while let Some(job) = store.next_map() {
+        job.run()?;
+        store.add_map(&job)?;
+        made += 1;
+    }
+    Ok(made)
+}
+
+/// Settles every segment; gives their number.
+pub fn settle_all(store: &mut VolumeStore, compression: Compression) -> Result<u64, StoreError> {
+    let mut settled = 0;
+    while let Some(job) = store.next_to_settle(compression, &|_| false) {
+        store.replace(&job.compress()?.prove()?)?;
+        settled += 1;
+    }
+    Ok(settled)
+}
+
 /// Prunes all that is to be pruned; gives how many segments were written anew.
-///
-/// # Panics
-/// If it cannot be.
-pub fn sweep(store: &mut VolumeStore, compression: Compression) -> u64 {
+pub fn sweep(store: &mut VolumeStore, compression: Compression) -> Result<u64, StoreError> {
     let mut pruned = 0;
     while let Some(mut sweep) = store.sweep(compression) {
         loop {
-            match sweep.step().unwrap() {
+            match sweep.step()? {
                 Swept::Done => break,
                 Swept::Read => {}
                 Swept::Stays(sequence, hash) => store.stays(sequence, hash),
                 Swept::Pruned(done) => {
-                    store.replace_pruned(&done).unwrap();
+                    store.replace_pruned(&done)?;
                     pruned += 1;
                 }
             }
         }
     }
-    pruned
+    Ok(pruned)
 }
 
 /// Keeps every instant of the last part of a history (`all` per cent of its time) and nothing before, and prunes it; gives how many segments were written
 /// anew.
 ///
 /// # Panics
-/// If it cannot be, or nothing is to be pruned.
-pub fn prune_to(store: &mut VolumeStore, all: i64, compression: Compression) -> u64 {
+/// If there is no history.
+pub fn prune_to(
+    store: &mut VolumeStore,
+    all: i64,
+    compression: Compression,
+) -> Result<u64, StoreError> {
     let now = store.time_of(store.timeline().end()).unwrap();
     let begun = store.segments().next().unwrap().time_start;
     let policy = Policy {
@@ -385,11 +396,10 @@ pub fn prune_to(store: &mut VolumeStore, all: i64, compression: Compression) -> 
         },
         immutable: 0,
     };
-    let plan = store.plan(&policy, now).run().unwrap().unwrap();
-    store.keep(&plan).unwrap();
-    let pruned = sweep(store, compression);
-    assert!(pruned > 0);
-    pruned
+    if let Some(plan) = store.plan(&policy, now).run()? {
+        store.keep(&plan)?;
+    }
+    sweep(store, compression)
 }
 
 /// The files of a kind (`segments`, `runs`, `maps`) of the history under `root`, in order.

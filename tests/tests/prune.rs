@@ -44,7 +44,7 @@ fn keep(store: &mut VolumeStore, policy: &Policy) -> bool {
 
 /// Prunes all that is to be pruned; gives how many segments were written anew.
 fn sweep(store: &mut VolumeStore) -> u64 {
-    sample::sweep(store, Compression::Zstd(1))
+    sample::sweep(store, Compression::Zstd(1)).unwrap()
 }
 
 /// Everything that resolves reads as it was recorded; everything else is refused, with neighbours that resolve.

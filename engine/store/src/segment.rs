@@ -100,7 +100,7 @@ impl StoredSegment {
     /// Whether its file is encrypted, by its first block.
     #[must_use]
     pub fn is_encrypted(&self) -> bool {
-        key_of(&self.path()).is_some()
+        key_of(&self.path()).is_ok_and(|key| key.is_some())
     }
 
     pub(crate) fn run_path(&self) -> PathBuf {

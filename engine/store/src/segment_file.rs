@@ -39,23 +39,27 @@ fn next_number() -> u64 {
 }
 
 /// The header of a settled file, by its first block; none if there is none that is whole.
-fn settled_header(path: &Path) -> Option<SettledHeader> {
-    let file = File::open(path).ok()?;
+fn settled_header(path: &Path) -> io::Result<Option<SettledHeader>> {
+    let file = File::open(path)?;
+    let bytes = file.metadata()?.len();
+    if bytes < BLOCK_BYTES {
+        return Ok(None);
+    }
     let mut block = vec![0u8; BLOCK_BYTES as usize];
-    file.read_exact_at(&mut block, 0).ok()?;
-    SettledHeader::parse(&block, file.metadata().ok()?.len()).ok()
+    file.read_exact_at(&mut block, 0)?;
+    Ok(SettledHeader::parse(&block, bytes).ok())
 }
 
 /// Whether a file is settled and not encrypted. What cannot be told is no.
 pub(crate) fn is_plain(path: &Path) -> bool {
-    settled_header(path).is_some_and(|header| !header.is_encrypted())
+    let header = settled_header(path).ok().flatten();
+    header.is_some_and(|header| !header.is_encrypted())
 }
 
-/// The key that a file is encrypted with.
-pub(crate) fn key_of(path: &Path) -> Option<[u8; 16]> {
-    settled_header(path)
-        .filter(SettledHeader::is_encrypted)
-        .map(|header| header.key)
+/// The key that a file is encrypted with, if it is.
+pub(crate) fn key_of(path: &Path) -> io::Result<Option<[u8; 16]>> {
+    let header = settled_header(path)?.filter(SettledHeader::is_encrypted);
+    Ok(header.map(|header| header.key))
 }
 
 /// An open segment file. It stays readable when the file gets another one's place.

@@ -14,16 +14,39 @@ const NAME: &str = "keys-used";
 /// Keys, by their names.
 pub(crate) type UsedKeys = BTreeSet<[u8; 16]>;
 
-pub(crate) fn load(directory: &Path) -> UsedKeys {
-    let text = std::fs::read_to_string(directory.join(NAME)).unwrap_or_default();
-    let id = |line: &str| u128::from_str_radix(line, 16).ok().map(u128::to_be_bytes);
-    text.lines().filter_map(id).collect()
-}
-
 impl VolumeStore {
+    /// Reads the list. What cannot be read, or names a key that nobody has, is asked of the segments themselves.
+    pub(crate) fn load_used_keys(&mut self) {
+        let path = self.directory().join(NAME);
+        let why = match std::fs::read_to_string(&path) {
+            Ok(text) => {
+                let id = |line: &str| u128::from_str_radix(line, 16).ok().map(u128::to_be_bytes);
+                let whole = text.lines().all(|line| id(line).is_some());
+                self.used_keys = text.lines().filter_map(id).collect();
+                let known = !matches!(self.keys().have(&self.used_keys), Err(StoreError::OtherKey));
+                if whole && known {
+                    return;
+                }
+                "it names what is no key of this store".to_owned()
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return,
+            Err(error) => error.to_string(),
+        };
+        let of_segment = |segment: &crate::StoredSegment| key_of(&segment.path()).ok().flatten();
+        let used: UsedKeys = self.segments().filter_map(of_segment).collect();
+        if used != self.used_keys {
+            self.healed.push(format!(
+                "{}: {why}. The keys were asked of the segments",
+                path.display()
+            ));
+            self.used_keys = used;
+        }
+    }
+
     /// Lists what a new file is encrypted with, before it gets its name.
     pub(crate) fn note_key_of(&mut self, new: &Path) -> Result<(), StoreError> {
-        let Some(id) = key_of(new).filter(|id| !self.used_keys.contains(id)) else {
+        let id = key_of(new).map_err(StoreError::io(new))?;
+        let Some(id) = id.filter(|id| !self.used_keys.contains(id)) else {
             return Ok(());
         };
         let mut all = self.used_keys.clone();
@@ -44,7 +67,7 @@ impl VolumeStore {
         self.keys().have(&self.used_keys)?;
         let below = |segment: &&crate::StoredSegment| segment.settled && segment.lsn_start < lsn;
         let newest = self.segments().rev().find(below);
-        match newest.and_then(|segment| key_of(&segment.path())) {
+        match newest.and_then(|segment| key_of(&segment.path()).ok()?) {
             Some(id) => self.keys().have(&UsedKeys::from([id])),
             None => Ok(()), // What is damaged is said when it is read.
         }

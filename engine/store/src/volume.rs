@@ -9,7 +9,7 @@ use crate::maps::Maps;
 use crate::prune::Looked;
 use crate::segment::{run_path, segment_path};
 use crate::segment_file::SegmentFile;
-use crate::used_keys::{self, UsedKeys};
+use crate::used_keys::UsedKeys;
 use crate::{Nearest, Outside, StoreError, StoredSegment, Timeline, VolumeKeys, durable, run_file};
 use nix::fcntl::{Flock, FlockArg};
 use std::collections::{BTreeMap, BTreeSet};
@@ -57,7 +57,7 @@ pub struct VolumeStore {
     pub(crate) maps: Maps,
     timeline: Timeline,
     damaged: Vec<String>,
-    healed: Vec<String>,
+    pub(crate) healed: Vec<String>,
     /// Images that are open hold one, too.
     in_use: Arc<()>,
     /// LSNs of images that are open, and how many of each.
@@ -96,7 +96,7 @@ impl VolumeStore {
             .map_err(|_| StoreError::Locked(directory.to_path_buf()))?;
         let mut store = VolumeStore {
             maps: Maps::new(&directory, volume),
-            used_keys: used_keys::load(&directory),
+            used_keys: UsedKeys::new(),
             waits_for_key: false,
             point_names: Mutex::default(),
             directory,
@@ -117,12 +117,15 @@ impl VolumeStore {
     }
 
     fn load(&mut self) -> Result<(), StoreError> {
-        let mut sequences = BTreeSet::new();
+        let (mut sequences, mut newest) = (BTreeSet::new(), None);
         for (part, ending) in [("segments", "seg"), ("runs", "run")] {
             for path in durable::list(&self.directory.join(part))? {
                 match sequence_of(&path, ending) {
                     Some(sequence) => {
                         sequences.insert(sequence);
+                        if part == "segments" {
+                            newest = newest.max(Some(sequence));
+                        }
                     }
                     None => self.damaged.push(format!(
                         "{} is not a file of this store; it is left alone",
@@ -132,9 +135,6 @@ impl VolumeStore {
             }
         }
         // A run behind the newest segment: its segment was lost, or is still in the log, and is then taken again.
-        let there = |sequence: &SegmentSequence| segment_path(&self.directory, *sequence).exists();
-        let newest = sequences.iter().rev().find(|sequence| there(sequence));
-        let newest = newest.copied();
         let mut segments = BTreeMap::new();
         for sequence in sequences {
             if Some(sequence) > newest {
@@ -153,6 +153,7 @@ impl VolumeStore {
             }
         }
         self.segments = Arc::new(segments);
+        self.load_used_keys();
         let there = Arc::clone(&self.segments);
         let count = |places: std::ops::Range<u64>| {
             let places = SegmentSequence(places.start)..SegmentSequence(places.end);

@@ -319,8 +319,11 @@ pub fn copy_ranges<Bar: FnMut(u64, u64)>(
     show(total, total);
     if plan.verify {
         verify(plan, &source, &target, &digests, bar("verifying")).inspect_err(|_| {
-            if let Some(record) = record {
-                record.forget(); // What is there cannot be gone on from.
+            // What is there cannot be gone on from, but it is ours: the same command begins anew.
+            if let Some(record) = record
+                && record.note(0).is_err()
+            {
+                record.forget();
             }
         })?;
     }

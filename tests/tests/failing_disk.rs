@@ -1,0 +1,343 @@
+//! System calls fail, one after the other: the disk is full (ENOSPC) or broken (EIO) at each step of settling, merging maps, pruning, pinning, salvaging
+//! and copying out. Each step is a process of its own under strace, which lets exactly one call fail.
+//!
+//! Whatever fails: an error with a code, or the step did without the call; no panic; every instant that is kept reads as it was recorded; and the same
+//! step, once more, succeeds and leaves nothing unfinished.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "in a test a surprise should end the test"
+)]
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use varve_format::Lsn;
+use varve_store::{Compression, VolumeStore};
+use varve_tests::sample::{Sample, VOLUME, prune_to, read, scrub};
+
+/// Calls that only read fail with EIO.
+const READING: [&str; 5] = ["read", "pread64", "statx", "getdents64", "lseek"];
+/// The others with ENOSPC, too.
+const CHANGING: [&str; 11] = [
+    "openat",
+    "write",
+    "pwrite64",
+    "fsync",
+    "fdatasync",
+    "rename",
+    "unlink",
+    "mkdir",
+    "ftruncate",
+    "fchmod",
+    "copy_file_range",
+];
+
+/// Who goes on without these has lost what was to be written, or its order.
+const WRITING: [&str; 6] = [
+    "write",
+    "pwrite64",
+    "fsync",
+    "fdatasync",
+    "rename",
+    "ftruncate",
+];
+
+fn large() -> bool {
+    std::env::var("VARVE_TEST_SIZE").is_ok_and(|size| size == "large")
+}
+
+fn copy_tree(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        match entry.file_type().unwrap().is_dir() {
+            true => copy_tree(&entry.path(), &target),
+            false => drop(std::fs::copy(entry.path(), target).unwrap()),
+        }
+    }
+}
+
+fn unfinished(root: &Path, found: &mut Vec<PathBuf>) {
+    for entry in std::fs::read_dir(root).unwrap() {
+        let path = entry.unwrap().path();
+        match path.is_dir() {
+            true => unfinished(&path, found),
+            false if path.extension().is_some_and(|end| end == "new") => found.push(path),
+            false => {}
+        }
+    }
+}
+
+/// Runs a step on a store under strace; gives its exit code and what it said.
+fn run(step: &str, root: &Path, strace: &[&str]) -> (Option<i32>, String) {
+    let trace = root.with_extension("trace");
+    let output = Command::new("strace")
+        .args(["-qq", "-f", "-o"])
+        .arg(&trace)
+        .args(strace)
+        .arg(env!("CARGO_BIN_EXE_store-step"))
+        .args([step.as_ref(), root.as_os_str()])
+        .output()
+        .expect("strace is there: tools/setup installs it");
+    let said = [output.stdout, output.stderr].concat();
+    (
+        output.status.code(),
+        String::from_utf8_lossy(&said).into_owned(),
+    )
+}
+
+/// Every call of a step between its marks: (call, number from the process's start).
+fn calls(step: &str, root: &Path) -> Vec<(String, usize)> {
+    let all = [&READING[..], &CHANGING[..], &["sched_yield"]].concat();
+    let (code, said) = run(step, root, &["-e", &format!("trace={}", all.join(","))]);
+    assert_eq!(code, Some(0), "{step} works under strace: {said}");
+    let trace = std::fs::read_to_string(root.with_extension("trace")).unwrap();
+    let mut outside = Vec::new();
+    let (mut counts, mut found, mut marks) = (BTreeMap::new(), Vec::new(), 0);
+    for line in trace.lines() {
+        // `PID call(…`
+        let Some((call, _)) = line.split_once('(') else {
+            continue;
+        };
+        let (pid, call) = call.trim_end().rsplit_once(' ').unwrap_or(("", call));
+        marks += usize::from(call == "sched_yield");
+        if !all.contains(&call) || call == "sched_yield" {
+            continue;
+        }
+        // strace counts for each thread by itself.
+        let count = counts.entry((pid.to_owned(), call.to_owned())).or_insert(0);
+        *count += 1;
+        let one = (call.to_owned(), *count);
+        if marks == 1 && !found.contains(&one) {
+            found.push(one);
+        } else if marks != 1 {
+            outside.push(one);
+        }
+    }
+    // What also hits a thread's start would say nothing of the step.
+    found.retain(|one| !outside.contains(one));
+    found
+}
+
+/// Lets each call of `step` fail in turn, on a copy of `pristine`; `good` looks at what is left, and hears whether the step said that it is
+/// done: perhaps now, certainly once more.
+fn each_failing(step: &str, pristine: &Path, least: usize, good: impl Fn(&Path, &str, bool)) {
+    let root = pristine.with_extension("work");
+    let fresh = || {
+        let _ = std::fs::remove_dir_all(&root);
+        let _ = std::fs::remove_dir_all(root.with_extension("salvaged"));
+        copy_tree(pristine, &root);
+    };
+    fresh();
+    let all = calls(step, &root);
+    assert!(
+        all.len() >= least,
+        "{step}: only {} calls: {all:?}",
+        all.len()
+    );
+    let faults: Vec<(&String, usize, &str)> = all
+        .iter()
+        .flat_map(|(call, number)| {
+            let errors: &[&str] = match READING.contains(&call.as_str()) {
+                true => &["EIO"],
+                false => &["EIO", "ENOSPC"],
+            };
+            errors.iter().map(move |error| (call, *number, *error))
+        })
+        .collect();
+    // One of so many, but each kind of call.
+    let stride = if large() { 1 } else { faults.len() / 30 + 1 };
+    let (mut refused, mut done_without, mut seen) = (0, 0, BTreeMap::new());
+    for (index, (call, number, error)) in faults.iter().enumerate() {
+        let met = seen.entry((*call, *error)).or_insert(0);
+        *met += 1;
+        if index % stride != 0 && *met > 2 {
+            continue;
+        }
+        let what = format!("{step}, {call} number {number} fails with {error}");
+        fresh();
+        let inject = format!("inject={call}:error={error}:when={number}");
+        let (code, said) = run(step, &root, &["-e", &inject]);
+        match code {
+            Some(0) => {
+                done_without += 1;
+                // Pruning leaves such a segment as it is. Nothing else may go on as if it had been written.
+                let wrote = WRITING.contains(&call.as_str()) && step != "prune";
+                assert!(!wrote, "{what}, and nobody noticed");
+            }
+            Some(1) => {
+                refused += 1;
+                let named = said.lines().any(|line| {
+                    let code = line
+                        .strip_prefix("error ")
+                        .and_then(|rest| rest.split_once(": "));
+                    code.is_some_and(|(code, words)| code.contains('-') && words.len() > 10)
+                });
+                assert!(named, "{what}: no error with a name: {said}");
+            }
+            other => panic!("{what}: ended with {other:?}: {said}"),
+        }
+        good(&root, &what, code == Some(0));
+        let _ = std::fs::remove_dir_all(root.with_extension("salvaged"));
+        let (code, said) = run(step, &root, &["-e", "trace=sched_yield"]);
+        assert_eq!(code, Some(0), "{what}; once more: {said}");
+        good(&root, &what, true);
+        let mut left = Vec::new();
+        unfinished(&root, &mut left);
+        assert!(left.is_empty(), "{what}: {left:?} are left");
+    }
+    println!("{step}: {refused} failed with an error, {done_without} did without the call");
+    assert!(
+        refused > 10 || step == "pin" && refused > 3,
+        "{step}: only {refused} calls mattered"
+    );
+}
+
+/// A history, and its images at some instants.
+struct Known {
+    images: Vec<(Lsn, Vec<u8>)>,
+    end: Lsn,
+}
+
+impl Known {
+    fn of(sample: &Sample, end: Lsn) -> Known {
+        let step = (end.0 / 12).max(1) as usize;
+        let lsns = (3..=end.0).rev().step_by(step).map(Lsn);
+        Known {
+            images: lsns.map(|lsn| (lsn, sample.image(lsn))).collect(),
+            end,
+        }
+    }
+
+    /// What resolves reads as it was recorded; `must` resolve.
+    fn check(&self, root: &Path, what: &str, must: &dyn Fn(Lsn) -> bool) {
+        let store = VolumeStore::open(root, VOLUME).unwrap();
+        for (lsn, image) in &self.images {
+            let resolves = store.kept().resolves(*lsn);
+            assert!(resolves || !must(*lsn), "{what}: {lsn} does not resolve");
+            assert!(
+                !resolves || read(&store, *lsn) == *image,
+                "{what}: {lsn} is another image"
+            );
+        }
+        assert_eq!(store.timeline().end(), self.end, "{what}");
+        let found = scrub(&store);
+        assert!(found.damage.is_empty(), "{what}: {:?}", found.damage);
+    }
+}
+
+fn history(directory: &Path, segment_bytes: u64, records: u64) -> (Sample, Known, PathBuf) {
+    let root = directory.join("store");
+    let mut sample = Sample::new(&root, 256 << 10, segment_bytes, true);
+    let end = sample.mixed(records);
+    let known = Known::of(&sample, end);
+    (sample, known, root)
+}
+
+#[test]
+fn of_settling() {
+    let directory = tempfile::tempdir().unwrap();
+    let (sample, known, root) = history(directory.path(), 64 << 10, 50);
+    drop(sample);
+    each_failing("settle", &root, 60, |root, what, done| {
+        known.check(root, what, &|_| true);
+        let store = VolumeStore::open(root, VOLUME).unwrap();
+        let settled = store.segments().filter(|segment| segment.settled).count();
+        assert!(!done || settled == store.segments().count(), "{what}");
+    });
+}
+
+#[test]
+fn of_merging() {
+    let directory = tempfile::tempdir().unwrap();
+    let (sample, known, root) = history(directory.path(), 32 << 10, 140);
+    drop(sample);
+    each_failing("merge", &root, 60, |root, what, done| {
+        known.check(root, what, &|_| true);
+        let store = VolumeStore::open(root, VOLUME).unwrap();
+        assert!(!done || store.next_map().is_none(), "{what}");
+    });
+}
+
+#[test]
+fn of_pruning() {
+    let directory = tempfile::tempdir().unwrap();
+    let (mut sample, known, root) = history(directory.path(), 64 << 10, 70);
+    sample.settle_all(Compression::Lz4);
+    drop(sample);
+    // What is kept in the end is kept all the while.
+    let clean = root.with_extension("clean");
+    copy_tree(&root, &clean);
+    let mut store = VolumeStore::open(&clean, VOLUME).unwrap();
+    assert!(prune_to(&mut store, 30, Compression::Lz4).unwrap() > 0);
+    let resolves = |lsn| store.kept().resolves(lsn);
+    assert!(known.images.iter().any(|(lsn, _)| resolves(*lsn)));
+    assert!(known.images.iter().any(|(lsn, _)| !resolves(*lsn)));
+    each_failing("prune", &root, 60, |root, what, done| {
+        known.check(root, what, &resolves);
+        let pruned = VolumeStore::open(root, VOLUME).unwrap();
+        let struck = |known: &Known| {
+            known
+                .images
+                .iter()
+                .any(|(lsn, _)| !pruned.kept().resolves(*lsn))
+        };
+        // A run that could not be read for a moment was made again: its segment seems as young as its file, and is kept.
+        let young = what.contains("openat") || what.contains("read") || what.contains("statx");
+        assert!(
+            !done || young || struck(&known),
+            "{what}: nothing was pruned"
+        );
+    });
+}
+
+#[test]
+fn of_pinning() {
+    let directory = tempfile::tempdir().unwrap();
+    let (sample, known, root) = history(directory.path(), 64 << 10, 20);
+    drop(sample);
+    each_failing("pin", &root, 10, |root, what, done| {
+        known.check(root, what, &|_| true);
+        let store = VolumeStore::open(root, VOLUME).unwrap();
+        assert!(!done || !store.kept().entries.is_empty(), "{what}");
+    });
+}
+
+#[test]
+fn of_salvaging() {
+    let directory = tempfile::tempdir().unwrap();
+    let (sample, known, root) = history(directory.path(), 64 << 10, 20);
+    drop(sample);
+    each_failing("salvage", &root, 30, |root, what, done| {
+        known.check(root, what, &|_| true);
+        if done {
+            known.check(&root.with_extension("salvaged"), what, &|_| true);
+        }
+    });
+}
+
+#[test]
+fn of_copying_out() {
+    let directory = tempfile::tempdir().unwrap();
+    let root = directory.path().join("store");
+    std::fs::create_dir(&root).unwrap();
+    let mut content = vec![0u8; 3 << 20];
+    for (index, byte) in content[..1 << 20].iter_mut().enumerate() {
+        *byte = (index * 31 >> 3) as u8;
+    }
+    content[5 << 19..].fill(7);
+    std::fs::write(root.join("source"), &content).unwrap();
+    each_failing("export", &root, 15, |root, what, done| {
+        assert!(
+            std::fs::read(root.join("source")).unwrap() == content,
+            "{what}"
+        );
+        if done {
+            let target = root.join("target");
+            assert!(std::fs::read(&target).unwrap() == content, "{what}");
+            std::fs::remove_file(target).unwrap(); // It would be refused once more.
+        }
+    });
+}
