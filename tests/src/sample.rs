@@ -99,6 +99,27 @@ impl Sample {
         segment_bytes: u64,
         remembers: bool,
     ) -> Sample {
+        Sample::of_epoch(
+            EpochId([3; 16]),
+            store,
+            volume_bytes,
+            segment_bytes,
+            remembers,
+        )
+    }
+
+    /// The same, recorded in another epoch.
+    ///
+    /// # Panics
+    /// If nothing can be recorded.
+    #[must_use]
+    pub fn of_epoch(
+        epoch: EpochId,
+        store: VolumeStore,
+        volume_bytes: u64,
+        segment_bytes: u64,
+        remembers: bool,
+    ) -> Sample {
         let geometry = LogGeometry {
             volume: VOLUME,
             segment_bytes,
@@ -116,7 +137,7 @@ impl Sample {
         let buffer = BatchBuffer::new(&memory, 0, SLOTS, 512);
         let mut writer = LogWriter::new(geometry, buffer, 1 << 40).unwrap();
         let opening = SegmentOpening {
-            epoch: EpochId([3; 16]),
+            epoch,
             parent_epoch: EpochId([0; 16]),
             sequence: SegmentSequence(1),
             lsn_start: Lsn(1),

@@ -7,7 +7,10 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use varve_format::{Lsn, RecordKind, SegmentSequence, WallTime};
+use varve_format::{
+    EpochId, FRAME_ENTRY_BYTES, Lsn, RecordKind, SegmentSequence, SettledHeader, WallTime, crc32c,
+    frame_crc,
+};
 use varve_store::{Compression, Image, RangeKind, VolumeStore, volume_directory};
 use varve_tests::sample::{Sample, VOLUME, files, read, scrub};
 
@@ -501,6 +504,111 @@ fn a_damaged_map_is_made_again() {
     assert!(!victim.exists() && read(&store, end) == wanted);
 }
 
+/// Another machine went on from the same disk: its segment fits into the place of one of ours, run and all, and is told by its epoch.
+#[test]
+fn a_segment_of_another_epoch_is_no_part_of_history() {
+    for settled in [false, true] {
+        let (ours, theirs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let recorded = |root: &Path, epoch: u8| {
+            let store = VolumeStore::open(root, VOLUME).unwrap();
+            let epoch_id = EpochId([epoch; 16]);
+            let mut sample = Sample::of_epoch(epoch_id, store, 1 << 20, 64 << 10, true);
+            for number in 0..100u64 {
+                sample.write(
+                    number * 7 % 256 * 4096,
+                    vec![epoch * 31 + number as u8; 4096],
+                );
+            }
+            sample.seal();
+            if settled {
+                sample.settle_all(Compression::Lz4);
+            }
+            sample
+        };
+        let (sample, other) = (recorded(ours.path(), 3), recorded(theirs.path(), 4));
+        let ends = |sample: &Sample| -> Vec<Lsn> {
+            sample
+                .store
+                .segments()
+                .map(|segment| segment.lsn_end)
+                .collect()
+        };
+        assert_eq!(ends(&sample), ends(&other));
+        assert!(ends(&sample).len() > 5);
+        let images: Vec<(Lsn, Vec<u8>)> = ends(&sample)
+            .into_iter()
+            .map(|lsn| (lsn, sample.image(lsn)))
+            .collect();
+        drop((sample, other));
+        for kind in ["segments", "runs"] {
+            let (to, from) = (files(ours.path(), kind), files(theirs.path(), kind));
+            std::fs::copy(&from[2], &to[2]).unwrap();
+        }
+        let store = VolumeStore::open(ours.path(), VOLUME).unwrap();
+        assert!(
+            store.damaged()[0].contains("another epoch"),
+            "{:?}",
+            store.damaged()
+        );
+        assert!(!scrub(&store).damage.is_empty() && !store.scrub().structure().is_empty());
+        for (index, (lsn, image)) in images.iter().enumerate() {
+            if store.timeline().check(*lsn).is_err() {
+                assert!(index >= 2, "{lsn} is before it");
+                continue;
+            }
+            assert!(index < 2, "{lsn} needs what is not there");
+            assert!(read(&store, *lsn) == *image, "{lsn}");
+        }
+    }
+}
+
+/// Files of the first version, whose frames had 64 KiB without saying so, are read as they were.
+#[test]
+fn frames_of_a_size_that_is_not_said_are_read() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut sample = Sample::new(directory.path(), 1 << 20, 128 << 10, true);
+    let end = sample.mixed(120);
+    sample.settle_all(Compression::None);
+    let wanted = sample.image(end);
+    drop(sample);
+    let mut merged = 0;
+    for path in files(directory.path(), "segments") {
+        let bytes = std::fs::read(&path).unwrap();
+        let mut header = SettledHeader::parse(&bytes, bytes.len() as u64).unwrap();
+        let tables_at = header.tables_at.get() as usize;
+        let frames_end = tables_at + header.frame_count() as usize * FRAME_ENTRY_BYTES;
+        let blocks = &bytes[frames_end..bytes.len() - 4096];
+        // Uncompressed frames lie one behind the other: four small ones are a large one.
+        header.incompat = 0.into();
+        header.frame_blocks = 0.into();
+        let (mut tables, mut at) = (Vec::new(), 4096);
+        for frame in 0..header.frame_count() {
+            let length = header.frame_bytes(frame);
+            let crc = frame_crc(&bytes[at..at + length], header.sequence.get(), frame);
+            tables.extend((at as u64).to_le_bytes());
+            tables.extend((length as u32).to_le_bytes());
+            tables.extend(crc.to_le_bytes());
+            tables.extend([0; 8]);
+            at += length;
+            merged += u64::from(length == 64 << 10);
+        }
+        assert_eq!(at, tables_at);
+        tables.extend(blocks);
+        header.tables_crc = crc32c(&tables).into();
+        let parts = [
+            &header.to_block()[..],
+            &bytes[4096..at],
+            &tables,
+            &bytes[bytes.len() - 4096..],
+        ];
+        std::fs::write(path, parts.concat()).unwrap();
+    }
+    assert!(merged > 3, "only {merged} whole frames");
+    let store = VolumeStore::open(directory.path(), VOLUME).unwrap();
+    assert!(read(&store, end) == wanted && scrub(&store).damage.is_empty());
+    assert!(read_by_the_other_reader(directory.path(), end) == wanted);
+}
+
 /// Writing fails at every step of settling and of making a map: nothing is lost, nothing half done is left, and it goes on when there is room.
 #[test]
 fn a_failing_disk_loses_nothing_at_any_step() {
@@ -605,6 +713,20 @@ fn what_does_not_come_back_from_the_disk_replaces_nothing() {
     assert_eq!(failed.code(), "S010-root", "{failed}");
 }
 
+/// An image as `tests/reader.py` restores it.
+fn read_by_the_other_reader(root: &Path, lsn: Lsn) -> Vec<u8> {
+    let output = root.join("image");
+    let said = std::process::Command::new("python3")
+        .arg(varve_tests::guest::repository().join("tests/reader.py"))
+        .arg(volume_directory(root, VOLUME))
+        .arg(lsn.0.to_string())
+        .arg(&output)
+        .output()
+        .unwrap();
+    assert!(said.status.success(), "{said:?}");
+    std::fs::read(&output).unwrap()
+}
+
 /// A reader in another language, written from FORMAT.md alone, restores the same images, out of sealed and out of settled segments.
 #[test]
 fn a_reader_written_from_the_format_alone_restores_any_instant() {
@@ -616,20 +738,8 @@ fn a_reader_written_from_the_format_alone_restores_any_instant() {
             sample.settle_all(compression);
         }
         for lsn in [end, Lsn(3 + sample.random() % (end.0 - 3)), Lsn(end.0 / 2)] {
-            let output = directory.path().join("image");
-            let reader = varve_tests::guest::repository().join("tests/reader.py");
-            let said = std::process::Command::new("python3")
-                .arg(reader)
-                .arg(volume_directory(directory.path(), VOLUME))
-                .arg(lsn.0.to_string())
-                .arg(&output)
-                .output()
-                .unwrap();
-            assert!(said.status.success(), "{said:?}");
-            assert!(
-                std::fs::read(&output).unwrap() == sample.image(lsn),
-                "LSN {lsn}"
-            );
+            let restored = read_by_the_other_reader(directory.path(), lsn);
+            assert!(restored == sample.image(lsn), "LSN {lsn}");
         }
     }
 }

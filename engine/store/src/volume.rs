@@ -12,11 +12,11 @@ use crate::segment_file::SegmentFile;
 use crate::used_keys::UsedKeys;
 use crate::{Nearest, Outside, StoreError, StoredSegment, Timeline, VolumeKeys, durable, run_file};
 use nix::fcntl::{Flock, FlockArg};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use varve_format::{FormatError, Lsn, SegmentSequence, VolumeId, WallTime, payload_crc};
+use varve_format::{EpochId, FormatError, Lsn, SegmentSequence, VolumeId, WallTime, payload_crc};
 
 /// Segments by number. Images that are open share it; it is copied when it changes while they do.
 pub(crate) type Segments = Arc<BTreeMap<SegmentSequence, Arc<StoredSegment>>>;
@@ -67,6 +67,32 @@ pub struct VolumeStore {
     /// Segments that pruning has looked at, and left as they are.
     pub(crate) looked: Looked,
     _lock: Flock<File>,
+}
+
+/// Segments in the midst of an epoch that are not of it, and that epoch. Epochs never come back.
+fn foreign(
+    segments: &BTreeMap<SegmentSequence, Arc<StoredSegment>>,
+) -> Vec<(SegmentSequence, EpochId)> {
+    let last_of: HashMap<EpochId, SegmentSequence> = segments
+        .iter()
+        .map(|(sequence, segment)| (segment.epoch, *sequence))
+        .collect();
+    let mut found = Vec::new();
+    let mut around: Option<(EpochId, SegmentSequence)> = None;
+    for (sequence, segment) in segments {
+        match around {
+            Some((epoch, last)) if *sequence < last && segment.epoch != epoch => {
+                found.push((*sequence, epoch));
+            }
+            Some((epoch, last)) if *sequence <= last && segment.epoch == epoch => {}
+            _ => {
+                around = last_of
+                    .get(&segment.epoch)
+                    .map(|last| (segment.epoch, *last))
+            }
+        }
+    }
+    found
 }
 
 impl VolumeStore {
@@ -151,6 +177,13 @@ impl VolumeStore {
                     self.damaged.push(error.to_string());
                 }
             }
+        }
+        for (sequence, of) in foreign(&segments) {
+            segments.remove(&sequence);
+            self.damaged.push(format!(
+                "{} is of another epoch than what is before and behind it ({of}): it was recorded by another machine, or is a file of another store. It is left alone",
+                segment_path(&self.directory, sequence).display()
+            ));
         }
         self.segments = Arc::new(segments);
         self.load_used_keys();
