@@ -325,7 +325,7 @@ fn of_copying_out() {
     std::fs::create_dir(&root).unwrap();
     let mut content = vec![0u8; 3 << 20];
     for (index, byte) in content[..1 << 20].iter_mut().enumerate() {
-        *byte = (index * 31 >> 3) as u8;
+        *byte = ((index * 31) >> 3) as u8;
     }
     content[5 << 19..].fill(7);
     std::fs::write(root.join("source"), &content).unwrap();

@@ -56,6 +56,7 @@ const MAY_USE: [(&str, &[&str]); 12] = [
             "varve-format",
             "varve-log",
             "varve-store",
+            "varve-cli",
             "varve-front",
             "blkfilter",
         ],

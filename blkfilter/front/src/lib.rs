@@ -16,6 +16,7 @@ pub mod fuse;
 mod loopback;
 pub mod nbd;
 pub mod nbd_context;
+mod nbd_transmission;
 mod partitions;
 mod request;
 mod show;
@@ -26,6 +27,7 @@ pub const RANGE_BYTES_MAX: u64 = 16 << 20;
 
 pub use device::{Answer, Device, DeviceFactory, Errno, RingPort, Stopper, Waker};
 pub use loopback::now_ns as monotonic_ns;
+pub use nbd_transmission::ReadBytes;
 pub use partitions::show_partitions;
 pub use request::{Geometry, Request, RequestKind};
 pub use show::{Showing, Shown, show};

@@ -1,11 +1,13 @@
-//! The NBD front end: one export over a Unix socket, newstyle negotiation with fixed flags (the NBD protocol document). Never TCP.
+//! The NBD front end: one export over a Unix socket, newstyle negotiation with fixed flags (the NBD protocol document). Never TCP. What follows the
+//! negotiation is in `nbd_transmission`.
 //!
 //! Bytes from a client are hostile: every length is bounded before anything is allocated, and an unknown option or command gets the protocol's own error.
 
-use crate::channel::{JOB_BYTES_MAX, JobSender};
+use crate::Geometry;
+use crate::channel::JobSender;
 use crate::device::Stopper;
 use crate::nbd_context::{MetaContext, named};
-use crate::{Geometry, RequestKind};
+use crate::nbd_transmission::{REQUEST_BYTES_MAX, ReadBytes, Transmission};
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
@@ -18,9 +20,6 @@ use std::time::Duration;
 const MAGIC: u64 = u64::from_be_bytes(*b"NBDMAGIC");
 const OPTION_MAGIC: u64 = u64::from_be_bytes(*b"IHAVEOPT");
 const REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
-const REQUEST_MAGIC: u32 = 0x2560_9513;
-const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
-const CHUNK_MAGIC: u32 = 0x668e_33ef;
 
 const FLAG_FIXED_NEWSTYLE: u16 = 1;
 const FLAG_NO_ZEROES: u16 = 2;
@@ -50,24 +49,23 @@ const TRANSMIT_TRIM: u16 = 32;
 const TRANSMIT_ZEROES: u16 = 64;
 const TRANSMIT_MULTI_CONN: u16 = 256;
 
-const COMMAND_BLOCK_STATUS: u16 = 7;
-const FLAG_REQUEST_ONE: u16 = 8;
-const CHUNK_DONE: u16 = 1;
-const CHUNK_OFFSET_DATA: u16 = 1;
-const CHUNK_BLOCK_STATUS: u16 = 5;
-const CHUNK_ERROR: u16 = 0x8001;
-
 const OPTION_BYTES_MAX: u32 = 64 << 10;
-const REQUEST_BYTES_MAX: u32 = 32 << 20;
 
-/// Serves `jobs` on `socket` from threads of its own until `stopper` says stop.
-pub fn listen(
-    socket: &Path,
-    geometry: Geometry,
-    jobs: JobSender,
-    contexts: Vec<MetaContext>,
-    stopper: &Stopper,
-) -> io::Result<()> {
+/// What is served.
+#[derive(Clone)]
+pub struct Served {
+    /// Its shape.
+    pub geometry: Geometry,
+    /// Who does what is asked for, one thing after the other.
+    pub jobs: JobSender,
+    /// Who reads, several things at once; if not `jobs`.
+    pub read: Option<ReadBytes>,
+    /// What is told of it.
+    pub contexts: Arc<Vec<MetaContext>>,
+}
+
+/// Serves it on `socket` from threads of its own until `stopper` says stop.
+pub fn listen(socket: &Path, served: Served, stopper: &Stopper) -> io::Result<()> {
     // A socket that a dead server left; anything else is somebody's.
     if std::fs::symlink_metadata(socket).is_ok_and(|found| found.file_type().is_socket()) {
         // One that was told to end does so in a moment.
@@ -87,7 +85,6 @@ pub fn listen(
     let listener = UnixListener::bind(socket)?;
     std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))?;
     listener.set_nonblocking(true)?;
-    let contexts = Arc::new(contexts);
     let (stopper, path) = (stopper.clone(), socket.to_path_buf());
     std::thread::spawn(move || {
         let mut open: Vec<(Arc<UnixStream>, JoinHandle<()>)> = Vec::new();
@@ -99,14 +96,12 @@ pub fn listen(
                         continue;
                     };
                     let theirs = Arc::clone(&ours);
-                    let (jobs, contexts) = (jobs.clone(), Arc::clone(&contexts));
+                    let served = served.clone();
                     let thread = std::thread::spawn(move || {
                         let _ = stream.set_nonblocking(false);
                         let _ = Connection {
                             stream,
-                            geometry,
-                            jobs,
-                            contexts,
+                            served,
                             structured: false,
                             selected: Vec::new(),
                         }
@@ -130,9 +125,7 @@ pub fn listen(
 
 struct Connection {
     stream: UnixStream,
-    geometry: Geometry,
-    jobs: JobSender,
-    contexts: Arc<Vec<MetaContext>>,
+    served: Served,
     /// Reads are answered in chunks.
     structured: bool,
     /// Contexts that the client has chosen.
@@ -140,12 +133,6 @@ struct Connection {
 }
 
 impl Connection {
-    fn u16(&mut self) -> io::Result<u16> {
-        let mut bytes = [0; 2];
-        self.stream.read_exact(&mut bytes)?;
-        Ok(u16::from_be_bytes(bytes))
-    }
-
     fn u32(&mut self) -> io::Result<u32> {
         let mut bytes = [0; 4];
         self.stream.read_exact(&mut bytes)?;
@@ -166,14 +153,14 @@ impl Connection {
         self.stream.write_all(&hello)?;
         let client = self.u32()?;
         if self.negotiate(client & u32::from(FLAG_NO_ZEROES) != 0)? {
-            self.transmit()?;
+            Transmission::new(self.stream, self.served, self.structured, self.selected)?.run()?;
         }
         Ok(())
     }
 
     fn transmission_flags(&self) -> u16 {
         let flags = TRANSMIT_HAS_FLAGS | TRANSMIT_FLUSH | TRANSMIT_MULTI_CONN;
-        if self.geometry.read_only {
+        if self.served.geometry.read_only {
             flags | TRANSMIT_READ_ONLY
         } else {
             flags | TRANSMIT_FUA | TRANSMIT_TRIM | TRANSMIT_ZEROES
@@ -197,7 +184,7 @@ impl Connection {
             match option {
                 OPT_EXPORT_NAME => {
                     let mut answer = Vec::new();
-                    answer.extend(self.geometry.bytes.to_be_bytes());
+                    answer.extend(self.served.geometry.bytes.to_be_bytes());
                     answer.extend(self.transmission_flags().to_be_bytes());
                     if !no_zeroes {
                         answer.extend([0u8; 124]);
@@ -216,12 +203,12 @@ impl Connection {
                 OPT_INFO | OPT_GO => {
                     let mut info = Vec::new();
                     info.extend(INFO_EXPORT.to_be_bytes());
-                    info.extend(self.geometry.bytes.to_be_bytes());
+                    info.extend(self.served.geometry.bytes.to_be_bytes());
                     info.extend(self.transmission_flags().to_be_bytes());
                     self.reply(option, REP_INFO, &info)?;
                     let mut sizes = Vec::new();
                     sizes.extend(INFO_BLOCK_SIZE.to_be_bytes());
-                    for size in [self.geometry.sector_bytes, 4096, REQUEST_BYTES_MAX] {
+                    for size in [self.served.geometry.sector_bytes, 4096, REQUEST_BYTES_MAX] {
                         sizes.extend(size.to_be_bytes());
                     }
                     self.reply(option, REP_INFO, &sizes)?;
@@ -245,13 +232,13 @@ impl Connection {
     /// Which contexts there are, or are wanted.
     fn choose(&mut self, option: u32, data: &[u8]) -> io::Result<()> {
         let lists = option == OPT_LIST_META_CONTEXT;
-        let found = named(&self.contexts, data, lists).filter(|_| self.structured);
+        let found = named(&self.served.contexts, data, lists).filter(|_| self.structured);
         let Some(found) = found else {
             return self.reply(option, REP_ERR_INVALID, &[]);
         };
         for id in &found {
             let mut answer = id.to_be_bytes().to_vec();
-            answer.extend(self.contexts[*id as usize].name.as_bytes());
+            answer.extend(self.served.contexts[*id as usize].name.as_bytes());
             self.reply(option, REP_META_CONTEXT, &answer)?;
         }
         if !lists {
@@ -266,162 +253,6 @@ impl Connection {
         answer.extend(option.to_be_bytes());
         answer.extend(kind.to_be_bytes());
         answer.extend((data.len() as u32).to_be_bytes());
-        answer.extend(data);
-        self.stream.write_all(&answer)
-    }
-
-    fn transmit(&mut self) -> io::Result<()> {
-        loop {
-            if self.u32()? != REQUEST_MAGIC {
-                return Ok(());
-            }
-            let flags = self.u16()?;
-            let kind = self.u16()?;
-            let cookie = self.u64()?;
-            let offset = self.u64()?;
-            let length = self.u32()?;
-            if kind == COMMAND_BLOCK_STATUS {
-                self.block_status(cookie, offset, length, flags & FLAG_REQUEST_ONE != 0)?;
-                continue;
-            }
-            let command = match kind {
-                0 => RequestKind::Read,
-                1 => RequestKind::Write,
-                2 => return Ok(()),
-                3 => RequestKind::Flush,
-                4 => RequestKind::Discard,
-                6 => RequestKind::Zero,
-                _ => {
-                    self.answer(cookie, Err(libc::EINVAL))?;
-                    continue;
-                }
-            };
-            if matches!(command, RequestKind::Read | RequestKind::Write)
-                && length > REQUEST_BYTES_MAX
-            {
-                return Ok(()); // What follows cannot be told apart from requests any more.
-            }
-            let mut data = Vec::new();
-            if command == RequestKind::Write {
-                data = vec![0u8; length as usize];
-                self.stream.read_exact(&mut data)?;
-            }
-            let inside = offset
-                .checked_add(u64::from(length))
-                .is_some_and(|end| end <= self.geometry.bytes);
-            let result = if !inside {
-                Err(libc::EINVAL)
-            } else if self.geometry.read_only
-                && !matches!(command, RequestKind::Read | RequestKind::Flush)
-            {
-                Err(libc::EPERM)
-            } else {
-                self.serve(command, offset, u64::from(length), &data, flags & 1 != 0)
-            };
-            match (self.structured && command == RequestKind::Read, result) {
-                (true, Ok(data)) => {
-                    let head = offset.to_be_bytes();
-                    self.chunk(cookie, CHUNK_DONE, CHUNK_OFFSET_DATA, &[&head, &data])?;
-                }
-                (true, Err(errno)) => self.failed(cookie, errno)?,
-                (false, result) => self.answer(cookie, result)?,
-            }
-        }
-    }
-
-    /// What lies where, by each context that was chosen.
-    fn block_status(
-        &mut self,
-        cookie: u64,
-        offset: u64,
-        length: u32,
-        only_one: bool,
-    ) -> io::Result<()> {
-        let inside = offset
-            .checked_add(length.into())
-            .is_some_and(|end| end <= self.geometry.bytes);
-        if !inside || length == 0 || self.selected.is_empty() {
-            return match self.structured {
-                true => self.failed(cookie, libc::EINVAL),
-                false => self.answer(cookie, Err(libc::EINVAL)),
-            };
-        }
-        let mut answers = Vec::new();
-        for id in &self.selected {
-            let context = &self.contexts[*id as usize];
-            match context.extents(offset, length.into(), only_one) {
-                Ok(extents) => {
-                    let mut data = id.to_be_bytes().to_vec();
-                    for (bytes, state) in extents {
-                        data.extend(bytes.to_be_bytes());
-                        data.extend(state.to_be_bytes());
-                    }
-                    answers.push(data);
-                }
-                Err(error) => {
-                    let errno = error.raw_os_error().unwrap_or(libc::EIO);
-                    return self.failed(cookie, errno);
-                }
-            }
-        }
-        let last = answers.len() - 1;
-        for (index, data) in answers.iter().enumerate() {
-            let flags = if index == last { CHUNK_DONE } else { 0 };
-            self.chunk(cookie, flags, CHUNK_BLOCK_STATUS, &[data])?;
-        }
-        Ok(())
-    }
-
-    fn failed(&mut self, cookie: u64, errno: i32) -> io::Result<()> {
-        let (errno, no_words) = ((errno as u32).to_be_bytes(), 0u16.to_be_bytes());
-        self.chunk(cookie, CHUNK_DONE, CHUNK_ERROR, &[&errno, &no_words])
-    }
-
-    fn chunk(&mut self, cookie: u64, flags: u16, kind: u16, data: &[&[u8]]) -> io::Result<()> {
-        let length: usize = data.iter().map(|part| part.len()).sum();
-        let mut answer = Vec::with_capacity(20 + length);
-        answer.extend(CHUNK_MAGIC.to_be_bytes());
-        answer.extend(flags.to_be_bytes());
-        answer.extend(kind.to_be_bytes());
-        answer.extend(cookie.to_be_bytes());
-        answer.extend((length as u32).to_be_bytes());
-        data.iter().for_each(|part| answer.extend(*part));
-        self.stream.write_all(&answer)
-    }
-
-    fn serve(
-        &self,
-        kind: RequestKind,
-        offset: u64,
-        length: u64,
-        data: &[u8],
-        durable: bool,
-    ) -> Result<Vec<u8>, i32> {
-        if !matches!(kind, RequestKind::Read | RequestKind::Write) {
-            return self.jobs.call(kind, offset, length, Vec::new(), durable);
-        }
-        let mut read = Vec::new();
-        let mut done = 0;
-        while done < length {
-            let part = (length - done).min(JOB_BYTES_MAX as u64);
-            let slice = if kind == RequestKind::Write {
-                data[done as usize..(done + part) as usize].to_vec()
-            } else {
-                Vec::new()
-            };
-            read.extend(self.jobs.call(kind, offset + done, part, slice, durable)?);
-            done += part;
-        }
-        Ok(read)
-    }
-
-    fn answer(&mut self, cookie: u64, result: Result<Vec<u8>, i32>) -> io::Result<()> {
-        let (errno, data) =
-            result.map_or_else(|errno| (errno as u32, Vec::new()), |data| (0, data));
-        let mut answer = Vec::with_capacity(16 + data.len());
-        answer.extend(SIMPLE_REPLY_MAGIC.to_be_bytes());
-        answer.extend(errno.to_be_bytes());
-        answer.extend(cookie.to_be_bytes());
         answer.extend(data);
         self.stream.write_all(&answer)
     }

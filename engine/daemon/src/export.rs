@@ -1,6 +1,6 @@
 //! Images that are shown: as block devices or over NBD. Each has a thread; ending one ends its thread.
 
-use crate::image_device::ImageDevice;
+use crate::image_device::{ImageDevice, read_or_say};
 use crate::overlay::Overlay;
 use crossbeam_channel::bounded;
 use std::collections::BTreeMap;
@@ -13,8 +13,8 @@ use varve_control::{ControlError, Paths};
 use varve_front::channel;
 use varve_front::nbd_context::{BASE_ALLOCATION, MetaContext, STATE_DIRTY, STATE_HOLE, STATE_ZERO};
 use varve_front::{
-    Device, DeviceFactory, Geometry, RingPort, Showing, Stopper, Waker, nbd, show, show_partitions,
-    ublk,
+    Device, DeviceFactory, Geometry, ReadBytes, RingPort, Showing, Stopper, Waker, nbd, show,
+    show_partitions, ublk,
 };
 use varve_store::{Image, RangeKind};
 
@@ -71,6 +71,12 @@ fn allocation(image: &Arc<Image>) -> MetaContext {
                 .collect())
         }),
     }
+}
+
+/// Reads an image from any thread.
+fn reading(image: &Arc<Image>) -> ReadBytes {
+    let image = Arc::clone(image);
+    Arc::new(move |offset, bytes| read_or_say(&image, offset, bytes))
 }
 
 /// What was written, under the name by which clients know such bitmaps.
@@ -140,6 +146,7 @@ impl Exports {
         let image = Arc::new(image);
         // What is written to an overlay is not told of.
         let allocated = (!writable).then(|| allocation(&image));
+        let read = (!writable).then(|| reading(&image));
         let factory: DeviceFactory = Box::new(move |_port: RingPort| -> Box<dyn Device> {
             Box::new(ImageDevice::new(image, overlay))
         });
@@ -149,14 +156,20 @@ impl Exports {
         let (shown, thread) = match nbd {
             Some(NbdExport { socket, dirty }) => {
                 let contexts = allocated.into_iter().chain(dirty.map(dirty_bitmap));
-                let contexts: Vec<MetaContext> = contexts.collect();
+                let contexts: Arc<Vec<MetaContext>> = Arc::new(contexts.collect());
                 let (shown_in, shown) = bounded(1);
                 let (waker, stopper) = (waker.clone(), stopper.clone());
                 let thread = std::thread::Builder::new()
                     .name("export".to_owned())
                     .spawn(move || {
                         let (jobs, receiver) = channel::jobs(&waker);
-                        nbd::listen(Path::new(&socket), geometry, jobs, contexts, &stopper)
+                        let served = nbd::Served {
+                            geometry,
+                            jobs,
+                            read,
+                            contexts,
+                        };
+                        nbd::listen(Path::new(&socket), served, &stopper)
                             .map_err(|e| format!("{socket}: {e}"))?;
                         let _ = shown_in.send(socket);
                         channel::serve(&receiver, factory, &waker, &stopper)

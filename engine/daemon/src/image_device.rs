@@ -13,6 +13,14 @@ pub struct ImageDevice {
     answers: VecDeque<Answer>,
 }
 
+/// Reads an image; what is wrong is said, and is an I/O error.
+pub(crate) fn read_or_say(image: &Image, offset: u64, bytes: &mut [u8]) -> Result<(), Errno> {
+    image.read(offset, bytes).map_err(|error| {
+        eprintln!("varved: image at {}: {error}", image.lsn());
+        libc::EIO
+    })
+}
+
 impl ImageDevice {
     /// A device that shows `image`, writable if there is an overlay.
     #[must_use]
@@ -31,10 +39,7 @@ impl ImageDevice {
         match (request.kind, &request.buffer) {
             (RequestKind::Flush, _) => Ok(()),
             (RequestKind::Read, Some(buffer)) => buffer.write_with(|bytes| {
-                self.image.read(request.offset, bytes).map_err(|error| {
-                    eprintln!("varved: image at {}: {error}", self.image.lsn());
-                    libc::EIO
-                })?;
+                read_or_say(&self.image, request.offset, bytes)?;
                 self.overlay
                     .as_ref()
                     .map_or(Ok(()), |overlay| overlay.cover(request.offset, bytes))

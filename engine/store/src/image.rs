@@ -1,4 +1,5 @@
-//! An image: a volume as of an LSN, read like a disk. Every byte is checked against its record's CRC before it is given out.
+//! An image: a volume as of an LSN, read like a disk. Every byte is checked before it is given out: against its record's CRC, or, where only a part of a
+//! record is wanted of a settled segment, against those of its frames.
 //!
 //! It opens by asking which maps cover the history below the LSN (see `maps`), and reads the records of at most eight segments. What a range is, it
 //! asks layer by layer, newest first, until nothing of the range is left. Segment files are opened when they are read from.
@@ -196,20 +197,28 @@ impl Image {
         if target.len() as u64 == u64::from(extent.payload_bytes.get()) {
             return self.load(extent, target);
         }
+        let skip = u64::from(extent.skip.get()) * MAP_UNIT_BYTES;
+        let (file, at) = self.place_of(extent)?;
+        // Its frames have checksums, and were proved to hold what the payload's was made of.
+        if file.is_settled() && skip + target.len() as u64 <= extent.payload_bytes.get().into() {
+            return file
+                .read(at + skip, target, &self.frames)
+                .map_err(|error| or_no_key(error, |why| lost(extent, &why)));
+        }
         // Only whole payloads have a checksum: who wants a part of one is likely to want the rest.
         let payload = self.payloads.get(extent.lsn.get(), || {
             let mut payload = vec![0u8; extent.payload_bytes.get() as usize];
             self.load(extent, &mut payload).map(|()| Arc::new(payload))
         })?;
-        let skip = (u64::from(extent.skip.get()) * MAP_UNIT_BYTES) as usize;
+        let skip = skip as usize;
         // The format promises that an extent lies within its payload.
         let part = payload.get(skip..skip + target.len());
         target.copy_from_slice(part.ok_or_else(|| lost(extent, "its map is wrong"))?);
         Ok(())
     }
 
-    /// Reads a record's whole payload and checks it.
-    fn load(&self, extent: &MapExtent, payload: &mut [u8]) -> Result<(), StoreError> {
+    /// The file of a record's payload, and where in it that lies.
+    fn place_of(&self, extent: &MapExtent) -> Result<(Arc<SegmentFile>, u64), StoreError> {
         let sequence = SegmentSequence(extent.segment.get());
         let lost = |why: String| lost(extent, &why);
         let segment = self
@@ -221,7 +230,13 @@ impl Image {
             .files
             .get(sequence.0, open)
             .map_err(|error| or_no_key(error, lost))?;
-        let at = u64::from(extent.payload.get()) * MAP_UNIT_BYTES;
+        Ok((file, u64::from(extent.payload.get()) * MAP_UNIT_BYTES))
+    }
+
+    /// Reads a record's whole payload and checks it.
+    fn load(&self, extent: &MapExtent, payload: &mut [u8]) -> Result<(), StoreError> {
+        let lost = |why: String| lost(extent, &why);
+        let (file, at) = self.place_of(extent)?;
         file.read(at, payload, &self.frames)
             .map_err(|error| or_no_key(error, lost))?;
         let crc = payload_crc(file.epoch(), Lsn(extent.lsn.get()), payload);

@@ -184,6 +184,11 @@ impl SegmentFile {
         })
     }
 
+    /// Whether it is in frames.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.settled.is_some()
+    }
+
     /// What a file that is made of this one is encrypted with.
     pub(crate) fn keys(&self) -> &VolumeKeys {
         &self.keys

@@ -1,3 +1,4 @@
+//! `store-bench write SEED COUNT TARGET`: pages like a database's at random places of a file or device; COUNT 0: everywhere, in order. Says which places.
 //! `store-bench DIR [MILLIONS...]`: figures of the store, each beside what it is measured against, in one run. Part of `make bench`.
 //!
 //! Histories are made by the real log writer and taken by the real ingest; payloads are zero where only their number counts, and like a database's
@@ -20,8 +21,17 @@ const SEGMENT_BYTES: u64 = 64 << 20;
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if let [what, seed, count, target] = &arguments[..]
+        && what == "write"
+    {
+        return write(
+            seed.parse().unwrap(),
+            count.parse().unwrap(),
+            Path::new(target),
+        );
+    }
     let Some(directory) = arguments.first() else {
-        eprintln!("store-bench DIR [MILLIONS OF RECORDS...]");
+        eprintln!("store-bench DIR [MILLIONS OF RECORDS...] | store-bench write SEED COUNT TARGET");
         std::process::exit(2);
     };
     for millions in &arguments[1..] {
@@ -121,6 +131,28 @@ fn page(seed: &mut u64) -> Vec<u8> {
     }
     page.resize(4096, 0);
     page
+}
+
+/// Writes pages, and says where.
+fn write(seed: u64, count: u64, target: &Path) {
+    let file = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open(target)
+        .unwrap();
+    let pages = std::io::Seek::seek(&mut &file, std::io::SeekFrom::End(0)).unwrap() / 4096;
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let places: Vec<u64> = match count {
+        0 => (0..pages).collect(),
+        count => (0..count).map(|_| random(&mut state) % pages).collect(),
+    };
+    for place in &places {
+        file.write_all_at(&page(&mut state), place * 4096).unwrap();
+    }
+    file.sync_all().unwrap();
+    if count > 0 {
+        places.iter().for_each(|place| println!("{}", place * 4096));
+    }
 }
 
 /// Settling, reading, scrubbing, on content that compresses like a database.
