@@ -226,6 +226,46 @@ fn whoever_changes_a_file_and_its_checksums_is_noticed() {
     assert!(scrub(&open(root, &secret).unwrap()).damage.is_empty());
 }
 
+/// The list of keys that a history wants is only a list: damaged or unreadable, it neither locks the history nor lets it go on in the clear.
+#[test]
+fn a_list_of_keys_that_is_damaged_is_made_good_by_the_segments() {
+    let directory = tempfile::tempdir().unwrap();
+    let root = directory.path();
+    let secret = key_file(3);
+    let mut sample = history(root, &secret);
+    sample.settle_all(Compression::Lz4);
+    let end = sample.store.timeline().end();
+    let wanted = sample.image(end);
+    drop(sample);
+    let list = varve_store::volume_directory(root, VOLUME).join("keys-used");
+    let whole = std::fs::read(&list).unwrap();
+    let check = |what: &str| {
+        let store = open(root, &secret).unwrap();
+        assert!(
+            store.healed()[0].contains("keys-used"),
+            "{what}: {:?}",
+            store.healed()
+        );
+        assert!(varve_tests::sample::read(&store, end) == wanted, "{what}");
+        drop(store);
+        // Without any key it is locked all the same, not in the clear.
+        let store = VolumeStore::open(root, VOLUME).unwrap();
+        assert!(
+            store.encrypts().is_err() && Image::open(&store, end).is_err(),
+            "{what}"
+        );
+    };
+    let mut other = whole.clone();
+    other[5] = if other[5] == b'0' { b'1' } else { b'0' };
+    std::fs::write(&list, &other).unwrap();
+    check("another key");
+    std::fs::write(&list, [&b"zz"[..], &whole].concat()).unwrap();
+    check("no key");
+    std::fs::remove_file(&list).unwrap();
+    std::fs::create_dir(&list).unwrap();
+    check("unreadable");
+}
+
 #[test]
 fn another_secret_opens_it_and_the_old_one_does_not() {
     let directory = tempfile::tempdir().unwrap();

@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use varve_format::Lsn;
 use varve_store::{Compression, VolumeStore};
+use varve_tests::guest::large;
 use varve_tests::sample::{Sample, VOLUME, prune_to, read, scrub};
 
 /// Calls that only read fail with EIO.
@@ -42,10 +43,6 @@ const WRITING: [&str; 6] = [
     "rename",
     "ftruncate",
 ];
-
-fn large() -> bool {
-    std::env::var("VARVE_TEST_SIZE").is_ok_and(|size| size == "large")
-}
 
 fn copy_tree(from: &Path, to: &Path) {
     std::fs::create_dir_all(to).unwrap();

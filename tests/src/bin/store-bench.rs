@@ -346,7 +346,7 @@ fn settling(sample: &mut Sample, root: &Path) {
     let whole = began.elapsed();
     let rate = |time: Duration| input as f64 / f64::from(1 << 20) / time.as_secs_f64();
     println!(
-        "settling zstd:3: {:.0} MiB/s with its flush, {:.0} with the proof; zstd:3 alone {:.0} (ratio {:.2}, limit 0.90); {:.2} of the bytes are left",
+        "settling zstd:3: {:.0} MiB/s, {:.0} with flush and proof; zstd:3 alone {:.0} (ratio {:.2}, limit 0.90); {:.2} of the bytes are left",
         rate(compressing),
         rate(whole),
         rate(alone),
