@@ -237,7 +237,7 @@ fn a_list_of_keys_that_is_damaged_is_made_good_by_the_segments() {
     let end = sample.store.timeline().end();
     let wanted = sample.image(end);
     drop(sample);
-    let list = varve_store::volume_directory(root, VOLUME).join("keys-used");
+    let list = volume_directory(root, VOLUME).join("keys-used");
     let whole = std::fs::read(&list).unwrap();
     let check = |what: &str| {
         let store = open(root, &secret).unwrap();
@@ -246,7 +246,7 @@ fn a_list_of_keys_that_is_damaged_is_made_good_by_the_segments() {
             "{what}: {:?}",
             store.healed()
         );
-        assert!(varve_tests::sample::read(&store, end) == wanted, "{what}");
+        assert!(read(&store, end) == wanted, "{what}");
         drop(store);
         // Without any key it is locked all the same, not in the clear.
         let store = VolumeStore::open(root, VOLUME).unwrap();

@@ -337,4 +337,19 @@ fn of_copying_out() {
             std::fs::remove_file(target).unwrap(); // It would be refused once more.
         }
     });
+    // Only reading the target again fails: what is there is ours, and the same command begins anew.
+    let target = root.join("target");
+    let only_target = [
+        "-P",
+        target.to_str().unwrap(),
+        "-e",
+        "inject=pread64:error=EIO:when=1",
+    ];
+    let (code, said) = run("export", &root, &only_target);
+    assert!(code == Some(1) && said.contains("H016-read"), "{said}");
+    let (code, said) = run("export", &root, &["-e", "trace=sched_yield"]);
+    assert!(
+        code == Some(0) && std::fs::read(&target).unwrap() == content,
+        "{said}"
+    );
 }
