@@ -334,6 +334,34 @@ fn a_damaged_segment_holds_up_nothing() {
     }
 }
 
+/// What was never compressed has no checksum but its records': damage to it is not written into a file that looks whole.
+#[test]
+fn damage_to_a_sealed_segment_is_not_pruned_into_a_file_that_looks_whole() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut sample = Sample::new(directory.path(), VOLUME_BYTES, SEGMENT_BYTES, true);
+    sample.mixed(2000);
+    let span = length(&sample.store);
+    assert!(keep(&mut sample.store, &policy(span, 10, &[(10, 100)])));
+    let segments = files(directory.path(), "segments");
+    let victim = &segments[segments.len() / 3];
+    let mut bytes = std::fs::read(victim).unwrap();
+    // In payloads, one bit of each block: what is kept of it is hit, too.
+    for at in (4096 + 2048..bytes.len() - 4096).step_by(4096) {
+        bytes[at] ^= 1;
+    }
+    std::fs::write(victim, &bytes).unwrap();
+    let pruned = sweep(&mut sample.store);
+    assert!(
+        pruned > segments.len() as u64 / 3,
+        "{pruned} of {}",
+        segments.len()
+    );
+    assert!(
+        std::fs::read(victim).unwrap() == bytes,
+        "the damaged segment was pruned"
+    );
+}
+
 /// Sectors that are written one by one are pruned like blocks.
 #[test]
 fn what_is_written_in_parts_of_blocks_is_pruned_too() {

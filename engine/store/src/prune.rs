@@ -14,9 +14,9 @@
 //! was; a lost run is made again from the copy in the segment. Each record that is kept is therefore read from the disk before its old copy goes.
 
 use crate::kept::KeptInstants;
-use crate::segment_file::{SegmentFile, frame_cache};
+use crate::segment_file::{SegmentBytes, SegmentFile};
 use crate::settle::from_the_disk;
-use crate::settled_file::{self, WINDOW_FRAMES_BYTES, root_of};
+use crate::settled_file;
 use crate::volume::Segments;
 use crate::{Compression, StoreError, StoredSegment, VolumeStore, durable, run_file};
 use roaring::RoaringBitmap;
@@ -27,6 +27,7 @@ use varve_format::{
     BLOCK_BYTES, Lsn, RECORD_PAYLOAD_BYTES_MAX, RecordKind, RunEntry, RunHeader, SETTLED_BYTES_MAX,
     SegmentSequence, payload_crc,
 };
+use varve_log::ReadAt;
 
 /// A segment is written anew when at least one in so many of its bytes goes: what stays in spite of that is less than a tenth.
 const WORTH_ONE_IN: u64 = 10;
@@ -502,35 +503,63 @@ fn prove(
     new: &Path,
 ) -> Result<(), StoreError> {
     let unproved = || StoreError::Proof(new.to_path_buf());
-    if written.kept_root() != Some(root_of(written).map_err(|_| unproved())?) {
+    let (root, damaged) = root_and_damage(segment, written, entries).map_err(|_| unproved())?;
+    if written.kept_root() != Some(root) {
         return Err(unproved());
     }
     if run_file::of_segment(written).map_err(|_| unproved())?.1 != entries {
         return Err(unproved());
     }
-    match first_damaged(segment, written, entries) {
+    match damaged {
         None => Ok(()),
         // Which of the two is wrong?
-        Some(entry) => match first_damaged(segment, source, std::slice::from_ref(entry)) {
-            Some(_) => Err(StoreError::Root(segment.sequence)),
-            None => Err(unproved()),
-        },
+        Some(entry) => {
+            let mut source = SegmentBytes::new(source);
+            match is_damaged(segment, &mut source, entry) {
+                true => Err(StoreError::Root(segment.sequence)),
+                false => Err(unproved()),
+            }
+        }
     }
 }
 
-/// The first record whose payload is not there as it was recorded.
-pub(crate) fn first_damaged<'a>(
+/// BLAKE3 of what a segment keeps, and the first record whose payload is not there as it was recorded; each frame is read once.
+pub(crate) fn root_and_damage<'a>(
     segment: &StoredSegment,
     file: &SegmentFile,
     entries: &'a [RunEntry],
-) -> Option<&'a RunEntry> {
-    let cache = frame_cache(WINDOW_FRAMES_BYTES);
-    entries.iter().find(|entry| {
-        payload_of(entry).is_some_and(|(at, length)| {
-            let mut payload = vec![0u8; length.min(RECORD_PAYLOAD_BYTES_MAX) as usize];
-            let read = file.read(at, &mut payload, &cache);
-            let crc = payload_crc(segment.epoch, entry.lsn(), &payload);
-            read.is_err() || crc != entry.payload_crc.get()
-        })
+) -> Result<([u8; 32], Option<&'a RunEntry>), StoreError> {
+    // Payloads lie in the order of the records. Where they do not, it only takes longer.
+    let mut left = entries.iter().peekable();
+    let mut damaged = None;
+    let root = settled_file::root_and(file, |source, before| {
+        let lies_before = |entry: &&RunEntry| {
+            payload_of(entry)
+                .is_none_or(|(at, length)| at.checked_add(length).is_some_and(|end| end <= before))
+        };
+        while let Some(entry) = left.next_if(lies_before) {
+            if damaged.is_none() && is_damaged(segment, source, entry) {
+                damaged = Some(entry);
+            }
+        }
+    })?;
+    // What is left lies behind the segment's end.
+    Ok((
+        root,
+        damaged.or_else(|| left.find(|entry| payload_of(entry).is_some())),
+    ))
+}
+
+/// Whether a record's payload is not there as it was recorded.
+pub(crate) fn is_damaged(
+    segment: &StoredSegment,
+    source: &mut SegmentBytes<'_>,
+    entry: &RunEntry,
+) -> bool {
+    payload_of(entry).is_some_and(|(at, length)| {
+        let mut payload = vec![0u8; length.min(RECORD_PAYLOAD_BYTES_MAX) as usize];
+        let read = source.read_at(at, &mut payload);
+        let crc = payload_crc(segment.epoch, entry.lsn(), &payload);
+        read.is_err() || crc != entry.payload_crc.get()
     })
 }

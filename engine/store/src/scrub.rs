@@ -6,15 +6,14 @@
 
 use crate::map_file::MapCursor;
 use crate::maps::MapPlace;
-use crate::prune::first_damaged;
-use crate::segment_file::{SegmentBytes, SegmentFile, frame_cache};
-use crate::settled_file::{WINDOW_FRAMES_BYTES, root_of};
+use crate::prune::{is_damaged, root_and_damage};
+use crate::segment_file::{SegmentBytes, SegmentFile};
 use crate::volume::Segments;
 use crate::{StoreError, StoredSegment, VolumeStore, run_file};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
-use varve_format::{Hash128, Lsn, RunEntry, SegmentSequence, WallTime, payload_crc};
+use varve_format::{Hash128, Lsn, RunEntry, SegmentSequence, WallTime};
 use varve_log::{ReadAt, SegmentReader};
 
 /// Something that is not what it was.
@@ -224,11 +223,12 @@ impl ScrubJob {
         found: &mut Scrubbed,
     ) -> Result<(), String> {
         let (head, entries, events) = run_file::of_segment(file).map_err(|e| e.to_string())?;
-        let root = root_of(file).map_err(|error| error.to_string())?;
+        let (root, damaged) =
+            root_and_damage(segment, file, &entries).map_err(|error| error.to_string())?;
         if file.kept_root() != Some(root) {
             return Err("its bytes do not have the root that they were pruned with".to_owned());
         }
-        if let Some(entry) = first_damaged(segment, file, &entries) {
+        if let Some(entry) = damaged {
             return Err(format!(
                 "the record at LSN {} is not what it was",
                 entry.lsn()
@@ -332,25 +332,15 @@ fn cover(left: &mut Vec<(u64, u64)>, offset: u64, length: u64) {
 
 /// Records of a damaged segment whose payload cannot be read.
 fn lost_records(segment: &StoredSegment, entries: &[RunEntry]) -> Vec<RunEntry> {
-    let file = SegmentFile::open(segment).ok();
-    let cache = frame_cache(WINDOW_FRAMES_BYTES);
-    let is_lost = |entry: &&RunEntry| {
-        if entry.kind != varve_format::RecordKind::Write as u8 {
-            return false;
-        }
-        let Some(file) = &file else {
-            return true;
-        };
-        let bytes = entry
-            .length
-            .get()
-            .min(varve_format::RECORD_PAYLOAD_BYTES_MAX);
-        let mut payload = vec![0u8; bytes as usize];
-        let read = file.read(entry.payload.get(), &mut payload, &cache);
-        let crc = payload_crc(segment.epoch, entry.lsn(), &payload);
-        read.is_err() || crc != entry.payload_crc.get()
+    let writes = entries
+        .iter()
+        .filter(|entry| entry.kind == varve_format::RecordKind::Write as u8);
+    let Ok(file) = SegmentFile::open(segment) else {
+        return writes.copied().collect();
     };
-    entries.iter().filter(is_lost).copied().collect()
+    let mut source = SegmentBytes::new(&file);
+    let is_lost = |entry: &&RunEntry| is_damaged(segment, &mut source, entry);
+    writes.filter(is_lost).copied().collect()
 }
 
 /// What is wrong with the run of a segment that is whole.

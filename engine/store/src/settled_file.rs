@@ -38,44 +38,37 @@ pub(crate) struct Kept<'a> {
     pub(crate) run: &'a [u8],
 }
 
-/// Gives the blocks of a segment, one after the other, several at a time; of a pruned one those that are not gone.
-pub(crate) fn each_step(
+/// BLAKE3 of a segment's blocks, read one behind the other: of all of them, or of those that are not gone.
+pub(crate) fn root_of(file: &SegmentFile) -> Result<[u8; 32], StoreError> {
+    root_and(file, |_, _| {})
+}
+
+/// The same; after each part `also` may look at what lies before a byte, which still is at hand.
+pub(crate) fn root_and(
     file: &SegmentFile,
-    wanted: impl Fn(u64) -> bool,
-    mut step: impl FnMut(u64, &[u8]) -> Result<(), StoreError>,
-) -> Result<(), StoreError> {
+    mut also: impl FnMut(&mut SegmentBytes<'_>, u64),
+) -> Result<[u8; 32], StoreError> {
+    let mut hasher = blake3::Hasher::new();
     let mut source = SegmentBytes::new(file);
     let mut buffer = vec![0u8; STEP_BYTES];
     let count = file.footer().data_bytes.get() / BLOCK_BYTES;
     let mut block = 0;
     while block < count {
         let most = (STEP_BYTES / BLOCK) as u64;
-        let same = wanted(block);
+        let is_gone = file.is_gone(block);
         let more = (block..count.min(block + most)).skip(1);
-        let part = 1 + more.take_while(|next| wanted(*next) == same).count() as u64;
-        if same {
+        let same = more.take_while(|next| file.is_gone(*next) == is_gone);
+        let part = 1 + same.count() as u64;
+        if !is_gone {
             let bytes = &mut buffer[..part as usize * BLOCK];
             source
                 .read_at(block * BLOCK_BYTES, bytes)
                 .map_err(StoreError::io(file.path()))?;
-            step(block, bytes)?;
+            hasher.update(bytes);
         }
         block += part;
+        also(&mut source, block * BLOCK_BYTES);
     }
-    Ok(())
-}
-
-/// BLAKE3 of a segment's blocks: of all of them, or of those that are not gone.
-pub(crate) fn root_of(file: &SegmentFile) -> Result<[u8; 32], StoreError> {
-    let mut hasher = blake3::Hasher::new();
-    each_step(
-        file,
-        |block| !file.is_gone(block),
-        |_, bytes| {
-            hasher.update(bytes);
-            Ok(())
-        },
-    )?;
     Ok(*hasher.finalize().as_bytes())
 }
 
