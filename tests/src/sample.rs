@@ -373,7 +373,7 @@ pub fn map_all(store: &mut VolumeStore) -> Result<u64, StoreError> {
 pub fn settle_all(store: &mut VolumeStore, compression: Compression) -> Result<u64, StoreError> {
     let mut settled = 0;
     while let Some(job) = store.next_to_settle(compression, &|_| false) {
-        store.replace(&job.compress()?.prove()?)?;
+        store.replace(&job.compress(1)?.prove()?)?;
         settled += 1;
     }
     Ok(settled)

@@ -71,7 +71,7 @@ fn encrypt_all(store: &mut VolumeStore) -> u64 {
             .unwrap();
         match job {
             Some(job) => {
-                let proved = job.compress().unwrap().prove().unwrap();
+                let proved = job.compress(1).unwrap().prove().unwrap();
                 store.replace(&proved).unwrap();
                 done += 1;
             }
@@ -383,7 +383,12 @@ fn keys_that_were_exported_open_what_is_left_of_a_store() {
     ));
     keys.unlock(&key_file(1)).unwrap();
     let exported = keys.export(&passphrase("rescue")).unwrap();
+    assert_eq!(keys.not_exported(Some(VOLUME)), 1);
+    keys.note_exported().unwrap();
+    assert_eq!(keys.not_exported(Some(VOLUME)), 0);
     drop(keys);
+    // It is known while they are locked, too.
+    assert_eq!(StoreKeys::load(root).not_exported(None), 0);
     for name in ["keys", "keys-copy"] {
         std::fs::remove_file(root.join(name)).unwrap();
     }
@@ -408,6 +413,7 @@ fn keys_that_were_exported_open_what_is_left_of_a_store() {
     ));
     assert_eq!(keys.import(&exported, &passphrase("rescue")).unwrap(), 1);
     assert_eq!(keys.import(&exported, &passphrase("rescue")).unwrap(), 0);
+    assert_eq!((keys.not_exported(None), keys.info().unwrap().keys), (1, 2));
     assert!(read(&store, end) == wanted);
     drop(store);
     assert!(read(&open(root, &key_file(2)).unwrap(), end) == wanted);

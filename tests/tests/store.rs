@@ -638,7 +638,7 @@ fn a_failing_disk_loses_nothing_at_any_step() {
             .unwrap();
         let path = files(directory.path(), "segments")[0].clone();
         let before = std::fs::read(&path).unwrap();
-        match with_file_limit(limit, || job.compress()) {
+        match with_file_limit(limit, || job.compress(1)) {
             Ok(settling) => {
                 sample.store.replace(&settling.prove().unwrap()).unwrap();
                 break;
@@ -669,7 +669,7 @@ fn what_a_crash_leaves_is_cleared_away() {
         .store
         .next_to_settle(Compression::Zstd(1), &|_| false)
         .unwrap();
-    let _settling = job.compress().unwrap();
+    let _settling = job.compress(1).unwrap();
     // Half a map, half a run.
     let folder = volume_directory(directory.path(), VOLUME);
     std::fs::write(folder.join("maps/01-00000000000000000009.new"), [7; 9000]).unwrap();
@@ -699,7 +699,7 @@ fn what_does_not_come_back_from_the_disk_replaces_nothing() {
         .unwrap();
     let path = files(directory.path(), "segments")[0].clone();
     let sealed = std::fs::read(&path).unwrap();
-    let settling = job.compress().unwrap();
+    let settling = job.compress(1).unwrap();
     flip(&path.with_extension("new"), 8 * 4100);
     let failed = settling.prove().err().unwrap();
     assert_eq!(failed.code(), "S011-proof", "{failed}");
@@ -709,7 +709,7 @@ fn what_does_not_come_back_from_the_disk_replaces_nothing() {
     let job = store
         .next_to_settle(Compression::Zstd(1), &|_| false)
         .unwrap();
-    let failed = job.compress().unwrap().prove().err().unwrap();
+    let failed = job.compress(1).unwrap().prove().err().unwrap();
     assert_eq!(failed.code(), "S010-root", "{failed}");
 }
 

@@ -3,13 +3,16 @@
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
+/// More processors than that compressing does not take.
+const PERCENT_MAX: u32 = 1600;
+
 /// How the store treats what it holds.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct StorePolicy {
     /// `none`, `lz4`, `zstd` or `zstd:1` to `zstd:19`.
     pub compression: String,
-    /// Percent of one processor that compressing and merging may take, 1 to 100.
+    /// Percent of one processor that compressing, merging and pruning may take; above 100 compressing takes several.
     pub background_percent: u32,
     /// How much of the past is kept: `all 48h, 1m 7d, 1h 30d, 1d 1y`, or `all`.
     pub keep: String,
@@ -95,8 +98,10 @@ impl StorePolicy {
             Err(error) => return Err(wrong(&error)),
         };
         let policy: StorePolicy = toml::from_str(&text).map_err(|error| wrong(&error.message()))?;
-        if !(1..=100).contains(&policy.background_percent) {
-            return Err(wrong(&"background_percent must be 1 to 100"));
+        if !(1..=PERCENT_MAX).contains(&policy.background_percent) {
+            return Err(wrong(&format_args!(
+                "background_percent must be 1 to {PERCENT_MAX} (100: all of one processor)"
+            )));
         }
         Ok(policy)
     }
@@ -125,6 +130,8 @@ mod tests {
                 .contains("compresion")
         );
         assert!(load("background_percent = 0").is_err());
+        assert!(load("background_percent = 200").is_ok());
+        assert!(load("background_percent = 1601").is_err());
         std::fs::remove_file(&path).unwrap();
         assert_eq!(StorePolicy::load(&path).unwrap(), StorePolicy::default());
     }

@@ -166,6 +166,8 @@ pub enum KeysAsk {
     Rotate,
     /// A file with all keys. Attached: the secret that opens the file.
     Export,
+    /// That file is written, durably.
+    Exported,
     /// Take keys out of such a file. Attached: the secret that opens the file, then the file.
     Import,
 }
@@ -182,6 +184,8 @@ pub struct KeysStatus {
     pub kind: String,
     /// Keys of volumes.
     pub keys: usize,
+    /// Of those, the ones that were never exported.
+    pub not_exported: usize,
     /// Segments that are not encrypted (yet), and those that are; by volumes that are open.
     pub plain_and_encrypted: (u64, u64),
     /// Keys that an import brought.
@@ -237,6 +241,10 @@ pub struct VolumeHistory {
     pub pruned_below_ns: i64,
     /// The instants that are kept below it, and what is pinned.
     pub kept: Vec<KeptInfo>,
+    /// The store is encrypted and waits for its key: nothing can be read, and nothing is compressed.
+    pub locked: bool,
+    /// Keys of this volume that were never exported.
+    pub keys_not_exported: usize,
     /// The last comparison of device and history.
     pub last_check: Option<CheckInfo>,
     /// The last drill.

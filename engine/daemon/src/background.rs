@@ -61,6 +61,9 @@ struct Background {
     proofs: Sender<(String, u64, Settling)>,
     proved: Receiver<(String, u64, Option<StoreError>)>,
     said: String,
+    /// How many threads may compress, and what all but one of them took in this turn.
+    threads: u32,
+    beside: Duration,
 }
 
 /// Works until the process ends.
@@ -94,6 +97,8 @@ pub(crate) fn run(service: Arc<Service>) {
         proofs,
         proved,
         said: String::new(),
+        threads: 1,
+        beside: Duration::ZERO,
     };
     loop {
         background.turn();
@@ -120,6 +125,10 @@ impl Background {
         self.service.retry_keys();
         let _ = self.service.clock_ns(); // A jump is noticed between two looks.
         let kept = self.settled_policy(kept);
+        let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32);
+        let percent = percent.min(cores * 100);
+        self.threads = percent.div_ceil(100);
+        self.beside = Duration::ZERO;
         let began = Instant::now();
         let mut worked = false;
         for id in self.service.open_ids() {
@@ -130,7 +139,8 @@ impl Background {
         }
         if worked {
             let took = began.elapsed();
-            std::thread::sleep(took * (100 - percent) / percent);
+            let share = (took + self.beside) * 100 / percent;
+            std::thread::sleep(share.saturating_sub(took));
         } else {
             std::thread::sleep(IDLE);
         }
@@ -314,7 +324,10 @@ impl Background {
 
     fn settle(&mut self, id: &str, job: SettleJob) -> bool {
         let sequence = job.sequence();
-        match job.compress() {
+        let began = Instant::now();
+        let compressed = job.compress(self.threads as usize);
+        self.beside += began.elapsed() * (self.threads - 1);
+        match compressed {
             Ok(settling) => {
                 self.under_way.insert((id.to_owned(), sequence));
                 let _ = self.proofs.send((id.to_owned(), sequence, settling));

@@ -10,6 +10,7 @@ pub(crate) fn history(store: &VolumeStore) -> Result<VolumeHistory, StoreError> 
         records: timeline.records(),
         stored_bytes: store.stored_bytes(),
         unsettled_bytes: store.unsettled_bytes(),
+        locked: store.encrypts().is_err_and(|error| error.wants_key()),
         payload_bytes: store.segments().map(|segment| segment.payload_bytes).sum(),
         ..VolumeHistory::default()
     };

@@ -151,12 +151,14 @@ impl Service {
                     let exported = keys.export(&secret).map_err(wrong)?;
                     file = exported.iter().map(|byte| format!("{byte:02x}")).collect();
                 }
+                KeysAsk::Exported => keys.note_exported().map_err(wrong)?,
                 KeysAsk::Import => status.imported = keys.import(rest, &secret).map_err(wrong)?,
             }
             if let Some(info) = keys.info() {
                 status.encrypted = true;
                 status.open = info.open;
                 status.keys = info.keys;
+                status.not_exported = keys.not_exported(None);
                 status.kind = match info.kind {
                     SecretKind::Passphrase => "passphrase",
                     SecretKind::KeyFile => "key file",
@@ -184,6 +186,14 @@ impl Service {
 }
 
 impl Service {
+    /// How many keys of a volume were never exported.
+    pub(crate) fn keys_not_exported(&self, volume: VolumeId) -> usize {
+        let (root, policy) = (self.paths().store(), self.paths().store_policy());
+        let guard = self.keys.get(&root, &policy);
+        let keys = guard.as_ref().map(|loaded| &loaded.keys);
+        keys.map_or(0, |keys| keys.not_exported(Some(volume)))
+    }
+
     /// Tries again what could not be read or opened.
     pub(crate) fn retry_keys(&self) {
         let (root, policy) = (self.paths().store(), self.paths().store_policy());

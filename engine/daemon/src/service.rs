@@ -489,11 +489,14 @@ impl Service {
             StoreOp::Ping => Ok(StoreReply::Done),
             StoreOp::History { volume } => {
                 let info = self.refresh(&volume)?;
-                self.with_store(&info.id, |store| {
-                    let history = history(store).map_err(|e| store_error(&e))?;
-                    Ok(StoreReply::History {
-                        history: Box::new(history),
-                    })
+                let asked = |store: &mut VolumeStore| {
+                    let known = history(store).map_err(|e| store_error(&e))?;
+                    Ok((known, store.volume()))
+                };
+                let (mut history, volume) = self.with_store(&info.id, asked)?;
+                history.keys_not_exported = self.keys_not_exported(volume);
+                Ok(StoreReply::History {
+                    history: Box::new(history),
                 })
             }
             StoreOp::Resolve { volume, instant } => {

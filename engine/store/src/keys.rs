@@ -6,6 +6,7 @@
 //! Keys in memory are wiped when they are let go. Nothing here prints one.
 
 use crate::crypt::{self, FileCipher};
+use crate::key_list::{self, KeyNames};
 use crate::{StoreError, durable};
 use ring::aead::{Aad, NONCE_LEN, Nonce};
 use std::collections::{BTreeMap, BTreeSet};
@@ -22,6 +23,8 @@ use zerocopy::FromZeros;
 use zeroize::Zeroizing;
 
 const NAMES: [&str; 2] = ["keys", "keys-copy"];
+/// Which of them were exported, so that it can be said of which there is no second copy.
+const EXPORTED: &str = "keys-exported";
 /// Argon2id, as RFC 9106 proposes where memory is not plenty: 64 MiB, three passes.
 const MEMORY_KIB: u32 = 64 << 10;
 const PASSES: u32 = 3;
@@ -456,6 +459,36 @@ impl StoreKeys {
         let sealing = sealing_key(&header, secret)?;
         let sealed = sealed_file(&header, &sealing, keys);
         Ok(sealed.map_err(StoreError::io(Path::new("keys")))?.0)
+    }
+
+    /// Notes that what is open now lies in a file somewhere else.
+    pub fn note_exported(&self) -> Result<(), StoreError> {
+        let (_, keys) = self.open.as_ref().ok_or(StoreError::NoKey)?;
+        let mut all = self.exported();
+        all.extend(keys.iter().map(|key| key.id));
+        key_list::write(&self.root.join(EXPORTED), &all)
+    }
+
+    /// What was exported; if that cannot be told, nothing.
+    fn exported(&self) -> KeyNames {
+        key_list::read(&self.root.join(EXPORTED)).map_or_else(|_| KeyNames::new(), |list| list.0)
+    }
+
+    /// How many keys of a volume, or of all, lie in no file somewhere else. They need not be open.
+    #[must_use]
+    pub fn not_exported(&self, volume: Option<VolumeId>) -> usize {
+        let Some((_, entries)) = &self.file else {
+            return 0;
+        };
+        let exported = self.exported();
+        let asked = |entry: &&SealedKey| match volume {
+            Some(volume) => entry.volume == volume.0,
+            None => entry.volume != [0; 16],
+        };
+        let missing = entries.iter().filter(asked);
+        missing
+            .filter(|entry| !exported.contains(&entry.id))
+            .count()
     }
 
     /// Takes keys out of such a file; gives how many were new.

@@ -18,6 +18,7 @@ mod error;
 mod image;
 mod ingest;
 mod kept;
+mod key_list;
 mod keys;
 mod ladder;
 mod map_file;

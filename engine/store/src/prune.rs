@@ -437,7 +437,8 @@ impl Sweep {
             blocks: &blocks,
             run: &run,
         };
-        let written = settled_file::write(&source, &entries, new, self.compression, Some(&kept))?;
+        let written =
+            settled_file::write(&source, &entries, new, (self.compression, 1), Some(&kept))?;
         let (written, stored_bytes) = from_the_disk(written, new, &segment.keys)?;
         prove(segment, &source, &written, &entries, new)?;
         let after = StoredSegment::new(

@@ -136,8 +136,8 @@ impl SettleJob {
         self.segment.data_bytes
     }
 
-    /// Compresses it into a new file.
-    pub fn compress(self) -> Result<Settling, StoreError> {
+    /// Compresses it into a new file, on so many threads.
+    pub fn compress(self, threads: usize) -> Result<Settling, StoreError> {
         let source = SegmentFile::open(&self.segment)?;
         // Without them the blocks lie in the order of time.
         let entries = self.segment.entries().unwrap_or_default();
@@ -148,8 +148,8 @@ impl SettleJob {
             blocks: &blocks,
             run,
         });
-        let (new, compression) = (&self.new, self.compression);
-        let written = settled_file::write(&source, &entries, new, compression, kept.as_ref());
+        let (new, how) = (&self.new, (self.compression, threads));
+        let written = settled_file::write(&source, &entries, new, how, kept.as_ref());
         let written = written.inspect_err(|_| {
             let _ = std::fs::remove_file(&self.new);
         })?;

@@ -8,6 +8,7 @@ use crate::compression::Packer;
 use crate::crypt::FileCipher;
 use crate::segment_file::{SegmentBytes, SegmentFile};
 use crate::{Compression, StoreError};
+use rayon::prelude::*;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::fs::File;
@@ -25,6 +26,8 @@ const FRAME_BYTES: usize = FRAME_BLOCKS as usize * BLOCK;
 /// Bytes that are read at a time.
 const STEP_BYTES: usize = 1 << 20;
 
+/// What one thread packs at a time: whole frames.
+const LANE_BYTES: usize = 16 * FRAME_BYTES;
 /// Blocks that are put in order together, and are in memory meanwhile: 16 MiB.
 const WINDOW_BLOCKS: u64 = 4096;
 /// Frames that reading in the order of time needs at hand: a window's, and some that later blocks are copies of. In bytes.
@@ -72,51 +75,94 @@ pub(crate) fn root_and(
     Ok(*hasher.finalize().as_bytes())
 }
 
+/// One thread's share of the frames that are packed at a time.
+struct Lane {
+    packer: Packer,
+    /// Frames as they are stored, one behind the other, and what is to be said of each; their places come later.
+    stored: Vec<u8>,
+    entries: Vec<FrameEntry>,
+    sealed: Vec<u8>,
+}
+
+impl Lane {
+    /// Packs frames, of which the first has the number `first`.
+    fn pack(
+        &mut self,
+        frames: &[u8],
+        first: u64,
+        sequence: u64,
+        cipher: Option<&FileCipher>,
+    ) -> std::io::Result<()> {
+        self.stored.clear();
+        self.entries.clear();
+        for (number, frame) in (first..).zip(frames.chunks(FRAME_BYTES)) {
+            let (codec, mut stored) = self.packer.pack(frame)?;
+            if let Some(cipher) = cipher {
+                self.sealed.clear();
+                self.sealed.extend_from_slice(stored);
+                cipher.seal(number, &mut self.sealed)?;
+                stored = &self.sealed;
+            }
+            let mut entry = FrameEntry::new_zeroed();
+            entry.length = (stored.len() as u32).into();
+            entry.crc = frame_crc(stored, sequence, number).into();
+            entry.codec = codec as u8;
+            self.entries.push(entry);
+            self.stored.extend_from_slice(stored);
+        }
+        Ok(())
+    }
+}
+
 /// Frames on their way into a file.
 struct FrameWriter<'a> {
     out: BufWriter<File>,
     path: &'a Path,
     sequence: u64,
-    packer: Packer,
+    lanes: Vec<Lane>,
     cipher: Option<FileCipher>,
-    sealed: Vec<u8>,
-    frame: Vec<u8>,
+    /// Blocks that are not packed yet: whole frames, and at the end perhaps a part of one.
+    pending: Vec<u8>,
     table: Vec<FrameEntry>,
     at: u64,
 }
 
 impl FrameWriter<'_> {
     fn keep(&mut self, block: &[u8]) -> Result<(), StoreError> {
-        self.frame.extend_from_slice(block);
-        if self.frame.len() == FRAME_BYTES {
-            self.end_frame()?;
+        self.pending.extend_from_slice(block);
+        if self.pending.len() == self.lanes.len() * LANE_BYTES {
+            self.pack()?;
         }
         Ok(())
     }
 
-    fn end_frame(&mut self) -> Result<(), StoreError> {
-        if self.frame.is_empty() {
-            return Ok(());
-        }
+    /// Packs what is pending, each lane its part, and writes it in order.
+    fn pack(&mut self) -> Result<(), StoreError> {
         let io = StoreError::io(self.path);
-        let (codec, mut stored) = self.packer.pack(&self.frame).map_err(&io)?;
-        if let Some(cipher) = &self.cipher {
-            self.sealed.clear();
-            self.sealed.extend_from_slice(stored);
-            cipher
-                .seal(self.table.len() as u64, &mut self.sealed)
-                .map_err(&io)?;
-            stored = &self.sealed;
+        let first = self.table.len() as u64;
+        let (sequence, cipher) = (self.sequence, self.cipher.as_ref());
+        let parts = self.pending.chunks(LANE_BYTES);
+        let count = parts.len();
+        let mut jobs = self.lanes.iter_mut().zip(parts).enumerate();
+        let run = |(index, (lane, part)): (usize, (&mut Lane, &[u8]))| {
+            let before = index * (LANE_BYTES / FRAME_BYTES);
+            lane.pack(part, first + before as u64, sequence, cipher)
+        };
+        let packed = match count {
+            0 | 1 => jobs.try_for_each(run),
+            _ => jobs.collect::<Vec<_>>().into_par_iter().try_for_each(run),
+        };
+        packed.map_err(&io)?;
+        for lane in &self.lanes[..count] {
+            self.out.write_all(&lane.stored).map_err(&io)?;
+            for entry in &lane.entries {
+                let mut entry = *entry;
+                entry.offset = self.at.into();
+                self.at += u64::from(entry.length.get());
+                self.table.push(entry);
+            }
         }
-        let mut entry = FrameEntry::new_zeroed();
-        entry.offset = self.at.into();
-        entry.length = (stored.len() as u32).into();
-        entry.crc = frame_crc(stored, self.sequence, self.table.len() as u64).into();
-        entry.codec = codec as u8;
-        self.table.push(entry);
-        self.at += stored.len() as u64;
-        self.out.write_all(stored).map_err(&io)?;
-        self.frame.clear();
+        self.pending.clear();
         Ok(())
     }
 }
@@ -126,7 +172,7 @@ pub(crate) fn write(
     source: &SegmentFile,
     entries: &[RunEntry],
     new: &Path,
-    compression: Compression,
+    (compression, threads): (Compression, usize),
     kept: Option<&Kept<'_>>,
 ) -> Result<File, StoreError> {
     let io = StoreError::io(new);
@@ -138,14 +184,23 @@ pub(crate) fn write(
         .truncate(true)
         .open(new)
         .map_err(&io)?;
+    let lane = |_| {
+        Ok(Lane {
+            packer: Packer::new(compression)?,
+            stored: Vec::new(),
+            entries: Vec::new(),
+            sealed: Vec::new(),
+        })
+    };
+    let lanes: std::io::Result<Vec<Lane>> = (0..threads.max(1)).map(lane).collect();
+    let lanes = lanes.map_err(&io)?;
     let mut writer = FrameWriter {
         out: BufWriter::with_capacity(STEP_BYTES, file),
         path: new,
         sequence: source.sequence().0,
-        packer: Packer::new(compression).map_err(&io)?,
+        lanes,
         cipher: None,
-        sealed: Vec::new(),
-        frame: Vec::with_capacity(FRAME_BYTES),
+        pending: Vec::with_capacity(threads.max(1) * LANE_BYTES),
         table: Vec::new(),
         at: BLOCK_BYTES,
     };
@@ -157,7 +212,7 @@ pub(crate) fn write(
     }
     writer.out.write_all(&[0u8; BLOCK]).map_err(&io)?;
     let written = write_blocks(source, &mut writer, entries, kept.map(|kept| kept.blocks))?;
-    writer.end_frame()?;
+    writer.pack()?;
     let mut tables = writer.table.as_bytes().to_vec();
     tables.extend(
         written

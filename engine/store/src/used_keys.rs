@@ -2,27 +2,21 @@
 //!
 //! Order: a key is listed, durably, before the first file that wants it gets its name. Crash between the two: the list names one more than is used.
 
+use crate::key_list::{self, KeyNames};
 use crate::segment_file::key_of;
-use crate::{StoreError, VolumeStore, durable};
-use std::collections::BTreeSet;
-use std::io::Write;
+use crate::{StoreError, VolumeStore};
 use std::path::Path;
 use varve_format::Lsn;
 
 const NAME: &str = "keys-used";
 
-/// Keys, by their names.
-pub(crate) type UsedKeys = BTreeSet<[u8; 16]>;
-
 impl VolumeStore {
     /// Reads the list. What cannot be read, or names a key that nobody has, is asked of the segments themselves.
     pub(crate) fn load_used_keys(&mut self) {
         let path = self.directory().join(NAME);
-        let why = match std::fs::read_to_string(&path) {
-            Ok(text) => {
-                let id = |line: &str| u128::from_str_radix(line, 16).ok().map(u128::to_be_bytes);
-                let whole = text.lines().all(|line| id(line).is_some());
-                self.used_keys = text.lines().filter_map(id).collect();
+        let why = match key_list::read(&path) {
+            Ok((listed, whole)) => {
+                self.used_keys = listed;
                 let known = !matches!(self.keys().have(&self.used_keys), Err(StoreError::OtherKey));
                 if whole && known {
                     return;
@@ -33,7 +27,7 @@ impl VolumeStore {
             Err(error) => error.to_string(),
         };
         let of_segment = |segment: &crate::StoredSegment| key_of(&segment.path()).ok().flatten();
-        let used: UsedKeys = self.segments().filter_map(of_segment).collect();
+        let used: KeyNames = self.segments().filter_map(of_segment).collect();
         if used != self.used_keys {
             self.healed.push(format!(
                 "{}: {why}. The keys were asked of the segments",
@@ -51,13 +45,7 @@ impl VolumeStore {
         };
         let mut all = self.used_keys.clone();
         all.insert(id);
-        let line = |id: &[u8; 16]| format!("{:032x}\n", u128::from_be_bytes(*id));
-        let text: String = all.iter().map(line).collect();
-        let path = self.directory().join(NAME);
-        durable::create(&path, |file| {
-            file.write_all(text.as_bytes())
-                .map_err(StoreError::io(&path))
-        })?;
+        key_list::write(&self.directory().join(NAME), &all)?;
         self.used_keys = all;
         Ok(())
     }
@@ -68,7 +56,7 @@ impl VolumeStore {
         let below = |segment: &&crate::StoredSegment| segment.settled && segment.lsn_start < lsn;
         let newest = self.segments().rev().find(below);
         match newest.and_then(|segment| key_of(&segment.path()).ok()?) {
-            Some(id) => self.keys().have(&UsedKeys::from([id])),
+            Some(id) => self.keys().have(&KeyNames::from([id])),
             None => Ok(()), // What is damaged is said when it is read.
         }
     }

@@ -5,11 +5,11 @@
 //! held, so that exactly that cannot be read. Only where both are lost history has a hole.
 
 use crate::kept::KeptInstants;
+use crate::key_list::KeyNames;
 use crate::maps::Maps;
 use crate::prune::Looked;
 use crate::segment::{run_path, segment_path};
 use crate::segment_file::SegmentFile;
-use crate::used_keys::UsedKeys;
 use crate::{Nearest, Outside, StoreError, StoredSegment, Timeline, VolumeKeys, durable, run_file};
 use nix::fcntl::{Flock, FlockArg};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -47,7 +47,7 @@ pub struct VolumeStore {
     directory: Arc<Path>,
     /// What segments may be encrypted with.
     keys: Arc<VolumeKeys>,
-    pub(crate) used_keys: UsedKeys,
+    pub(crate) used_keys: KeyNames,
     /// Names of points that were asked for.
     point_names: Mutex<BTreeMap<Lsn, String>>,
     /// A segment whose run is lost cannot be read before its key is there.
@@ -122,7 +122,7 @@ impl VolumeStore {
             .map_err(|_| StoreError::Locked(directory.to_path_buf()))?;
         let mut store = VolumeStore {
             maps: Maps::new(&directory, volume),
-            used_keys: UsedKeys::new(),
+            used_keys: KeyNames::new(),
             waits_for_key: false,
             point_names: Mutex::default(),
             directory,

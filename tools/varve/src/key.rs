@@ -70,9 +70,9 @@ pub fn run(context: &Context, command: &KeyCommand) -> Result<(), ControlError> 
             let (status, _) = ask(KeysAsk::Init, Some(&secret), &[])?;
             noted(context, by)?;
             show(context, &status);
-            context.output.say(
-                "  Next: varve key export FILE, and keep FILE somewhere else. Without keys nothing of this history can be read",
-            );
+            context
+                .output
+                .say("  Without keys nothing of this history can be read");
         }
         KeyCommand::Unlock(by) => {
             let secret = known_secret("Passphrase: ", by)?;
@@ -87,8 +87,9 @@ pub fn run(context: &Context, command: &KeyCommand) -> Result<(), ControlError> 
         }
         KeyCommand::Export { file } => {
             let secret = new_secret(context, &By { key_file: None })?;
-            let (status, bytes) = ask(KeysAsk::Export, Some(&secret), &[])?;
+            let (_, bytes) = ask(KeysAsk::Export, Some(&secret), &[])?;
             write_new(file, &bytes)?;
+            let (status, _) = ask(KeysAsk::Exported, None, &[])?;
             context.output.result(&status, || {
                 context.output.say(format!(
                     "{} keys are in {}; keep it somewhere else, and the passphrase with somebody else",
@@ -161,6 +162,12 @@ fn show(context: &Context, status: &KeysStatus) {
             "  {} keys of volumes; {encrypted} segments are encrypted, {plain} are not yet",
             status.keys
         );
+        if status.not_exported > 0 {
+            println!(
+                "  {} of the keys lie in this store only. Next: varve key export FILE, and keep FILE somewhere else",
+                status.not_exported
+            );
+        }
     });
 }
 

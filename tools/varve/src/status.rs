@@ -84,7 +84,7 @@ fn judge(context: &Context, volume: VolumeInfo) -> VolumeStatus {
             StoreReply::History { history } => *history,
             _ => VolumeHistory::default(),
         });
-    let (next_risk, next_command) = advise(&volume, history.as_ref().err());
+    let (next_risk, next_command) = advise(&volume, &history);
     let history = history.unwrap_or_default();
     let (exposure_seconds, exposure_bytes) = match volume.state.as_str() {
         "protected" => (0.0, 0),
@@ -115,7 +115,9 @@ fn judge(context: &Context, volume: VolumeInfo) -> VolumeStatus {
     }
 }
 
-fn advise(volume: &VolumeInfo, store: Option<&ControlError>) -> (String, String) {
+fn advise(volume: &VolumeInfo, history: &Result<VolumeHistory, ControlError>) -> (String, String) {
+    let store = history.as_ref().err();
+    let says = |what: fn(&VolumeHistory) -> bool| history.as_ref().is_ok_and(what);
     let to = |risk: &str, command: String| (risk.to_owned(), command);
     match volume.state.as_str() {
         "failed" => to(
@@ -149,6 +151,11 @@ fn advise(volume: &VolumeInfo, store: Option<&ControlError>) -> (String, String)
             "the store's daemon does not answer: the log will fill up",
             "varve up".to_owned(),
         ),
+        _ if says(|history| history.locked) => to(
+            "the store is locked: writes are recorded, but nothing can be restored, and history grows uncompressed",
+            "varve key unlock (if its key files are lost: varve key init, then varve key import FILE)"
+                .to_owned(),
+        ),
         "synchronising" | "healing" | "unverified" => to(
             "instants resolve again once the copy is done",
             "varve status --wait 600".to_owned(),
@@ -164,6 +171,10 @@ fn advise(volume: &VolumeInfo, store: Option<&ControlError>) -> (String, String)
         _ if volume.segments_held * 4 > volume.segment_count * 3 => to(
             "the log is more than three quarters full: the store is behind",
             "varve doctor".to_owned(),
+        ),
+        _ if says(|history| history.keys_not_exported > 0) => to(
+            "its key lies in this store only: if that is lost, nothing of its history can be read",
+            "varve key export FILE, and keep FILE somewhere else".to_owned(),
         ),
         _ if volume.copies_lost > 0 => to(
             "hot copies of it are valid no more (the device itself is as safe as before)",

@@ -211,9 +211,9 @@ fn by_passphrase(story: &Story<'_>) -> Result<String, String> {
     expect_refused(varve.varve(&["rewind", "plain", "--yes"]), "S015-no-key")?;
     expect_refused(varve.varve(&["scrub"]), "S015-no-key")?;
     let status = varve.varve(&["status"])?;
-    if !status.contains("SAFE (protected)") {
+    if !status.contains("SAFE (protected)") || !status.contains("the store is locked") {
         return Err(format!(
-            "a locked store is no reason not to protect: {status}"
+            "a locked store is no reason not to protect, but to be told: {status}"
         ));
     }
     story.write(1)?;
@@ -246,7 +246,17 @@ fn by_passphrase(story: &Story<'_>) -> Result<String, String> {
 fn rescued(story: &Story<'_>, newer: &str) -> Outcome {
     let varve = story.varve;
     let file = varve.root().join("rescue").display().to_string();
+    let warns = || {
+        let status = varve.varve(&["status"])?;
+        Ok::<bool, String>(status.contains("its key lies in this store only"))
+    };
+    if !warns()? {
+        return Err("it was not said that the key was never exported".to_owned());
+    }
     with_input(varve, &["key", "export", &file], "for the worst day\n")?;
+    if warns()? {
+        return Err("an exported key still counts as one that lies here only".to_owned());
+    }
     expect_refused(
         with_input(varve, &["key", "export", &file], "x\n"),
         "X015-key",

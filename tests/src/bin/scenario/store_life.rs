@@ -90,5 +90,6 @@ pub fn store_life(varve: &Installation, device: &str) -> Outcome {
         other => return Err(format!("a flipped bit was not found: {other:?}")),
     }
     flip().map_err(|e| e.to_string())?;
-    varve.varve(&["scrub", "--rate", "1000"]).map(|_| ())
+    varve.varve(&["scrub", "--rate", "1000"])?;
+    varve.varve(&["down"]).map(drop)
 }
