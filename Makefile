@@ -44,6 +44,7 @@ bench: build ## figures as ratios: raw disk, plain loop, Varve; hot copies; the 
 	@tests/bench-hcp
 	@tests/bench-store
 	@tests/bench-images
+	@tests/bench-backups
 
 install: ## install into DESTDIR: programs, units, udev rules, manual pages, completions
 	install -d $(BIN) $(UNITS) $(RULES) $(MANUAL)/man1 $(MANUAL)/man8 $(COMPLETIONS)/bash-completion/completions $(COMPLETIONS)/zsh/site-functions

@@ -14,8 +14,8 @@ use varve_log::{
     SLOT_BYTES, SegmentOpening,
 };
 use varve_store::{
-    Compression, Image, Ladder, Policy, Scrubbed, StoreError, Swept, VolumeStore, ingest,
-    volume_directory,
+    Compression, Image, Ladder, Policy, Scrubbed, Secret, StoreError, StoreKeys, Swept,
+    VolumeStore, ingest, volume_directory,
 };
 
 /// The volume of all samples.
@@ -356,6 +356,24 @@ impl Sample {
     pub fn settle_all(&mut self, compression: Compression) -> u64 {
         settle_all(&mut self.store, compression).unwrap()
     }
+}
+
+/// What opens the keys of a sample that is encrypted.
+#[must_use]
+pub fn sample_secret() -> Secret {
+    Secret::KeyFile(vec![42; 64].into())
+}
+
+/// Opens a sample, with its keys if it has any.
+pub fn open_keyed(root: &Path) -> Result<VolumeStore, StoreError> {
+    let mut keys = StoreKeys::load(root);
+    match keys.unlock(&sample_secret()) {
+        Ok(()) | Err(StoreError::NoKeys) => {}
+        Err(other) => return Err(other),
+    }
+    let (handle, made) = keys.of_volume(VOLUME);
+    made?;
+    VolumeStore::open_with(root, VOLUME, handle)
 }
 
 /// Makes every map that is missing; gives their number.

@@ -13,9 +13,9 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use varve_format::Lsn;
-use varve_store::{Compression, VolumeStore};
+use varve_store::{Compression, StoreKeys, VolumeStore};
 use varve_tests::guest::large;
-use varve_tests::sample::{Sample, VOLUME, prune_to, read, scrub};
+use varve_tests::sample::{Sample, VOLUME, open_keyed, prune_to, read, sample_secret, scrub};
 
 /// Calls that only read fail with EIO.
 const READING: [&str; 5] = ["read", "pread64", "statx", "getdents64", "lseek"];
@@ -210,7 +210,7 @@ impl Known {
 
     /// What resolves reads as it was recorded; `must` resolve.
     fn check(&self, root: &Path, what: &str, must: &dyn Fn(Lsn) -> bool) {
-        let store = VolumeStore::open(root, VOLUME).unwrap();
+        let store = open_keyed(root).unwrap();
         for (lsn, image) in &self.images {
             let resolves = store.kept().resolves(*lsn);
             assert!(resolves || !must(*lsn), "{what}: {lsn} does not resolve");
@@ -243,6 +243,30 @@ fn of_settling() {
         let store = VolumeStore::open(root, VOLUME).unwrap();
         let settled = store.segments().filter(|segment| segment.settled).count();
         assert!(!done || settled == store.segments().count(), "{what}");
+    });
+}
+
+#[test]
+fn of_settling_with_keys() {
+    let directory = tempfile::tempdir().unwrap();
+    let (sample, known, root) = history(directory.path(), 64 << 10, 50);
+    drop(sample);
+    StoreKeys::load(&root).create(&sample_secret()).unwrap();
+    // The volume's own key is made when it is first opened.
+    drop(open_keyed(&root).unwrap());
+    each_failing("settle", &root, 70, |root, what, done| {
+        known.check(root, what, &|_| true);
+        let store = open_keyed(root).unwrap();
+        let (mut settled, mut count) = (0, 0);
+        for segment in store.segments() {
+            count += 1;
+            settled += usize::from(segment.settled);
+            assert!(
+                !segment.settled || segment.is_encrypted(),
+                "{what}: settled in the clear"
+            );
+        }
+        assert!(!done || settled == count, "{what}");
     });
 }
 

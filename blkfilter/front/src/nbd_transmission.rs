@@ -8,6 +8,7 @@ use crate::nbd::Served;
 use crate::{Errno, RequestKind};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use std::io::{self, BufReader, Read, Write};
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -135,7 +136,20 @@ impl Readers {
     }
 }
 
+/// Hangs up if its thread panics: a client that hears nothing would wait for ever.
+struct HangUp<'a>(&'a Replies);
+
+impl Drop for HangUp<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let stream = self.0.stream.lock().unwrap_or_else(PoisonError::into_inner);
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+    }
+}
+
 fn serve_reads(jobs: &Receiver<ReadJob>, read: &ReadBytes, replies: &Replies) {
+    let _hang_up = HangUp(replies);
     let mut buffer = Vec::new();
     for job in jobs {
         // Whoever hears nothing more hangs up.
@@ -353,5 +367,54 @@ impl Transmission {
             done += part;
         }
         Ok(read)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{READERS, ReadBytes, ReadJob, Readers, Replies};
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+    use std::sync::{Arc, Barrier, Mutex};
+    use std::time::Duration;
+
+    /// Readers for a client, who waits five seconds at most.
+    fn readers(read: ReadBytes) -> (Readers, UnixStream) {
+        let (client, server) = UnixStream::pair().unwrap();
+        let limit = Some(Duration::from_secs(5));
+        client.set_read_timeout(limit).unwrap();
+        let replies = Arc::new(Replies {
+            stream: Mutex::new(server),
+            structured: false,
+        });
+        (Readers::new(&read, &replies), client)
+    }
+
+    fn job(cookie: u64) -> ReadJob {
+        ReadJob {
+            cookie,
+            offset: 0,
+            length: 512,
+        }
+    }
+
+    #[test]
+    fn reads_are_served_at_the_same_time() {
+        let all_at_once = Barrier::new(READERS);
+        let (readers, mut client) = readers(Arc::new(move |_, _| {
+            all_at_once.wait();
+            Ok(())
+        }));
+        (0..READERS as u64).for_each(|cookie| readers.jobs.send(job(cookie)).unwrap());
+        client
+            .read_exact(&mut vec![0; READERS * (16 + 512)])
+            .unwrap();
+    }
+
+    #[test]
+    fn a_reader_that_panics_hangs_up() {
+        let (readers, mut client) = readers(Arc::new(|_, _| panic!("a fault of ours")));
+        readers.jobs.send(job(1)).unwrap();
+        assert_eq!(client.read(&mut [0; 16]).unwrap(), 0, "the connection ends");
     }
 }

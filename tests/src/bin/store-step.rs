@@ -7,8 +7,8 @@ use std::path::Path;
 use std::process::ExitCode;
 use varve_cli::Output;
 use varve_cli::copy_out::{Identity, Options, Source, Target, copy_out};
-use varve_store::{Compression, StoreError, VolumeStore, salvage};
-use varve_tests::sample::{VOLUME, map_all, prune_to, settle_all};
+use varve_store::{Compression, StoreError, salvage};
+use varve_tests::sample::{map_all, open_keyed, prune_to, settle_all};
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -44,7 +44,7 @@ fn store(step: &str, root: &Path) -> Result<(), String> {
             Some(first) => Err(format!("told-unreadable: {first:?} and perhaps others")),
         };
     }
-    let mut store = VolumeStore::open(root, VOLUME).map_err(named)?;
+    let mut store = open_keyed(root).map_err(named)?;
     let done = match step {
         "settle" => settle_all(&mut store, Compression::Zstd(1)).map(drop),
         "merge" => map_all(&mut store).map(drop),
