@@ -10,7 +10,7 @@ use std::os::unix::fs::FileExt;
 use varve_format::Lsn;
 use varve_store::{Compression, Image, Secret, StoreKeys, VolumeStore};
 use varve_tests::guest::sized;
-use varve_tests::sample::{Sample, VOLUME, files, prune_to, scrub};
+use varve_tests::sample::{Sample, VOLUME, files, prune_to, scrub, scrub_stored};
 
 const VOLUME_BYTES: u64 = 256 << 10;
 const SEGMENT_BYTES: u64 = 64 << 10;
@@ -71,6 +71,8 @@ fn flip(root: &std::path::Path, sample: &mut Sample, count: u32) {
         );
         let found = scrub(&sample.store).damage;
         assert!(!found.is_empty(), "{what}: not detected");
+        let quickly = scrub_stored(&sample.store).damage;
+        assert!(quickly == found, "{what}: without unpacking: {quickly:?}");
         for (lsn, wanted) in instants.iter().zip(&wanted) {
             let named = |block: u64| {
                 found.iter().any(|damage| {
@@ -108,6 +110,7 @@ fn flip(root: &std::path::Path, sample: &mut Sample, count: u32) {
         "{unreadable} blocks could not be read: the flips hit nothing"
     );
     assert!(scrub(&sample.store).damage.is_empty());
+    assert!(scrub_stored(&sample.store).damage.is_empty());
 }
 
 fn count() -> u32 {

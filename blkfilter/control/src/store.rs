@@ -94,6 +94,9 @@ pub enum StoreOp {
         volume: String,
         /// Not faster than this.
         bytes_per_second: Option<u64>,
+        /// Only compare what is stored with its checksums.
+        #[serde(default)]
+        stored: bool,
     },
     /// Look at the structure of a volume's history.
     Check {

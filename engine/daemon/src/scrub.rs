@@ -9,15 +9,20 @@ use varve_format::{Lsn, SegmentSequence, VolumeId};
 use varve_store::{Damage, Scrubbed, VolumeStore, salvage};
 
 impl Service {
-    /// Reads a volume's whole history. A scrub that was broken off without having found anything goes on where it was.
+    /// Reads a volume's whole history, or (`only_stored`) compares what is stored with its checksums. The former, if it was broken off without having found
+    /// anything, goes on where it was.
     pub(crate) fn scrub(
         &self,
         volume: &str,
         bytes_per_second: Option<u64>,
+        only_stored: bool,
         reporter: &mut Reporter<'_>,
     ) -> Result<StoreReply, ControlError> {
         let id = self.id_of(volume)?;
         let (job, from) = self.with_store(&id, |store| {
+            if only_stored {
+                return Ok((store.scrub().stored(), None));
+            }
             store
                 .refuse_without_key(Lsn(u64::MAX))
                 .map_err(|e| store_error(&e))?;
@@ -32,7 +37,7 @@ impl Service {
                 let due = Duration::from_secs_f64(found.bytes as f64 / rate as f64);
                 std::thread::sleep(due.saturating_sub(began.elapsed()));
             }
-            if found.damage.is_empty() && next.0 != u64::MAX {
+            if !only_stored && found.damage.is_empty() && next.0 != u64::MAX {
                 let _ = self.if_open(&id, |store| store.note_scrub(Some(next)));
             }
             gone = !reporter.report((skipped + found.bytes).min(total), total);
@@ -47,7 +52,7 @@ impl Service {
         self.if_open(&id, |store| {
             store.discard_maps(&found);
             // What was found counts more than that it is noted.
-            if let Err(error) = store.note_scrub(None) {
+            if !only_stored && let Err(error) = store.note_scrub(None) {
                 eprintln!("varved: {volume}: {error}");
             }
         });

@@ -580,7 +580,8 @@ impl Service {
             StoreOp::Scrub {
                 volume,
                 bytes_per_second,
-            } => self.scrub(&volume, bytes_per_second, reporter),
+                stored,
+            } => self.scrub(&volume, bytes_per_second, stored, reporter),
             StoreOp::Check { volume } => self.check(&volume),
             StoreOp::Salvage { to } => self.salvage(&to, reporter),
             StoreOp::Drilled { volume, drill } => {

@@ -45,9 +45,9 @@ pub use record::{
 pub use run::{RUN_ENTRY_BYTES, RunEntry, RunHeader};
 pub use segment::{SEGMENT_FOOTER_BYTES, SEGMENT_HEADER_BYTES, SegmentFooter, SegmentHeader};
 pub use settled::{
-    BLOCK_IS_GONE, BLOCK_IS_ZERO, Codec, FRAME_BLOCKS, FRAME_ENTRY_BYTES, FRAME_TAG_BYTES,
-    FrameEntry, SETTLED_BYTES_MAX, SETTLED_IS_ENCRYPTED, SETTLED_IS_PRUNED, SettledHeader,
-    frame_crc, parse_settled_tables,
+    BLOCK_IS_GONE, BLOCK_IS_ZERO, Codec, FRAME_BLOCKS, FRAME_BLOCKS_MAX, FRAME_ENTRY_BYTES,
+    FRAME_TAG_BYTES, FrameEntry, SETTLED_BYTES_MAX, SETTLED_IS_ENCRYPTED, SETTLED_IS_PRUNED,
+    SettledHeader, frame_crc, parse_settled_tables,
 };
 pub use spool::{
     SPOOL_BATCH_BLOCKS, SPOOL_EXTENT_PAGES, SPOOL_EXTENTS_AT, SPOOL_GENERATIONS, SavedBlock,

@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use varve_format::{
-    BLOCK_BYTES, BLOCK_IS_GONE, BLOCK_IS_ZERO, Codec, EpochId, FormatError, FrameEntry,
-    SEGMENT_FOOTER_BYTES, SegmentFooter, SegmentSequence, SettledHeader, frame_crc,
+    BLOCK_BYTES, BLOCK_IS_GONE, BLOCK_IS_ZERO, Codec, EpochId, FRAME_BLOCKS_MAX, FormatError,
+    FrameEntry, SEGMENT_FOOTER_BYTES, SegmentFooter, SegmentSequence, SettledHeader, frame_crc,
     parse_settled_tables,
 };
 use varve_log::ReadAt;
@@ -24,6 +24,10 @@ pub(crate) type FrameCache = Cache<(u64, u64), Arc<Vec<u8>>>;
 pub(crate) fn frame_cache(bytes: usize) -> FrameCache {
     Cache::weighed(bytes, |frame| frame.len())
 }
+
+/// Stored bytes that are read at a time to be checked; more than any frame has.
+const CHECKED_BYTES: usize = 1 << 20;
+const _: () = assert!(CHECKED_BYTES as u64 > (FRAME_BLOCKS_MAX as u64 + 1) * BLOCK_BYTES);
 
 struct Settled {
     header: SettledHeader,
@@ -260,6 +264,41 @@ impl SegmentFile {
         };
         let frame = compression::unpack(entry.codec, packed, whole);
         frame.map(Arc::new).ok_or_else(damaged)
+    }
+
+    /// Whether it is encrypted and its key is not there.
+    pub(crate) fn is_locked(&self) -> bool {
+        let settled = self.settled.as_ref();
+        settled.is_some_and(|settled| settled.header.is_encrypted() && settled.cipher.is_none())
+    }
+
+    /// Reads all frames and compares them with their checksums, without unpacking them; none if there are no frames. Everything else was compared when the
+    /// file was opened, but for the run of a pruned segment.
+    pub(crate) fn check_stored(&self) -> Option<Result<(), StoreError>> {
+        let settled = self.settled.as_ref()?;
+        let mut part = vec![0u8; CHECKED_BYTES];
+        // What of the file is in `part`.
+        let mut held = 0..0;
+        for (number, entry) in (0..).zip(&settled.frames) {
+            let (start, length) = (entry.offset.get(), u64::from(entry.length.get()));
+            if start < held.start || start + length > held.end {
+                let left = settled.header.tables_at.get() - start;
+                held = start..start + left.min(CHECKED_BYTES as u64);
+                let bytes = &mut part[..(held.end - start) as usize];
+                if let Err(error) = self.file.read_exact_at(bytes, start) {
+                    return Some(Err(StoreError::io(&self.path)(error)));
+                }
+            }
+            let within = (start - held.start) as usize;
+            let stored = &part[within..within + length as usize];
+            if frame_crc(stored, self.sequence().0, number) != entry.crc.get() {
+                return Some(Err(StoreError::Frame {
+                    segment: self.sequence(),
+                    frame: number,
+                }));
+            }
+        }
+        Some(Ok(()))
     }
 
     /// Reads `bytes.len()` bytes from `offset` of the sealed segment.

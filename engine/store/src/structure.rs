@@ -19,14 +19,8 @@ impl ScrubJob {
             if let Err(error) = head_of(segment) {
                 damage.push(self.damage(segment, error.to_string()));
             }
-            // Numbers may be left out: a segment in which nothing was recorded is none.
-            let end = before.unwrap_or(segment.previous_lsn_end);
-            if segment.previous_lsn_end != end {
-                damage.push(Damage::without_place(&format!(
-                    "history has a hole before segment {}: it goes on behind LSN {}, what is there before it ends at {end}",
-                    segment.sequence, segment.previous_lsn_end
-                )));
-            }
+            let hole = hole_before(segment, before);
+            damage.extend(hole.map(|what| Damage::without_place(&what)));
             before = Some(segment.lsn_end);
         }
         for map in &self.maps {
@@ -36,6 +30,15 @@ impl ScrubJob {
         }
         damage
     }
+}
+
+/// What is missing before a segment, if history ended at `end` before it. Numbers may be left out: a segment in which nothing was recorded is none.
+pub(crate) fn hole_before(segment: &StoredSegment, end: Option<Lsn>) -> Option<String> {
+    let end = end.filter(|end| segment.previous_lsn_end != *end)?;
+    Some(format!(
+        "history has a hole before segment {}: it goes on behind LSN {}, what is there before it ends at {end}",
+        segment.sequence, segment.previous_lsn_end
+    ))
 }
 
 fn head_of(segment: &StoredSegment) -> Result<(), StoreError> {

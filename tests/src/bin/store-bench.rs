@@ -9,6 +9,7 @@
     reason = "in a measurement a surprise should end it"
 )]
 
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -175,22 +176,50 @@ fn content(directory: &Path) {
     settling(&mut sample, &root);
     let settled = reads("settled", &sample.store, end, &flat_reader(directory));
     println!("random reads, settled : sealed = {:.2}", settled / sealed);
+    scrubbing(&sample, &root);
+    drop(sample);
+    std::fs::remove_dir_all(&root).unwrap();
+    std::fs::remove_file(directory.join("flat")).unwrap();
+}
+
+/// A scrub of what lies on the disk, not in memory, beside a plain read of the same files.
+fn scrubbing(sample: &Sample, root: &Path) {
+    let folder = varve_store::volume_directory(root, VOLUME).join("segments");
+    let each = |work: &mut dyn FnMut(&std::fs::File)| {
+        for entry in std::fs::read_dir(&folder).unwrap() {
+            work(&std::fs::File::open(entry.unwrap().path()).unwrap());
+        }
+    };
+    let forget = || {
+        each(&mut |file| {
+            posix_fadvise(file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
+        });
+    };
+    let mut buffer = vec![0u8; 1 << 20];
+    let mut plain = 0;
+    forget();
+    let began = Instant::now();
+    each(&mut |mut file| loop {
+        match std::io::Read::read(&mut file, &mut buffer).unwrap() {
+            0 => break,
+            read => plain += read as u64,
+        }
+    });
+    let alone = began.elapsed();
+    forget();
     let job = sample.store.scrub();
     let began = Instant::now();
     let found = job.run(SegmentSequence(0), |_, _| {
         std::ops::ControlFlow::Continue(())
     });
     assert!(found.damage.is_empty(), "{:?}", found.damage);
-    let seconds = began.elapsed().as_secs_f64();
-    let rate = |bytes: u64| bytes as f64 / f64::from(1 << 20) / seconds;
+    let rate = |bytes: u64, time: Duration| bytes as f64 / 1e6 / time.as_secs_f64();
+    let (disk, scrub) = (rate(plain, alone), rate(found.bytes, began.elapsed()));
     println!(
-        "scrub: {:.0} MiB of history a second, {:.0} MiB of files (page cache, one core)",
-        rate(found.history_bytes),
-        rate(found.bytes)
+        "scrub, from the disk, one core: {scrub:.0} MB/s of files, {:.0} MB/s of history; a plain read of the files {disk:.0} MB/s (limit: 0.80 of that, or 1500: {:.2} of the limit)",
+        rate(found.history_bytes, began.elapsed()),
+        scrub / (0.8 * disk).min(1500.0),
     );
-    drop(sample);
-    std::fs::remove_dir_all(&root).unwrap();
-    std::fs::remove_file(directory.join("flat")).unwrap();
 }
 
 /// Bytes that this process has read and written, whatever they came from.

@@ -206,6 +206,9 @@ enum Command {
         /// Not faster than this, in MiB a second.
         #[arg(long, value_name = "MIB")]
         rate: Option<u64>,
+        /// Only compare what is stored with its checksums: as fast as the disk, and without keys; nothing is unpacked.
+        #[arg(long)]
+        stored: bool,
         #[command(flatten)]
         volume: Volume,
     },
@@ -384,7 +387,11 @@ fn run(context: &Context, command: Command) -> Result<ExitCode, ControlError> {
             volume,
         } => past::diff(context, volume.name, &since, &until).map(done),
         Command::Compare { volume } => past::compare(context, volume.name),
-        Command::Scrub { rate, volume } => proof::scrub(context, volume.name, rate),
+        Command::Scrub {
+            rate,
+            stored,
+            volume,
+        } => proof::scrub(context, volume.name, rate, stored),
         Command::Check { volume } => proof::check(context, volume.name),
         Command::Drill { args, volume } => drill::run(context, volume.name, &args),
         Command::Salvage { to } => proof::salvage(context, &to),

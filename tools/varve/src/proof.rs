@@ -12,11 +12,13 @@ pub fn scrub(
     context: &Context,
     volume: Option<String>,
     mib_per_second: Option<u64>,
+    stored: bool,
 ) -> Result<ExitCode, ControlError> {
     let volume = daemons::volume(context, volume)?;
     let op = StoreOp::Scrub {
         volume: volume.clone(),
         bytes_per_second: mib_per_second.map(|rate| rate << 20),
+        stored,
     };
     answer(context, &volume, &ask(context, &op, "reading the history")?)
 }
