@@ -3,6 +3,7 @@
 use crate::copies::{expect_refused, fields, sh};
 use crate::{Outcome, export, protect};
 use std::io::Write;
+use std::os::unix::fs::FileExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 use varve_tests::scenario::{Installation, digest, pause, say};
@@ -202,6 +203,31 @@ fn by_key_file(story: &Story<'_>, plain: &str) -> Outcome {
     Ok(())
 }
 
+/// What a disk has spoilt is found without keys.
+fn damaged_while_locked(varve: &Installation) -> Outcome {
+    varve.varve(&["scrub", "--stored"])?;
+    let largest = format!(
+        "find {} -name '*.seg' -printf '%s %p\\n' | sort -n | tail -n 1 | cut -d' ' -f2",
+        varve.root().join("var/lib/varve/store").display()
+    );
+    let victim = sh(&largest)?;
+    let flip = || {
+        let file = std::fs::File::options()
+            .read(true)
+            .write(true)
+            .open(victim.trim())?;
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, 6000)?;
+        file.write_all_at(&[byte[0] ^ 4], 6000)
+    };
+    flip().map_err(|e| format!("{victim}: {e}"))?;
+    match varve.varve(&["scrub", "--stored"]) {
+        Err(said) if said.contains("DAMAGED") && said.contains("varve key unlock") => {}
+        other => return Err(format!("a flipped bit was not found: {other:?}")),
+    }
+    flip().map_err(|e| format!("{victim}: {e}"))
+}
+
 /// Gives the digest of what was written while it was locked.
 fn by_passphrase(story: &Story<'_>) -> Result<String, String> {
     let varve = story.varve;
@@ -210,6 +236,7 @@ fn by_passphrase(story: &Story<'_>) -> Result<String, String> {
     expect_refused(varve.varve(&["export", "plain"]), "S015-no-key")?;
     expect_refused(varve.varve(&["rewind", "plain", "--yes"]), "S015-no-key")?;
     expect_refused(varve.varve(&["scrub"]), "S015-no-key")?;
+    damaged_while_locked(varve)?;
     let status = varve.varve(&["status"])?;
     if !status.contains("SAFE (protected)") || !status.contains("the store is locked") {
         return Err(format!(
