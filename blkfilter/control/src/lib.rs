@@ -27,6 +27,6 @@ pub use policy::{PointPolicy, StorePolicy};
 pub use spec::{Ack, FrontKind, SpecError, VolumeSpec, load_specs, save_spec};
 pub use store::{
     CheckInfo, DamageInfo, DrillInfo, Instant, KeptInfo, KeysAsk, KeysStatus, PointInfo,
-    PolicyInfo, StoreOp, StoreReply, VolumeHistory,
+    PolicyInfo, Scrubbing, StoreOp, StoreReply, VolumeHistory,
 };
 pub use wire::{ATTACH_BYTES_MAX, Client, ControlError, Progress, Reporter, serve};

@@ -94,9 +94,9 @@ pub enum StoreOp {
         volume: String,
         /// Not faster than this.
         bytes_per_second: Option<u64>,
-        /// Only compare what is stored with its checksums.
+        /// How.
         #[serde(default)]
-        stored: bool,
+        how: Scrubbing,
     },
     /// Look at the structure of a volume's history.
     Check {
@@ -153,6 +153,19 @@ pub enum StoreOp {
     },
     /// Exit.
     Shutdown,
+}
+
+/// How history is read again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Scrubbing {
+    /// Everything is unpacked and proved.
+    #[default]
+    Everything,
+    /// What is stored is compared with its checksums.
+    Stored,
+    /// As everything, and all indexes are made anew.
+    ForIndexes,
 }
 
 /// What is asked of a store's keys.

@@ -4,30 +4,35 @@ use crate::service::{Service, error, store_error};
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::{Duration, Instant};
-use varve_control::{ControlError, DamageInfo, Reporter, StoreReply};
+use varve_control::{ControlError, DamageInfo, Reporter, Scrubbing, StoreReply};
 use varve_format::{Lsn, SegmentSequence, VolumeId};
 use varve_store::{Damage, Scrubbed, VolumeStore, salvage};
 
 impl Service {
-    /// Reads a volume's whole history, or (`only_stored`) compares what is stored with its checksums. The former, if it was broken off without having found
-    /// anything, goes on where it was.
+    /// Reads a volume's whole history, or compares what is stored with its checksums, or makes its indexes anew. The first, if it was broken off without
+    /// having found anything, goes on where it was.
     pub(crate) fn scrub(
         &self,
         volume: &str,
         bytes_per_second: Option<u64>,
-        only_stored: bool,
+        how: Scrubbing,
         reporter: &mut Reporter<'_>,
     ) -> Result<StoreReply, ControlError> {
         let id = self.id_of(volume)?;
         let (job, from) = self.with_store(&id, |store| {
-            if only_stored {
-                return Ok((store.scrub().stored(), None));
+            let job = store.scrub();
+            if how == Scrubbing::Stored {
+                return Ok((job.stored(), None));
             }
             store
                 .refuse_without_key(Lsn(u64::MAX))
                 .map_err(|e| store_error(&e))?;
-            Ok((store.scrub(), store.scrub_position()))
+            Ok(match how {
+                Scrubbing::ForIndexes => (job.for_indexes(), None),
+                _ => (job, store.scrub_position()),
+            })
         })?;
+        let resumes = how == Scrubbing::Everything;
         let from = from.unwrap_or(SegmentSequence(0));
         let (began, total) = (Instant::now(), job.bytes());
         let skipped = job.bytes_below(from);
@@ -37,7 +42,7 @@ impl Service {
                 let due = Duration::from_secs_f64(found.bytes as f64 / rate as f64);
                 std::thread::sleep(due.saturating_sub(began.elapsed()));
             }
-            if !only_stored && found.damage.is_empty() && next.0 != u64::MAX {
+            if resumes && found.damage.is_empty() && next.0 != u64::MAX {
                 let _ = self.if_open(&id, |store| store.note_scrub(Some(next)));
             }
             gone = !reporter.report((skipped + found.bytes).min(total), total);
@@ -52,7 +57,7 @@ impl Service {
         self.if_open(&id, |store| {
             store.discard_maps(&found);
             // What was found counts more than that it is noted.
-            if !only_stored && let Err(error) = store.note_scrub(None) {
+            if resumes && let Err(error) = store.note_scrub(None) {
                 eprintln!("varved: {volume}: {error}");
             }
         });
@@ -78,19 +83,18 @@ impl Service {
         for id in volumes_in(to) {
             let keys = self.keys.of_volume(&from, &self.paths().store_policy(), id);
             let copy = VolumeStore::open_with(to, id, keys).map_err(|e| store_error(&e))?;
-            let found = match copy.encrypts() {
-                // What is encrypted proves by its frames alone.
-                Err(_) => copy.scrub().structure(),
-                Ok(_) => {
-                    let on = |_, found: &Scrubbed| match reporter
-                        .report(found.bytes.min(salvaged.bytes), salvaged.bytes)
-                    {
-                        true => ControlFlow::Continue(()),
-                        false => ControlFlow::Break(()),
-                    };
-                    copy.scrub().run(SegmentSequence(0), on).damage
-                }
+            let job = copy.scrub();
+            let job = match copy.encrypts() {
+                Err(_) => job.stored(), // Without its key it is not unpacked.
+                Ok(_) => job,
             };
+            let on = |_, found: &Scrubbed| match reporter
+                .report(found.bytes.min(salvaged.bytes), salvaged.bytes)
+            {
+                true => ControlFlow::Continue(()),
+                false => ControlFlow::Break(()),
+            };
+            let found = job.run(SegmentSequence(0), on).damage;
             damage.extend(found.iter().map(told));
         }
         let name = |path: &Path| path.display().to_string();

@@ -580,8 +580,8 @@ impl Service {
             StoreOp::Scrub {
                 volume,
                 bytes_per_second,
-                stored,
-            } => self.scrub(&volume, bytes_per_second, stored, reporter),
+                how,
+            } => self.scrub(&volume, bytes_per_second, how, reporter),
             StoreOp::Check { volume } => self.check(&volume),
             StoreOp::Salvage { to } => self.salvage(&to, reporter),
             StoreOp::Drilled { volume, drill } => {

@@ -63,12 +63,20 @@ pub struct Scrubbed {
     pub maps: Vec<PathBuf>,
 }
 
+/// How much is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reading {
+    Everything,
+    Stored,
+    ForIndexes,
+}
+
 /// A scrub of what there is now. It needs no lock of the store.
 pub struct ScrubJob {
     pub(crate) segments: Segments,
     pub(crate) maps: Vec<MapPlace>,
     pub(crate) known: Vec<String>,
-    only_stored: bool,
+    reading: Reading,
     /// While it is there, nobody deletes the history.
     _lease: Arc<()>,
 }
@@ -81,7 +89,7 @@ impl VolumeStore {
             segments: self.shared_segments(),
             maps: self.maps.all(),
             known: self.damaged().to_vec(),
-            only_stored: false,
+            reading: Reading::Everything,
             _lease: self.lease(),
         }
     }
@@ -96,7 +104,14 @@ impl ScrubJob {
     /// The same scrub, but compressed segments are not unpacked: what is stored has the checksums that it was proved with when it was compressed.
     #[must_use]
     pub fn stored(mut self) -> ScrubJob {
-        self.only_stored = true;
+        self.reading = Reading::Stored;
+        self
+    }
+
+    /// The same scrub, to make indexes anew: runs that are not what their segments say, and all maps ([`VolumeStore::discard_maps`] gives those up).
+    #[must_use]
+    pub fn for_indexes(mut self) -> ScrubJob {
+        self.reading = Reading::ForIndexes;
         self
     }
 
@@ -136,6 +151,10 @@ impl ScrubJob {
             }
         }
         for map in &self.maps {
+            if self.reading == Reading::ForIndexes {
+                found.maps.push(map.path.clone());
+                continue;
+            }
             if let Err(error) = check_map(map) {
                 found.maps.push(map.path.clone());
                 let what = format!("{error}. It is made again");
@@ -201,7 +220,7 @@ impl ScrubJob {
             next: before.sequence.0 + 1 == segment.sequence.0,
             hash: (before.epoch == segment.epoch).then_some(*hash).flatten(),
         };
-        if self.only_stored
+        if self.reading == Reading::Stored
             && let Some(outcome) = as_stored(segment, previous.map(|previous| &previous.0))
         {
             let damage = outcome.err().map(|why| Damage {

@@ -224,6 +224,12 @@ enum Command {
         #[command(flatten)]
         volume: Volume,
     },
+    /// Make all indexes anew from the history itself: what runs say is compared with it, maps are made again in the background. Nothing needs this
+    /// unless an index is suspected: what is damaged or lost is made again by itself.
+    Rebuild {
+        #[command(flatten)]
+        volume: Volume,
+    },
     /// Copy all that a failing disk still gives of the store into a new one, and say what is lost.
     Salvage {
         /// An empty directory, on another disk.
@@ -392,6 +398,7 @@ fn run(context: &Context, command: Command) -> Result<ExitCode, ControlError> {
             stored,
             volume,
         } => proof::scrub(context, volume.name, rate, stored),
+        Command::Rebuild { volume } => proof::rebuild(context, volume.name),
         Command::Check { volume } => proof::check(context, volume.name),
         Command::Drill { args, volume } => drill::run(context, volume.name, &args),
         Command::Salvage { to } => proof::salvage(context, &to),

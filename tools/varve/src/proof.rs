@@ -1,11 +1,11 @@
-//! Is the history still what was recorded? `varve scrub` reads all of it, `varve check` its structure.
+//! Is the history still what was recorded? `varve scrub` reads all of it, `varve check` its structure; `varve rebuild` makes the indexes anew.
 
 use crate::past::{ask, unexpected};
 use crate::{Context, daemons};
 use std::path::Path;
 use std::process::ExitCode;
 use varve_cli::{show_bytes, show_time};
-use varve_control::{ControlError, DamageInfo, StoreOp, StoreReply};
+use varve_control::{ControlError, DamageInfo, Scrubbing, StoreOp, StoreReply};
 
 /// `varve scrub`.
 pub fn scrub(
@@ -18,9 +18,27 @@ pub fn scrub(
     let op = StoreOp::Scrub {
         volume: volume.clone(),
         bytes_per_second: mib_per_second.map(|rate| rate << 20),
-        stored,
+        how: match stored {
+            true => Scrubbing::Stored,
+            false => Scrubbing::Everything,
+        },
     };
     answer(context, &volume, &ask(context, &op, "reading the history")?)
+}
+
+/// `varve rebuild`.
+pub fn rebuild(context: &Context, volume: Option<String>) -> Result<ExitCode, ControlError> {
+    let volume = daemons::volume(context, volume)?;
+    let op = StoreOp::Scrub {
+        volume: volume.clone(),
+        bytes_per_second: None,
+        how: Scrubbing::ForIndexes,
+    };
+    let code = answer(context, &volume, &ask(context, &op, "reading the history")?)?;
+    context.output.say(
+        "  Runs are what their segments say; maps are made again in the background, until then instants take longer to open",
+    );
+    Ok(code)
 }
 
 /// `varve check`.

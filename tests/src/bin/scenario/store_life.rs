@@ -3,6 +3,7 @@
 use crate::{Outcome, export, protect, stamper_on_zeroes};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 use varve_tests::scenario::{Installation, digest, pause, run};
 
 fn number(text: &str, field: &str) -> Option<u64> {
@@ -39,6 +40,40 @@ fn segments(varve: &Installation) -> Result<Vec<PathBuf>, String> {
         .collect())
 }
 
+/// A bit is wrong in the last third of each run, and all maps are made anew.
+fn rebuilt(varve: &Installation) -> Outcome {
+    let store = format!("{}/var/lib/varve/store/volumes", varve.root().display());
+    let runs = run("sh", &["-c", &format!("ls -S {store}/*/runs/*.run")])?;
+    let victim = runs.lines().next().ok_or("no run")?;
+    let file = std::fs::File::options().read(true).write(true).open(victim);
+    let file = file.map_err(|e| format!("{victim}: {e}"))?;
+    let at = file.metadata().map_or(0, |metadata| metadata.len()) * 2 / 3;
+    let mut byte = [0u8];
+    let flipped = file
+        .read_exact_at(&mut byte, at)
+        .and_then(|()| file.write_all_at(&[byte[0] ^ 1], at));
+    flipped.map_err(|e| format!("{victim}: {e}"))?;
+    let list = format!("find {store} -name '*.map' -printf '%p %T@\\n'");
+    let maps = || run("sh", &["-c", &list]);
+    let before = maps()?;
+    match varve.varve(&["rebuild"]) {
+        Err(said) if said.contains("made again from its segment") => {}
+        other => return Err(format!("a damaged run was not made again: {other:?}")),
+    }
+    let since = Instant::now();
+    while maps().map_or(0, |now| now.lines().count()) < before.lines().count() {
+        if since.elapsed() > Duration::from_secs(60) {
+            return Err("the maps were not made again".to_owned());
+        }
+        pause(200);
+    }
+    let kept = maps()?;
+    if before.lines().any(|map| kept.contains(map)) {
+        return Err(format!("a map was not made anew:\n{before}\n{kept}"));
+    }
+    varve.varve(&["rebuild"]).map(drop)
+}
+
 /// Everything in one life.
 pub fn store_life(varve: &Installation, device: &str) -> Outcome {
     let mapped = protect(varve, device)?;
@@ -71,6 +106,11 @@ pub fn store_life(varve: &Installation, device: &str) -> Outcome {
     varve.compare()?;
     print!("{}", varve.varve(&["scrub"])?);
     print!("{}", varve.varve(&["check"])?);
+
+    rebuilt(varve)?;
+    if digest_of(varve, "early")? != early || digest_of(varve, "point-9")? != later {
+        return Err("an instant is another one since the indexes were made anew".to_owned());
+    }
 
     // One bit of the largest segment.
     let victim = segments(varve)?.into_iter().next().ok_or("no segment")?;
