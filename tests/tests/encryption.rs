@@ -11,7 +11,7 @@ use varve_format::{Lsn, SegmentSequence};
 use varve_store::{
     Compression, Image, Secret, StoreError, StoreKeys, VolumeStore, volume_directory,
 };
-use varve_tests::sample::{Sample, VOLUME, files, prune_to, read, scrub};
+use varve_tests::sample::{Sample, VOLUME, files, prune_to, read, scrub, scrub_stored};
 
 const VOLUME_BYTES: u64 = 4 << 20;
 const SEGMENT_BYTES: u64 = 256 << 10;
@@ -365,6 +365,37 @@ fn another_secret_opens_it_and_the_old_one_does_not() {
     // What is recorded meanwhile is not written in the clear.
     let store = VolumeStore::open_with(root, VOLUME, keys.of_volume(VOLUME).0).unwrap();
     assert!(matches!(store.encrypts(), Err(StoreError::NoKey)));
+}
+
+/// What a disk has spoilt is found without keys, and what is whole is not called damaged.
+#[test]
+fn what_is_stored_is_compared_without_its_key() {
+    let directory = tempfile::tempdir().unwrap();
+    let root = directory.path();
+    let mut sample = history(root, &key_file(1));
+    sample.settle_all(Compression::Lz4);
+    drop(sample);
+    let flip = |path: &Path, at: usize| {
+        let mut bytes = std::fs::read(path).unwrap();
+        bytes[at] ^= 8;
+        std::fs::write(path, bytes).unwrap();
+    };
+    let handle = StoreKeys::load(root).of_volume(VOLUME).0;
+    let store = VolumeStore::open_with(root, VOLUME, handle).unwrap();
+    assert!(store.encrypts().is_err_and(|error| error.wants_key()));
+    assert_eq!(scrub_stored(&store).damage, []);
+    // A frame; and the last record of a run.
+    let (segment, run) = (&files(root, "segments")[1], &files(root, "runs")[1]);
+    let end = std::fs::metadata(run).unwrap().len() as usize;
+    for (path, at) in [(segment, 4096 + 100), (run, end - 50)] {
+        flip(path, at);
+        let damage = scrub_stored(&store).damage;
+        assert_eq!(damage.len(), 1, "{}: {damage:?}", path.display());
+        assert!(damage[0].what.contains("varve key unlock"), "{damage:?}");
+        assert!(damage[0].blocks.is_empty(), "{damage:?}");
+        flip(path, at);
+    }
+    assert_eq!(scrub_stored(&store).damage, []);
 }
 
 #[test]

@@ -165,6 +165,8 @@ pub struct StoreKeys {
     /// The sealing key and what it seals, once it is open.
     open: Option<(SecretKey, Vec<Key>)>,
     handles: BTreeMap<VolumeId, Arc<VolumeKeys>>,
+    /// What was exported last.
+    exporting: KeyNames,
 }
 
 /// What is known of a store's keys without opening them.
@@ -363,6 +365,7 @@ impl StoreKeys {
             failed: None,
             open: None,
             handles: BTreeMap::new(),
+            exporting: KeyNames::new(),
         };
         let _ = keys.refresh();
         keys
@@ -453,19 +456,20 @@ impl StoreKeys {
     }
 
     /// A file that another secret opens, with all keys: to be kept somewhere else.
-    pub fn export(&self, secret: &Secret) -> Result<Vec<u8>, StoreError> {
+    pub fn export(&mut self, secret: &Secret) -> Result<Vec<u8>, StoreError> {
         let (_, keys) = self.open.as_ref().ok_or(StoreError::NoKey)?;
         let header = new_header(secret)?;
         let sealing = sealing_key(&header, secret)?;
         let sealed = sealed_file(&header, &sealing, keys);
-        Ok(sealed.map_err(StoreError::io(Path::new("keys")))?.0)
+        let bytes = sealed.map_err(StoreError::io(Path::new("keys")))?.0;
+        self.exporting = keys.iter().map(|key| key.id).collect();
+        Ok(bytes)
     }
 
-    /// Notes that what is open now lies in a file somewhere else.
+    /// Notes that what was exported last lies in a file somewhere else.
     pub fn note_exported(&self) -> Result<(), StoreError> {
-        let (_, keys) = self.open.as_ref().ok_or(StoreError::NoKey)?;
         let mut all = self.exported();
-        all.extend(keys.iter().map(|key| key.id));
+        all.extend(&self.exporting);
         key_list::write(&self.root.join(EXPORTED), &all)
     }
 

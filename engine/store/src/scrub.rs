@@ -405,17 +405,19 @@ fn as_stored(
     previous: Option<&Arc<StoredSegment>>,
 ) -> Option<Result<(), String>> {
     let file = SegmentFile::open(segment).ok()?;
-    let stored = file.check_stored()?.and_then(|()| match file.kept_root() {
+    let run_of_its_own = |()| match file.kept_root() {
         Some(_) => run_file::of_segment(&file).map(drop),
         None => Ok(()),
-    });
-    if let Err(damage) = stored {
+    };
+    let outcome = file
+        .check_stored()?
+        .and_then(run_of_its_own)
+        .and_then(|()| run_file::read_entries(segment).map(drop))
+        .and_then(|()| run_file::read_head(&segment.run_path()).map(drop));
+    if let Err(damage) = outcome {
         let why = "its key would be needed to say which instants lack which blocks: varve key unlock, then varve scrub";
         return file.is_locked().then(|| Err(format!("{damage}; {why}")));
     }
-    let run =
-        run_file::read_entries(segment).and_then(|_| run_file::read_head(&segment.run_path()));
-    run.ok()?;
     Some(hole_before(segment, previous.map(|before| before.lsn_end)).map_or(Ok(()), Err))
 }
 

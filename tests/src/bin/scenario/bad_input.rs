@@ -318,7 +318,10 @@ fn full_and_read_only(varve: &Installation, root: &Path, files: &Path) -> Outcom
     sh(&format!("mount -o remount,size=400m {place}"))?;
     varve.wait_protected()?;
     varve.compare()?;
-    sh(&format!("mount -o remount,ro {place}"))?;
+    // While a segment is being compressed its new file is open.
+    until("the store is written to no more", || {
+        sh(&format!("mount -o remount,ro {place}")).is_ok()
+    })?;
     fill(1)?;
     refused(varve, "S008-read-only", &["history"])?;
     sh(&format!("mount -o remount,rw {place}"))?;
