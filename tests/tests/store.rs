@@ -757,3 +757,31 @@ fn with_file_limit<T>(bytes: u64, work: impl FnOnce() -> T) -> T {
     setrlimit(Resource::RLIMIT_FSIZE, hard, hard).unwrap();
     done
 }
+
+/// However many threads compress a segment, its file is the same, and proves itself.
+#[test]
+fn several_threads_make_the_same_file() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut sample = Sample::new(directory.path(), 4 << 20, 4 << 20, true);
+    sample.mixed(400);
+    let job = || {
+        sample
+            .store
+            .next_to_settle(Compression::Zstd(3), &|_| false)
+    };
+    let compressed = |threads| {
+        let settling = job().unwrap().compress(threads).unwrap();
+        let new = files(directory.path(), "segments");
+        let new = new
+            .iter()
+            .find(|path| path.extension().is_some_and(|end| end == "new"));
+        (std::fs::read(new.unwrap()).unwrap(), settling)
+    };
+    let (alone, _) = compressed(1);
+    assert!(alone.len() > 1 << 20, "{}: one lane's work", alone.len());
+    for threads in [2, 3, 7] {
+        let (together, settling) = compressed(threads);
+        assert!(together == alone, "{threads} threads make another file");
+        settling.prove().unwrap();
+    }
+}
