@@ -387,12 +387,13 @@ fn what_is_stored_is_compared_without_its_key() {
     // A frame; and the last record of a run.
     let (segment, run) = (&files(root, "segments")[1], &files(root, "runs")[1]);
     let end = std::fs::metadata(run).unwrap().len() as usize;
-    for (path, at) in [(segment, 4096 + 100), (run, end - 50)] {
+    for (path, at, loses) in [(segment, 4096 + 100, true), (run, end - 50, false)] {
         flip(path, at);
         let damage = scrub_stored(&store).damage;
         assert_eq!(damage.len(), 1, "{}: {damage:?}", path.display());
         assert!(damage[0].what.contains("varve key unlock"), "{damage:?}");
-        assert!(damage[0].blocks.is_empty(), "{damage:?}");
+        let told = (damage[0].from.is_some(), !damage[0].blocks.is_empty());
+        assert_eq!(told, (loses, loses), "{damage:?}");
         flip(path, at);
     }
     assert_eq!(scrub_stored(&store).damage, []);

@@ -223,9 +223,13 @@ impl ScrubJob {
         if self.reading == Reading::Stored
             && let Some(outcome) = as_stored(segment, previous.map(|previous| &previous.0))
         {
-            let damage = outcome.err().map(|why| Damage {
-                segment: Some(segment.sequence),
-                ..Damage::without_place(&format!("{}: {why}", segment.path().display()))
+            let damage = outcome.err().map(|wrong| match wrong {
+                // Without its key no record can be read: all of them are named.
+                Wrong::Frames(why) => self.damage(segment, why),
+                Wrong::Other(why) => Damage {
+                    segment: Some(segment.sequence),
+                    ..Damage::without_place(&format!("{}: {why}", segment.path().display()))
+                },
             });
             found.damage.extend(damage);
             return None;
@@ -398,27 +402,42 @@ fn run_is_wrong(segment: &StoredSegment, entries: &[RunEntry]) -> Option<String>
     }
 }
 
+/// What is wrong with a segment that is not unpacked.
+enum Wrong {
+    /// Records are lost.
+    Frames(String),
+    /// Nothing of what it holds is.
+    Other(String),
+}
+
 /// Compares a compressed segment with its checksums. None: it is to be unpacked, because it is not compressed, or something is wrong with it and its key,
 /// if it needs one, is there to say which blocks that are.
 fn as_stored(
     segment: &StoredSegment,
     previous: Option<&Arc<StoredSegment>>,
-) -> Option<Result<(), String>> {
+) -> Option<Result<(), Wrong>> {
     let file = SegmentFile::open(segment).ok()?;
-    let run_of_its_own = |()| match file.kept_root() {
+    if let Err(damage) = file.check_stored()? {
+        let why = format!(
+            "{damage}. At most what is named here is lost; which of it, only its key can tell: varve key unlock, then varve scrub"
+        );
+        return file.is_locked().then_some(Err(Wrong::Frames(why)));
+    }
+    let run_of_its_own = match file.kept_root() {
         Some(_) => run_file::of_segment(&file).map(drop),
         None => Ok(()),
     };
-    let outcome = file
-        .check_stored()?
-        .and_then(run_of_its_own)
+    let run = run_of_its_own
         .and_then(|()| run_file::read_entries(segment).map(drop))
         .and_then(|()| run_file::read_head(&segment.run_path()).map(drop));
-    if let Err(damage) = outcome {
-        let why = "its key would be needed to say which instants lack which blocks: varve key unlock, then varve scrub";
-        return file.is_locked().then(|| Err(format!("{damage}; {why}")));
+    if let Err(damage) = run {
+        let why = format!(
+            "its run: {damage}. With its key it is made again: varve key unlock, then varve scrub"
+        );
+        return file.is_locked().then_some(Err(Wrong::Other(why)));
     }
-    Some(hole_before(segment, previous.map(|before| before.lsn_end)).map_or(Ok(()), Err))
+    let hole = hole_before(segment, previous.map(|before| before.lsn_end));
+    Some(hole.map_or(Ok(()), |why| Err(Wrong::Other(why))))
 }
 
 /// What the segment before says.
