@@ -12,7 +12,7 @@ const PERCENT_MAX: u32 = 1600;
 pub struct StorePolicy {
     /// `none`, `lz4`, `zstd` or `zstd:1` to `zstd:19`.
     pub compression: String,
-    /// Percent of one processor that compressing, merging and pruning may take; above 100 compressing takes several.
+    /// Percent of one processor that compressing, merging and pruning may take; 200: compressing takes two, and so on.
     pub background_percent: u32,
     /// How much of the past is kept: `all 48h, 1m 7d, 1h 30d, 1d 1y`, or `all`.
     pub keep: String,

@@ -61,9 +61,8 @@ struct Background {
     proofs: Sender<(String, u64, Settling)>,
     proved: Receiver<(String, u64, Option<StoreError>)>,
     said: String,
-    /// How many threads may compress, and what all but one of them took in this turn.
-    threads: u32,
-    beside: Duration,
+    /// How many threads compress.
+    threads: usize,
 }
 
 /// Works until the process ends.
@@ -98,7 +97,6 @@ pub(crate) fn run(service: Arc<Service>) {
         proved,
         said: String::new(),
         threads: 1,
-        beside: Duration::ZERO,
     };
     loop {
         background.turn();
@@ -125,10 +123,10 @@ impl Background {
         self.service.retry_keys();
         let _ = self.service.clock_ns(); // A jump is noticed between two looks.
         let kept = self.settled_policy(kept);
-        let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32);
-        let percent = percent.min(cores * 100);
-        self.threads = percent.div_ceil(100);
-        self.beside = Duration::ZERO;
+        // Whole processors: with a part of one more it would only wait for that.
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        self.threads = (percent as usize / 100).clamp(1, cores);
+        let percent = percent.min(100);
         let began = Instant::now();
         let mut worked = false;
         for id in self.service.open_ids() {
@@ -139,8 +137,7 @@ impl Background {
         }
         if worked {
             let took = began.elapsed();
-            let share = (took + self.beside) * 100 / percent;
-            std::thread::sleep(share.saturating_sub(took));
+            std::thread::sleep(took * (100 - percent) / percent);
         } else {
             std::thread::sleep(IDLE);
         }
@@ -324,10 +321,7 @@ impl Background {
 
     fn settle(&mut self, id: &str, job: SettleJob) -> bool {
         let sequence = job.sequence();
-        let began = Instant::now();
-        let compressed = job.compress(self.threads as usize);
-        self.beside += began.elapsed() * (self.threads - 1);
-        match compressed {
+        match job.compress(self.threads) {
             Ok(settling) => {
                 self.under_way.insert((id.to_owned(), sequence));
                 let _ = self.proofs.send((id.to_owned(), sequence, settling));

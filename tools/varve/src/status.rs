@@ -151,11 +151,6 @@ fn advise(volume: &VolumeInfo, history: &Result<VolumeHistory, ControlError>) ->
             "the store's daemon does not answer: the log will fill up",
             "varve up".to_owned(),
         ),
-        _ if says(|history| history.locked) => to(
-            "the store is locked: writes are recorded, but nothing can be restored, and history grows uncompressed",
-            "varve key unlock (if its key files are lost: varve key init, then varve key import FILE)"
-                .to_owned(),
-        ),
         "synchronising" | "healing" | "unverified" => to(
             "instants resolve again once the copy is done",
             "varve status --wait 600".to_owned(),
@@ -171,6 +166,11 @@ fn advise(volume: &VolumeInfo, history: &Result<VolumeHistory, ControlError>) ->
         _ if volume.segments_held * 4 > volume.segment_count * 3 => to(
             "the log is more than three quarters full: the store is behind",
             "varve doctor".to_owned(),
+        ),
+        _ if says(|history| history.locked) => to(
+            "the store is locked: writes are recorded, but nothing can be restored, and history grows uncompressed",
+            "varve key unlock (if its key files are lost: varve key init, then varve key import FILE)"
+                .to_owned(),
         ),
         _ if says(|history| history.keys_not_exported > 0) => to(
             "its key lies in this store only: if that is lost, nothing of its history can be read",

@@ -40,7 +40,7 @@ fn segments(varve: &Installation) -> Result<Vec<PathBuf>, String> {
         .collect())
 }
 
-/// A bit is wrong in the last third of each run, and all maps are made anew.
+/// A bit is wrong in the largest run; that is made anew, and so are all maps.
 fn rebuilt(varve: &Installation) -> Outcome {
     let store = format!("{}/var/lib/varve/store/volumes", varve.root().display());
     let runs = run("sh", &["-c", &format!("ls -S {store}/*/runs/*.run")])?;
