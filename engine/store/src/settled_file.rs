@@ -23,11 +23,12 @@ use zerocopy::{FromZeros, IntoBytes};
 
 const BLOCK: usize = BLOCK_BYTES as usize;
 const FRAME_BYTES: usize = FRAME_BLOCKS as usize * BLOCK;
-/// Bytes that are read at a time.
+/// Bytes that are read at a time from one end to the other.
 const STEP_BYTES: usize = 1 << 20;
-
-/// What one thread packs at a time: whole frames.
-const LANE_BYTES: usize = 16 * FRAME_BYTES;
+/// Blocks of a window that are read at a time: what was just read is looked at while the processor's cache still has it.
+const READ_BLOCKS: usize = 32;
+/// Frames that one thread packs at a time.
+const LANE_FRAMES: usize = 16;
 /// Blocks that are put in order together, and are in memory meanwhile: 16 MiB.
 const WINDOW_BLOCKS: u64 = 4096;
 /// Frames that reading in the order of time needs at hand: a window's, and some that later blocks are copies of. In bytes.
@@ -78,6 +79,8 @@ pub(crate) fn root_and(
 /// One thread's share of the frames that are packed at a time.
 struct Lane {
     packer: Packer,
+    /// A frame's blocks, gathered: small enough that packing finds them in the processor's cache.
+    frame: Vec<u8>,
     /// Frames as they are stored, one behind the other, and what is to be said of each; their places come later.
     stored: Vec<u8>,
     entries: Vec<FrameEntry>,
@@ -85,18 +88,20 @@ struct Lane {
 }
 
 impl Lane {
-    /// Packs frames, of which the first has the number `first`.
-    fn pack(
+    /// Packs frames, of which the first has the number `first`, each given by its blocks.
+    fn pack<'b>(
         &mut self,
-        frames: &[u8],
+        frames: impl Iterator<Item = impl Iterator<Item = &'b [u8]>>,
         first: u64,
         sequence: u64,
         cipher: Option<&FileCipher>,
     ) -> std::io::Result<()> {
         self.stored.clear();
         self.entries.clear();
-        for (number, frame) in (first..).zip(frames.chunks(FRAME_BYTES)) {
-            let (codec, mut stored) = self.packer.pack(frame)?;
+        for (number, blocks) in (first..).zip(frames) {
+            self.frame.clear();
+            blocks.for_each(|block| self.frame.extend_from_slice(block));
+            let (codec, mut stored) = self.packer.pack(&self.frame)?;
             if let Some(cipher) = cipher {
                 self.sealed.clear();
                 self.sealed.extend_from_slice(stored);
@@ -121,48 +126,94 @@ struct FrameWriter<'a> {
     sequence: u64,
     lanes: Vec<Lane>,
     cipher: Option<FileCipher>,
-    /// Blocks that are not packed yet: whole frames, and at the end perhaps a part of one.
+    /// Blocks that are not packed yet: less than a frame.
     pending: Vec<u8>,
     table: Vec<FrameEntry>,
     at: u64,
 }
 
 impl FrameWriter<'_> {
-    fn keep(&mut self, block: &[u8]) -> Result<(), StoreError> {
-        self.pending.extend_from_slice(block);
-        if self.pending.len() == self.lanes.len() * LANE_BYTES {
-            self.pack()?;
+    /// Takes the next blocks. What of them makes no whole frame waits for those behind.
+    fn keep(&mut self, window: &Window) -> Result<(), StoreError> {
+        let blocks = &window.kept[..];
+        let missing = (FRAME_BYTES - self.pending.len()) / BLOCK;
+        let (head, whole) = blocks.split_at(match self.pending.len() {
+            0 => 0,
+            _ => missing.min(blocks.len()),
+        });
+        for block in head {
+            self.pending.extend_from_slice(window.block(*block));
+        }
+        if self.pending.len() == FRAME_BYTES {
+            self.pack_pending()?;
+        }
+        let (whole, tail) = whole.split_at(whole.len() - whole.len() % FRAME_BLOCKS as usize);
+        let lane_blocks = LANE_FRAMES * FRAME_BLOCKS as usize;
+        for part in whole.chunks(self.lanes.len() * lane_blocks) {
+            self.pack(window, part, lane_blocks)?;
+        }
+        for block in tail {
+            self.pending.extend_from_slice(window.block(*block));
         }
         Ok(())
     }
 
-    /// Packs what is pending, each lane its part, and writes it in order.
-    fn pack(&mut self) -> Result<(), StoreError> {
-        let io = StoreError::io(self.path);
+    /// Packs blocks of a window that make whole frames, each lane its part, and writes them in order.
+    fn pack(
+        &mut self,
+        window: &Window,
+        blocks: &[u32],
+        lane_blocks: usize,
+    ) -> Result<(), StoreError> {
         let first = self.table.len() as u64;
         let (sequence, cipher) = (self.sequence, self.cipher.as_ref());
-        let parts = self.pending.chunks(LANE_BYTES);
+        let parts = blocks.chunks(lane_blocks);
         let count = parts.len();
         let mut jobs = self.lanes.iter_mut().zip(parts).enumerate();
-        let run = |(index, (lane, part)): (usize, (&mut Lane, &[u8]))| {
-            let before = index * (LANE_BYTES / FRAME_BYTES);
-            lane.pack(part, first + before as u64, sequence, cipher)
+        let run = |(index, (lane, part)): (usize, (&mut Lane, &[u32]))| {
+            let frames = part.chunks(FRAME_BLOCKS as usize);
+            let frames = frames.map(|frame| frame.iter().map(|block| window.block(*block)));
+            lane.pack(
+                frames,
+                first + (index * LANE_FRAMES) as u64,
+                sequence,
+                cipher,
+            )
         };
         let packed = match count {
             0 | 1 => jobs.try_for_each(run),
             _ => jobs.collect::<Vec<_>>().into_par_iter().try_for_each(run),
         };
-        packed.map_err(&io)?;
-        for lane in &self.lanes[..count] {
-            self.out.write_all(&lane.stored).map_err(&io)?;
-            for entry in &lane.entries {
-                let mut entry = *entry;
-                entry.offset = self.at.into();
-                self.at += u64::from(entry.length.get());
-                self.table.push(entry);
-            }
+        packed.map_err(StoreError::io(self.path))?;
+        (0..count).try_for_each(|lane| self.write_out(lane))
+    }
+
+    /// Packs what is pending as a frame of its own.
+    fn pack_pending(&mut self) -> Result<(), StoreError> {
+        if self.pending.is_empty() {
+            return Ok(());
         }
+        let frame = std::iter::once(std::iter::once(&self.pending[..]));
+        let first = self.table.len() as u64;
+        self.lanes[0]
+            .pack(frame, first, self.sequence, self.cipher.as_ref())
+            .map_err(StoreError::io(self.path))?;
         self.pending.clear();
+        self.write_out(0)
+    }
+
+    /// Writes what a lane has packed.
+    fn write_out(&mut self, lane: usize) -> Result<(), StoreError> {
+        let lane = &self.lanes[lane];
+        self.out
+            .write_all(&lane.stored)
+            .map_err(StoreError::io(self.path))?;
+        for entry in &lane.entries {
+            let mut entry = *entry;
+            entry.offset = self.at.into();
+            self.at += u64::from(entry.length.get());
+            self.table.push(entry);
+        }
         Ok(())
     }
 }
@@ -187,6 +238,7 @@ pub(crate) fn write(
     let lane = |_| {
         Ok(Lane {
             packer: Packer::new(compression)?,
+            frame: Vec::with_capacity(FRAME_BYTES),
             stored: Vec::new(),
             entries: Vec::new(),
             sealed: Vec::new(),
@@ -200,7 +252,7 @@ pub(crate) fn write(
         sequence: source.sequence().0,
         lanes,
         cipher: None,
-        pending: Vec::with_capacity(threads.max(1) * LANE_BYTES),
+        pending: Vec::with_capacity(FRAME_BYTES),
         table: Vec::new(),
         at: BLOCK_BYTES,
     };
@@ -211,20 +263,16 @@ pub(crate) fn write(
         writer.cipher = Some(new.cipher);
     }
     writer.out.write_all(&[0u8; BLOCK]).map_err(&io)?;
-    let written = write_blocks(source, &mut writer, entries, kept.map(|kept| kept.blocks))?;
-    writer.pack()?;
+    let mut sorter = BlockSorter::new(source, entries, kept.map(|kept| kept.blocks));
+    write_blocks(&mut sorter, &mut writer)?;
     let mut tables = writer.table.as_bytes().to_vec();
-    tables.extend(
-        written
-            .numbers
-            .iter()
-            .flat_map(|number| number.to_le_bytes()),
-    );
+    let numbers = sorter.numbers().iter();
+    tables.extend(numbers.flat_map(|number| number.to_le_bytes()));
     let footer = source.footer();
     header.volume = footer.volume;
     header.sequence = footer.sequence;
     header.data_bytes = footer.data_bytes;
-    header.kept_blocks = u64::from(written.kept).into();
+    header.kept_blocks = u64::from(sorter.kept).into();
     header.tables_at = writer.at.into();
     header.tables_crc = crc32c(&tables).into();
     let cipher = writer.cipher;
@@ -235,7 +283,7 @@ pub(crate) fn write(
         header.incompat = (header.incompat.get() | SETTLED_IS_PRUNED).into();
         header.tables_bytes = (packed.len() as u64).into();
         header.run_bytes = (kept.run.len() as u64).into();
-        header.kept_root = written.root;
+        header.kept_root = *sorter.hasher.finalize().as_bytes();
         out.write_all(&packed).map_err(&io)?;
         out.write_all(kept.run).map_err(&io)?;
     } else {
@@ -249,14 +297,6 @@ pub(crate) fn write(
     out.seek(SeekFrom::Start(0)).map_err(&io)?;
     out.write_all(&header.to_block()).map_err(&io)?;
     out.into_inner().map_err(|error| io(error.into_error()))
-}
-
-struct Written {
-    /// The block table.
-    numbers: Vec<u32>,
-    kept: u32,
-    /// BLAKE3 of what is not gone.
-    root: [u8; 32],
 }
 
 /// Where each block of a segment belongs on the volume; all ones: nowhere, it is a batch's head.
@@ -278,93 +318,162 @@ fn places(source: &SegmentFile, entries: &[RunEntry]) -> Vec<u64> {
     places
 }
 
-/// Reads the blocks `window` of `source` that are wanted, each to its place in `buffer`.
-fn read_window(
-    source: &mut SegmentBytes<'_>,
-    window: &std::ops::Range<u64>,
-    wanted: impl Fn(u64) -> bool,
-    buffer: &mut [u8],
-) -> std::io::Result<()> {
-    let mut block = window.start;
-    while block < window.end {
-        let more = (block..window.end).take_while(|block| wanted(*block));
-        let count = more.count().min(STEP_BYTES / BLOCK);
-        let at = (block - window.start) as usize * BLOCK;
-        source.read_at(block * BLOCK_BYTES, &mut buffer[at..at + count * BLOCK])?;
-        block += count.max(1) as u64;
-    }
-    Ok(())
+/// Blocks that are in memory together, and which of them are kept: in the order of the volume.
+struct Window {
+    start: u64,
+    bytes: Vec<u8>,
+    kept: Vec<u32>,
 }
 
+impl Window {
+    fn block(&self, block: u32) -> &[u8] {
+        &self.bytes[(u64::from(block) - self.start) as usize * BLOCK..][..BLOCK]
+    }
+}
+
+/// Reads a segment's blocks, window by window, and decides for each where it goes.
+struct BlockSorter<'a> {
+    source: SegmentBytes<'a>,
+    path: &'a Path,
+    /// By block: whether somebody needs it; none: all are needed.
+    needed: Option<&'a [bool]>,
+    count: u64,
+    places: Vec<u64>,
+    /// The block table.
+    numbers: Vec<u32>,
+    kept: u32,
+    /// Blocks by checksum: the first of its kind, and those that are the same.
+    seen: HashMap<u32, u32>,
+    copies: Vec<(u32, u32)>,
+    earlier: Vec<u8>,
+    /// Of what is not gone, if something is.
+    hasher: blake3::Hasher,
+    next: u64,
+}
+
+impl<'a> BlockSorter<'a> {
+    fn new(
+        source: &'a SegmentFile,
+        entries: &[RunEntry],
+        needed: Option<&'a [bool]>,
+    ) -> BlockSorter<'a> {
+        let count = source.footer().data_bytes.get() / BLOCK_BYTES;
+        BlockSorter {
+            source: SegmentBytes::new(source),
+            path: source.path(),
+            needed,
+            count,
+            places: places(source, entries),
+            numbers: vec![BLOCK_IS_GONE; count as usize],
+            kept: 0,
+            seen: HashMap::new(),
+            copies: Vec::new(),
+            earlier: vec![0u8; BLOCK],
+            hasher: blake3::Hasher::new(),
+            next: 0,
+        }
+    }
+
+    fn window(&self) -> Window {
+        Window {
+            start: 0,
+            bytes: vec![0u8; self.count.min(WINDOW_BLOCKS) as usize * BLOCK],
+            kept: Vec::new(),
+        }
+    }
+
+    fn is_needed(&self, block: u64) -> bool {
+        let is_needed = |needed: &[bool]| needed.get(block as usize) == Some(&true);
+        self.needed.is_none_or(is_needed)
+    }
+
+    /// The next window; false: there is none.
+    fn read(&mut self, window: &mut Window) -> Result<bool, StoreError> {
+        window.kept.clear();
+        window.start = self.next;
+        let end = self.count.min(window.start + WINDOW_BLOCKS);
+        while self.next < end {
+            let more = (self.next..end).take(READ_BLOCKS);
+            let count = more.take_while(|block| self.is_needed(*block)).count();
+            if count > 0 {
+                let within = (self.next - window.start) as usize * BLOCK;
+                let bytes = &mut window.bytes[within..within + count * BLOCK];
+                self.source
+                    .read_at(self.next * BLOCK_BYTES, bytes)
+                    .map_err(StoreError::io(self.path))?;
+            }
+            let next = self.next + count.max(1) as u64;
+            for block in self.next..self.next + count as u64 {
+                self.place(block as u32, window)
+                    .map_err(StoreError::io(self.path))?;
+            }
+            self.next = next;
+        }
+        window
+            .kept
+            .sort_by_key(|block| self.places[*block as usize]);
+        for block in &window.kept {
+            self.numbers[*block as usize] = self.kept;
+            self.kept += 1;
+        }
+        Ok(end > window.start)
+    }
+
+    /// What becomes of a block that was read: left out, because it is zero or there already, or kept.
+    fn place(&mut self, block: u32, window: &mut Window) -> std::io::Result<()> {
+        let this = window.block(block);
+        if self.needed.is_some() {
+            self.hasher.update(this);
+        }
+        if this == [0u8; BLOCK] {
+            self.numbers[block as usize] = BLOCK_IS_ZERO;
+            return Ok(());
+        }
+        // A checksum only says where to look; what counts are the bytes.
+        match self.seen.entry(crc32c(this)) {
+            Entry::Occupied(found) => {
+                let there = *found.get();
+                let is_same = if u64::from(there) < window.start {
+                    let at = u64::from(there) * BLOCK_BYTES;
+                    self.source.read_at(at, &mut self.earlier)?;
+                    self.earlier == this
+                } else {
+                    window.block(there) == this
+                };
+                if is_same {
+                    self.copies.push((block, there));
+                    return Ok(());
+                }
+            }
+            Entry::Vacant(free) => {
+                free.insert(block);
+            }
+        }
+        window.kept.push(block);
+        Ok(())
+    }
+
+    /// The block table, once all was read.
+    fn numbers(&mut self) -> &[u32] {
+        for (block, there) in self.copies.drain(..) {
+            self.numbers[block as usize] = self.numbers[there as usize];
+        }
+        &self.numbers
+    }
+}
+
+/// Moves all blocks into frames. While a window is packed the next one is read.
 fn write_blocks(
-    source: &SegmentFile,
+    sorter: &mut BlockSorter<'_>,
     writer: &mut FrameWriter<'_>,
-    entries: &[RunEntry],
-    blocks: Option<&[bool]>,
-) -> Result<Written, StoreError> {
-    let io = StoreError::io(source.path());
-    let count = source.footer().data_bytes.get() / BLOCK_BYTES;
-    let wanted = |block: u64| blocks.is_none_or(|blocks| blocks.get(block as usize) == Some(&true));
-    let places = places(source, entries);
-    let mut bytes = SegmentBytes::new(source);
-    let mut buffer = vec![0u8; count.min(WINDOW_BLOCKS) as usize * BLOCK];
-    let mut numbers = vec![BLOCK_IS_GONE; count as usize];
-    // Blocks by checksum: the first of its kind, and those that are the same.
-    let mut seen: HashMap<u32, u32> = HashMap::new();
-    let mut copies: Vec<(u32, u32)> = Vec::new();
-    let mut earlier = vec![0u8; BLOCK];
-    let mut hasher = blake3::Hasher::new();
-    let mut number = 0;
-    for start in (0..count).step_by(WINDOW_BLOCKS as usize) {
-        let window = start..count.min(start + WINDOW_BLOCKS);
-        read_window(&mut bytes, &window, wanted, &mut buffer).map_err(&io)?;
-        let content = |block: u32| &buffer[(u64::from(block) - start) as usize * BLOCK..][..BLOCK];
-        let mut kept: Vec<u32> = Vec::new();
-        for block in window.filter(|block| wanted(*block)) {
-            let block = block as u32;
-            let this = content(block);
-            if blocks.is_some() {
-                hasher.update(this);
-            }
-            if this == [0u8; BLOCK] {
-                numbers[block as usize] = BLOCK_IS_ZERO;
-                continue;
-            }
-            // A checksum only says where to look; what counts are the bytes.
-            match seen.entry(crc32c(this)) {
-                Entry::Occupied(found) => {
-                    let there = *found.get();
-                    let same = if u64::from(there) < start {
-                        let at = u64::from(there) * BLOCK_BYTES;
-                        bytes.read_at(at, &mut earlier).map_err(&io)?;
-                        earlier == this
-                    } else {
-                        content(there) == this
-                    };
-                    if same {
-                        copies.push((block, there));
-                        continue;
-                    }
-                }
-                Entry::Vacant(free) => {
-                    free.insert(block);
-                }
-            }
-            kept.push(block);
-        }
-        kept.sort_by_key(|block| places[*block as usize]);
-        for block in kept {
-            numbers[block as usize] = number;
-            number += 1;
-            writer.keep(content(block))?;
-        }
+) -> Result<(), StoreError> {
+    let (mut now, mut next) = (sorter.window(), sorter.window());
+    let mut more = sorter.read(&mut now)?;
+    while more {
+        let (read, kept) = rayon::join(|| sorter.read(&mut next), || writer.keep(&now));
+        kept?;
+        more = read?;
+        std::mem::swap(&mut now, &mut next);
     }
-    for (block, there) in copies {
-        numbers[block as usize] = numbers[there as usize];
-    }
-    Ok(Written {
-        numbers,
-        kept: number,
-        root: *hasher.finalize().as_bytes(),
-    })
+    writer.pack_pending()
 }
