@@ -352,6 +352,32 @@ impl Sample {
         map_all(&mut self.store).unwrap()
     }
 
+    /// A small history in every form: sealed, settled, with maps.
+    ///
+    /// # Panics
+    /// If it cannot be made.
+    #[must_use]
+    pub fn small(root: &Path, settled: bool) -> Sample {
+        let sample = Sample::of_size(root, settled, 220);
+        assert!(sample.store.segments().count() > 16);
+        sample
+    }
+
+    /// The same of so many records.
+    ///
+    /// # Panics
+    /// If it cannot be made.
+    #[must_use]
+    pub fn of_size(root: &Path, settled: bool, records: u64) -> Sample {
+        let mut sample = Sample::new(root, 1 << 20, 32 << 10, true);
+        sample.mixed(records);
+        sample.map_all();
+        if settled {
+            sample.settle_all(Compression::Zstd(3));
+        }
+        sample
+    }
+
     /// Settles every segment.
     pub fn settle_all(&mut self, compression: Compression) -> u64 {
         settle_all(&mut self.store, compression).unwrap()
@@ -452,6 +478,16 @@ pub fn files(root: &Path, kind: &str) -> Vec<PathBuf> {
     let mut files: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
     files.sort();
     files
+}
+
+/// Flips a bit of a file.
+///
+/// # Panics
+/// If it cannot be read or written.
+pub fn flip(path: &Path, bit: u64) {
+    let mut bytes = std::fs::read(path).unwrap();
+    bytes[(bit / 8) as usize] ^= 1 << (bit % 8);
+    std::fs::write(path, bytes).unwrap();
 }
 
 /// The whole image at `lsn`.

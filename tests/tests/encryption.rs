@@ -394,6 +394,13 @@ fn what_is_stored_is_compared_without_its_key() {
         assert!(damage[0].what.contains("varve key unlock"), "{damage:?}");
         let told = (damage[0].from.is_some(), !damage[0].blocks.is_empty());
         assert_eq!(told, (loses, loses), "{damage:?}");
+        // The quick check does not look at frames, and knows no more of a run.
+        let quick = store.scrub().structure();
+        assert_eq!(quick.len(), usize::from(!loses), "{quick:?}");
+        assert!(
+            quick.iter().all(|damage| damage.blocks.is_empty()),
+            "{quick:?}"
+        );
         flip(path, at);
     }
     assert_eq!(scrub_stored(&store).damage, []);
@@ -416,15 +423,16 @@ fn keys_that_were_exported_open_what_is_left_of_a_store() {
     keys.unlock(&key_file(1)).unwrap();
     let exported = keys.export(&passphrase("rescue")).unwrap();
     assert_eq!(keys.not_exported(Some(VOLUME)), 1);
-    keys.note_exported().unwrap();
+    assert!(keys.note_exported().unwrap());
     assert_eq!(keys.not_exported(Some(VOLUME)), 0);
     drop(keys);
     // It is known while they are locked, too.
     assert_eq!(StoreKeys::load(root).not_exported(None), 0);
-    for name in ["keys", "keys-copy"] {
+    for name in ["keys", "keys-copy", "keys-exported"] {
         std::fs::remove_file(root.join(name)).unwrap();
     }
     let mut keys = StoreKeys::load(root);
+    assert!(!keys.note_exported().unwrap(), "it knows of no file");
     assert!(keys.info().is_none());
     keys.create(&key_file(2)).unwrap();
     assert!(matches!(
@@ -500,6 +508,12 @@ fn what_waits_for_its_key_is_no_hole() {
     let mut keys = StoreKeys::load(root);
     let store = VolumeStore::open_with(root, VOLUME, keys.of_volume(VOLUME).0).unwrap();
     assert!(store.waits_for_key());
+    let told = scrub_stored(&store).damage;
+    let hole = told.iter().find(|damage| damage.what.contains("hole"));
+    assert!(
+        hole.is_some_and(|hole| hole.what.contains("varve key unlock")),
+        "{told:?}"
+    );
     drop(store);
     assert!(files(root, "maps") == maps, "maps were given up for a key");
     keys.unlock(&secret).unwrap();

@@ -8,11 +8,10 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use varve_format::{
-    EpochId, FRAME_ENTRY_BYTES, Lsn, RecordKind, SegmentSequence, SettledHeader, WallTime, crc32c,
-    frame_crc,
+    EpochId, FRAME_ENTRY_BYTES, Lsn, RecordKind, SettledHeader, WallTime, crc32c, frame_crc,
 };
 use varve_store::{Compression, Image, RangeKind, VolumeStore, volume_directory};
-use varve_tests::sample::{Sample, VOLUME, files, read, scrub};
+use varve_tests::sample::{Sample, VOLUME, files, flip, read, scrub};
 
 const VOLUME_BYTES: u64 = 4 << 20;
 const SEGMENT_BYTES: u64 = 96 << 10;
@@ -228,179 +227,11 @@ fn repetitions_and_zeroes_are_stored_once() {
     assert!(read(&sample.store, end) == sample.image(end));
 }
 
-/// A small history in every form: sealed, settled, with maps.
-fn small(root: &Path, settled: bool) -> Sample {
-    let sample = of_size(root, settled, 220);
-    assert!(sample.store.segments().count() > 16);
-    sample
-}
-
-fn of_size(root: &Path, settled: bool, records: u64) -> Sample {
-    let mut sample = Sample::new(root, 1 << 20, 32 << 10, true);
-    sample.mixed(records);
-    sample.map_all();
-    if settled {
-        sample.settle_all(Compression::Zstd(3));
-    }
-    sample
-}
-
-fn flip(path: &Path, bit: u64) {
-    let mut bytes = std::fs::read(path).unwrap();
-    bytes[(bit / 8) as usize] ^= 1 << (bit % 8);
-    std::fs::write(path, bytes).unwrap();
-}
-
-/// Every byte of the structures of a segment, its run and a map: one bit of each is flipped, and a scrub says so. Data is untouched, so everything
-/// can still be read, or is named as lost.
-#[test]
-fn every_flipped_byte_of_a_file_is_found_by_a_scrub() {
-    for settled in [false, true] {
-        let directory = tempfile::tempdir().unwrap();
-        let sample = of_size(directory.path(), settled, 80);
-        let end = sample.store.timeline().end();
-        let wanted = sample.image(end);
-        let store = sample.store;
-        let job = store.scrub();
-        for kind in ["segments", "runs", "maps"] {
-            let victim = &files(directory.path(), kind)[0];
-            let before = std::fs::read(victim).unwrap();
-            let length = before.len() as u64;
-            for byte in 0..length {
-                // Every bit of the places where structures are, a part of the long rest.
-                let sparse = byte % 4096 >= 128 && byte % 509 != 0;
-                if sparse {
-                    continue;
-                }
-                let bit = byte * 8 + byte % 8;
-                flip(victim, bit);
-                let found = job.run(SegmentSequence(0), |_, _| {
-                    std::ops::ControlFlow::Continue(())
-                });
-                assert!(
-                    !found.damage.is_empty(),
-                    "{kind} (settled: {settled}): bit {bit} of {length} bytes was not found"
-                );
-                // Not flipped back: a scrub mends what it can.
-                std::fs::write(victim, &before).unwrap();
-            }
-        }
-        assert!(scrub(&store).damage.is_empty(), "all bits are back");
-        assert!(read(&store, end) == wanted);
-    }
-}
-
-/// Random flips anywhere: found, and the blocks that are named are the only ones that cannot be read.
-#[test]
-fn damage_is_located_and_the_rest_stays_readable() {
-    for settled in [false, true] {
-        let directory = tempfile::tempdir().unwrap();
-        let mut sample = small(directory.path(), settled);
-        let end = sample.store.timeline().end();
-        let segments = files(directory.path(), "segments");
-        let mut lost_something = 0;
-        for round in 0..250 {
-            let victim = &segments[sample.random() as usize % segments.len()];
-            let bits = std::fs::metadata(victim).unwrap().len() * 8;
-            let bit = sample.random() % bits;
-            flip(victim, bit);
-            let found = scrub(&sample.store);
-            assert!(
-                !found.damage.is_empty(),
-                "round {round}: bit {bit} not found"
-            );
-            let lost: Vec<(u64, u64)> =
-                found.damage.iter().flat_map(|d| d.blocks.clone()).collect();
-            let first = found.damage.iter().filter_map(|d| d.from).min();
-            lost_something += u32::from(!lost.is_empty());
-            // At its end, and at an instant at which the damage begins, if there is one.
-            for lsn in [Some(end), first.map(|(lsn, _)| lsn)].into_iter().flatten() {
-                let image = Image::open(&sample.store, lsn).unwrap();
-                let wanted = sample.image(lsn);
-                for sector in 0..image.bytes() / 512 {
-                    let (offset, mut bytes) = (sector * 512, [0u8; 512]);
-                    let named = lost
-                        .iter()
-                        .any(|(o, l)| offset < o + l && *o < offset + 512);
-                    match image.read(offset, &mut bytes) {
-                        Ok(()) => assert!(
-                            bytes == wanted[offset as usize..offset as usize + 512],
-                            "round {round}: wrong bytes were given out"
-                        ),
-                        Err(error) => assert!(named, "round {round}: not named: {error}"),
-                    }
-                }
-            }
-            if let (Some(first), Some(damage)) = (first, found.damage.first())
-                && !damage.blocks.is_empty()
-            {
-                assert_eq!(first.0, damage.from.unwrap().0);
-                let image = Image::open(&sample.store, first.0).unwrap();
-                let (offset, length) = damage.blocks[0];
-                let mut bytes = vec![0; length as usize];
-                let failed = image.read(offset, &mut bytes);
-                assert!(failed.is_err(), "round {round}: {damage:?} can be read");
-                if let Some((until, _)) = damage.until {
-                    let image = Image::open(&sample.store, until).unwrap();
-                    for (offset, length) in &damage.blocks {
-                        let mut bytes = vec![0; *length as usize];
-                        image.read(*offset, &mut bytes).unwrap();
-                    }
-                }
-            }
-            flip(victim, bit);
-        }
-        assert!(
-            lost_something > 30,
-            "{lost_something}: the flips hit nothing"
-        );
-    }
-}
-
-#[test]
-fn a_lost_segment_is_located_by_its_run_and_history_goes_on() {
-    let directory = tempfile::tempdir().unwrap();
-    let sample = small(directory.path(), false);
-    let end = sample.store.timeline().end();
-    let wanted = sample.image(end);
-    drop(sample);
-    let victim = &files(directory.path(), "segments")[4];
-    std::fs::remove_file(victim).unwrap();
-    let store = VolumeStore::open(directory.path(), VOLUME).unwrap();
-    assert_eq!(store.damaged().len(), 1, "{:?}", store.damaged());
-    assert!(
-        store.timeline().check(end).is_ok(),
-        "what is behind it is whole"
-    );
-    let lost: Vec<(u64, u64)> = scrub(&store).damage[0].blocks.clone();
-    assert!(!lost.is_empty());
-    let image = Image::open(&store, end).unwrap();
-    let mut failed = 0;
-    for sector in 0..image.bytes() / 512 {
-        let (offset, mut bytes) = (sector * 512, [0u8; 512]);
-        match image.read(offset, &mut bytes) {
-            Ok(()) => assert!(bytes == wanted[offset as usize..offset as usize + 512]),
-            Err(_) => {
-                failed += 1;
-                assert!(
-                    lost.iter()
-                        .any(|(o, l)| offset < o + l && *o < offset + 512)
-                );
-            }
-        }
-    }
-    assert!(
-        failed > 0,
-        "nothing of it was needed: the test says nothing"
-    );
-    assert!(!store.scrub().structure().is_empty());
-}
-
 /// A segment that is not there when maps are made, and is there again later (its disk was away), is in every image: no map that lacks it is asked.
 #[test]
 fn a_segment_that_comes_back_is_not_hidden_by_a_map() {
     let directory = tempfile::tempdir().unwrap();
-    let mut sample = small(directory.path(), false);
+    let mut sample = Sample::small(directory.path(), false);
     let end = sample.store.timeline().end();
     let wanted = sample.image(end);
     // In the newest group that has a map: what it wrote is still there. Numbers begin with 1.
@@ -447,7 +278,7 @@ fn a_segment_that_comes_back_is_not_hidden_by_a_map() {
 #[test]
 fn a_map_that_rots_is_asked_once() {
     let directory = tempfile::tempdir().unwrap();
-    let sample = small(directory.path(), false);
+    let sample = Sample::small(directory.path(), false);
     let end = sample.store.timeline().end();
     let wanted = sample.image(end);
     let mut store = sample.store;
@@ -480,7 +311,7 @@ fn a_map_that_rots_is_asked_once() {
 #[test]
 fn a_damaged_map_is_made_again() {
     let directory = tempfile::tempdir().unwrap();
-    let sample = small(directory.path(), false);
+    let sample = Sample::small(directory.path(), false);
     let end = sample.store.timeline().end();
     let wanted = sample.image(end);
     let mut store = sample.store;
@@ -661,7 +492,7 @@ fn a_failing_disk_loses_nothing_at_any_step() {
 #[test]
 fn what_a_crash_leaves_is_cleared_away() {
     let directory = tempfile::tempdir().unwrap();
-    let sample = small(directory.path(), false);
+    let sample = Sample::small(directory.path(), false);
     let end = sample.store.timeline().end();
     let wanted = sample.image(end);
     // Compressed, perhaps even proved, and not renamed.
@@ -692,7 +523,7 @@ fn what_a_crash_leaves_is_cleared_away() {
 #[test]
 fn what_does_not_come_back_from_the_disk_replaces_nothing() {
     let directory = tempfile::tempdir().unwrap();
-    let sample = small(directory.path(), false);
+    let sample = Sample::small(directory.path(), false);
     let store = sample.store;
     let job = store
         .next_to_settle(Compression::Zstd(1), &|_| false)

@@ -151,7 +151,13 @@ impl Service {
                     let exported = keys.export(&secret).map_err(wrong)?;
                     file = exported.iter().map(|byte| format!("{byte:02x}")).collect();
                 }
-                KeysAsk::Exported => keys.note_exported().map_err(wrong)?,
+                KeysAsk::Exported if keys.note_exported().map_err(wrong)? => {}
+                KeysAsk::Exported => {
+                    return Err(error(
+                        "X016-export",
+                        "varved was started anew since the keys were exported, and does not know which: export them again, into another file",
+                    ));
+                }
                 KeysAsk::Import => status.imported = keys.import(rest, &secret).map_err(wrong)?,
             }
             if let Some(info) = keys.info() {

@@ -338,14 +338,18 @@ pub fn parse_settled_tables<'a>(
     if blocks.len() as u64 != header.block_count() || !blocks.iter().all(in_frame) {
         return Err(FormatError::Field("settled.blocks"));
     }
+    // One behind the other, so that who reads them all reads the file once.
+    let mut at = BLOCK_BYTES;
     for (index, frame) in frames.iter().enumerate() {
-        let end = frame.offset.get().checked_add(frame.length.get().into());
-        let whole = frame.offset.get() >= BLOCK_BYTES
-            && end.is_some_and(|end| end <= header.tables_at.get())
+        let whole = frame.offset.get() == at
             && frame.length.get() as usize <= header.frame_stored_max(index as u64);
         if !whole || Codec::from_code(frame.codec).is_none() {
             return Err(FormatError::Field("settled.frame"));
         }
+        at = at.saturating_add(frame.length.get().into());
+    }
+    if at != header.tables_at.get() {
+        return Err(FormatError::Field("settled.frame"));
     }
     Ok((frames, blocks))
 }

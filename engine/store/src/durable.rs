@@ -4,6 +4,7 @@
 //! flushed last: until then the old file, or none, may come back, never a half one.
 
 use crate::StoreError;
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
@@ -47,6 +48,13 @@ pub(crate) fn name(new: &Path, path: &Path) -> Result<(), StoreError> {
     File::open(parent)
         .and_then(|directory| directory.sync_all())
         .map_err(StoreError::io(parent))
+}
+
+/// What is in memory of a file leaves it, but for what is not on the disk yet: who reads it next reads the disk. The kernel may refuse; then memory is read.
+pub(crate) fn forget_cached(path: &Path) {
+    if let Ok(file) = File::open(path) {
+        let _ = posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+    }
 }
 
 /// The files of a directory, in order; what was left unfinished is removed.

@@ -466,10 +466,19 @@ impl StoreKeys {
         Ok(bytes)
     }
 
-    /// Notes that what was exported last lies in a file somewhere else.
-    pub fn note_exported(&self) -> Result<(), StoreError> {
+    /// Notes that what was exported last lies in a file somewhere else; false: nothing was, since the keys were read.
+    pub fn note_exported(&mut self) -> Result<bool, StoreError> {
+        let exported = std::mem::take(&mut self.exporting);
+        if exported.is_empty() {
+            return Ok(false);
+        }
+        self.note_elsewhere(exported)?;
+        Ok(true)
+    }
+
+    fn note_elsewhere(&self, names: KeyNames) -> Result<(), StoreError> {
         let mut all = self.exported();
-        all.extend(&self.exporting);
+        all.extend(names);
         key_list::write(&self.root.join(EXPORTED), &all)
     }
 
@@ -512,8 +521,11 @@ impl StoreKeys {
         new.append(&mut keys);
         let header = self.file.as_ref().ok_or(StoreError::NoKeys)?.0;
         let same = Zeroizing::new(*sealing);
+        let names: KeyNames = new[..count].iter().map(|key| key.id).collect();
         self.put(header, sealing, new)
             .inspect_err(|_| self.open = Some((same, known)))?;
+        // They lie in the file that they came from. Should that not be noted, the advice to export them stays.
+        let _ = self.note_elsewhere(names);
         Ok(count)
     }
 

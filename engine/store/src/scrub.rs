@@ -1,6 +1,8 @@
 //! Scrubbing: everything is read again and checked, and for each damage it is said which instants and which blocks are lost. Only what can be made
 //! again from something whole is changed: runs and maps.
 //!
+//! What lies in memory of a file is dropped before it is read: a scrub is about the disk.
+//!
 //! A scrub of what is stored ([`ScrubJob::stored`]) compares every byte with its checksum and unpacks nothing: that finds what a disk has spoilt, as fast as
 //! the disk reads, and without keys. A segment in which it finds anything is read as above.
 //!
@@ -11,9 +13,8 @@ use crate::map_file::MapCursor;
 use crate::maps::MapPlace;
 use crate::prune::{is_damaged, root_and_damage};
 use crate::segment_file::{SegmentBytes, SegmentFile};
-use crate::structure::hole_before;
 use crate::volume::Segments;
-use crate::{StoreError, StoredSegment, VolumeStore, run_file};
+use crate::{StoreError, StoredSegment, VolumeStore, durable, run_file};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -36,6 +37,22 @@ pub struct Damage {
 }
 
 impl Damage {
+    /// Damage of a segment that no block is lost by.
+    fn of(segment: &StoredSegment, why: &str) -> Damage {
+        Damage {
+            segment: Some(segment.sequence),
+            ..Damage::without_place(&format!("{}: {why}", segment.path().display()))
+        }
+    }
+
+    /// What a second reading did not find again.
+    fn once(segment: &StoredSegment, why: &str) -> Damage {
+        let why = format!(
+            "{why}. Read again it was whole: nothing is lost, but what it lies on, or the way from there, is not to be trusted"
+        );
+        Damage::of(segment, &why)
+    }
+
     /// Damage that no block is lost by, or that cannot be said of any.
     pub(crate) fn without_place(what: &str) -> Damage {
         Damage {
@@ -77,6 +94,8 @@ pub struct ScrubJob {
     pub(crate) maps: Vec<MapPlace>,
     pub(crate) known: Vec<String>,
     reading: Reading,
+    /// Segments are missing that wait for their key.
+    waits_for_key: bool,
     /// While it is there, nobody deletes the history.
     _lease: Arc<()>,
 }
@@ -90,6 +109,7 @@ impl VolumeStore {
             maps: self.maps.all(),
             known: self.damaged().to_vec(),
             reading: Reading::Everything,
+            waits_for_key: self.waits_for_key(),
             _lease: self.lease(),
         }
     }
@@ -155,6 +175,7 @@ impl ScrubJob {
                 found.maps.push(map.path.clone());
                 continue;
             }
+            durable::forget_cached(&map.path);
             if let Err(error) = check_map(map) {
                 found.maps.push(map.path.clone());
                 let what = format!("{error}. It is made again");
@@ -189,27 +210,64 @@ impl ScrubJob {
         previous: Option<&(Arc<StoredSegment>, Option<Hash128>)>,
         found: &mut Scrubbed,
     ) -> Option<Hash128> {
-        let pruned = || {
-            SegmentFile::open(segment)
-                .ok()
-                .and_then(|file| file.kept_root())
-        };
+        let pruned = || SegmentFile::open(segment).map(|file| file.kept_root());
         found.segments += 1;
         found.bytes += segment.stored_bytes;
         found.history_bytes += segment.data_bytes;
-        let (mut before, so_far) = (pruned(), found.damage.len());
-        loop {
+        let so_far = found.damage.len();
+        durable::forget_cached(&segment.path());
+        durable::forget_cached(&segment.run_path());
+        let first = pruned();
+        let mut before = first.as_ref().ok().copied().flatten();
+        let hash = loop {
             let hash = self.segment_once(segment, previous, found);
-            let after = pruned();
-            if found.damage.len() == so_far || after == before {
-                return hash;
+            if found.damage.len() == so_far {
+                break hash;
+            }
+            let after = pruned().ok().flatten();
+            if after == before {
+                break hash;
             }
             before = after;
             found.damage.truncate(so_far);
+        };
+        if let (Err(error), true) = (first, found.damage.len() == so_far) {
+            found.damage.push(Damage::once(segment, &error.to_string()));
         }
+        hash
     }
 
     fn segment_once(
+        &self,
+        segment: &StoredSegment,
+        previous: Option<&(Arc<StoredSegment>, Option<Hash128>)>,
+        found: &mut Scrubbed,
+    ) -> Option<Hash128> {
+        let Some(wrong) = (self.reading == Reading::Stored)
+            .then(|| self.as_stored(segment, previous.map(|previous| &previous.0)))
+            .flatten()
+        else {
+            return self.unpacked(segment, previous, found);
+        };
+        match wrong {
+            Wrong::Nothing => {}
+            // Without its key no record can be read: all of them are named.
+            Wrong::Locked(why) => found.damage.push(self.damage(segment, why)),
+            Wrong::Elsewhere(why) => found.damage.push(Damage::of(segment, &why)),
+            Wrong::Readable(why) => {
+                let before = found.damage.len();
+                let hash = self.unpacked(segment, previous, found);
+                if found.damage.len() == before {
+                    found.damage.push(Damage::once(segment, &why));
+                }
+                return hash;
+            }
+        }
+        None
+    }
+
+    /// Reads all of a segment, unpacked; gives the hash of its last batch.
+    fn unpacked(
         &self,
         segment: &StoredSegment,
         previous: Option<&(Arc<StoredSegment>, Option<Hash128>)>,
@@ -220,20 +278,6 @@ impl ScrubJob {
             next: before.sequence.0 + 1 == segment.sequence.0,
             hash: (before.epoch == segment.epoch).then_some(*hash).flatten(),
         };
-        if self.reading == Reading::Stored
-            && let Some(outcome) = as_stored(segment, previous.map(|previous| &previous.0))
-        {
-            let damage = outcome.err().map(|wrong| match wrong {
-                // Without its key no record can be read: all of them are named.
-                Wrong::Frames(why) => self.damage(segment, why),
-                Wrong::Other(why) => Damage {
-                    segment: Some(segment.sequence),
-                    ..Damage::without_place(&format!("{}: {why}", segment.path().display()))
-                },
-            });
-            found.damage.extend(damage);
-            return None;
-        }
         if let Ok(file) = SegmentFile::open(segment)
             && file.kept_root().is_some()
         {
@@ -303,6 +347,59 @@ impl ScrubJob {
         Ok(())
     }
 
+    /// Compares a compressed segment with its checksums. None: there is nothing to compare without unpacking it.
+    fn as_stored(
+        &self,
+        segment: &StoredSegment,
+        previous: Option<&Arc<StoredSegment>>,
+    ) -> Option<Wrong> {
+        let file = match SegmentFile::open(segment) {
+            Ok(file) => file,
+            Err(error) => return Some(Wrong::Readable(error.to_string())),
+        };
+        if !file.is_settled() {
+            return None;
+        }
+        if let Err(damage) = file.check_stored() {
+            return Some(match file.is_locked() {
+                true => Wrong::Locked(format!(
+                    "{damage}. At most what is named here is lost; which of it, only its key can tell: varve key unlock, then varve scrub"
+                )),
+                false => Wrong::Readable(damage.to_string()),
+            });
+        }
+        let run_of_its_own = match file.kept_root() {
+            Some(_) => run_file::of_segment(&file).map(drop),
+            None => Ok(()),
+        };
+        let run = run_of_its_own
+            .and_then(|()| run_file::read_entries(segment).map(drop))
+            .and_then(|()| run_file::read_head(&segment.run_path()).map(drop));
+        if let Err(damage) = run {
+            return Some(match file.is_locked() {
+                true => Wrong::Elsewhere(format!(
+                    "its run: {damage}. With its key it is made again: varve key unlock, then varve scrub"
+                )),
+                false => Wrong::Readable(format!("its run: {damage}")),
+            });
+        }
+        let hole = self.hole_before(segment, previous.map(|before| before.lsn_end));
+        Some(hole.map_or(Wrong::Nothing, Wrong::Elsewhere))
+    }
+
+    /// What is missing before a segment, if history ended at `end` before it. Numbers may be left out: a segment in which nothing was recorded is none.
+    pub(crate) fn hole_before(&self, segment: &StoredSegment, end: Option<Lsn>) -> Option<String> {
+        let end = end.filter(|end| segment.previous_lsn_end != *end)?;
+        let waits = match self.waits_for_key {
+            true => ". What waits for its key may lie there: varve key unlock",
+            false => "",
+        };
+        Some(format!(
+            "history has a hole before segment {}: it goes on behind LSN {}, what is there before it ends at {end}{waits}",
+            segment.sequence, segment.previous_lsn_end
+        ))
+    }
+
     /// What a damaged segment has lost.
     pub(crate) fn damage(&self, segment: &StoredSegment, why: String) -> Damage {
         let mut damage = Damage {
@@ -314,6 +411,11 @@ impl ScrubJob {
         };
         let entries = match segment.entries() {
             Ok(entries) => entries,
+            // The run is made again from the segment, once that can be read.
+            Err(error) if error.wants_key() => {
+                damage.what += "; what it is made again from is locked. Nothing is known to be lost: varve key unlock, then varve scrub";
+                return damage;
+            }
             Err(error) => {
                 damage.what += &format!("; its run, too: {error}");
                 damage.blocks = vec![(0, segment.volume_bytes)];
@@ -404,40 +506,13 @@ fn run_is_wrong(segment: &StoredSegment, entries: &[RunEntry]) -> Option<String>
 
 /// What is wrong with a segment that is not unpacked.
 enum Wrong {
-    /// Records are lost.
-    Frames(String),
-    /// Nothing of what it holds is.
-    Other(String),
-}
-
-/// Compares a compressed segment with its checksums. None: it is to be unpacked, because it is not compressed, or something is wrong with it and its key,
-/// if it needs one, is there to say which blocks that are.
-fn as_stored(
-    segment: &StoredSegment,
-    previous: Option<&Arc<StoredSegment>>,
-) -> Option<Result<(), Wrong>> {
-    let file = SegmentFile::open(segment).ok()?;
-    if let Err(damage) = file.check_stored()? {
-        let why = format!(
-            "{damage}. At most what is named here is lost; which of it, only its key can tell: varve key unlock, then varve scrub"
-        );
-        return file.is_locked().then_some(Err(Wrong::Frames(why)));
-    }
-    let run_of_its_own = match file.kept_root() {
-        Some(_) => run_file::of_segment(&file).map(drop),
-        None => Ok(()),
-    };
-    let run = run_of_its_own
-        .and_then(|()| run_file::read_entries(segment).map(drop))
-        .and_then(|()| run_file::read_head(&segment.run_path()).map(drop));
-    if let Err(damage) = run {
-        let why = format!(
-            "its run: {damage}. With its key it is made again: varve key unlock, then varve scrub"
-        );
-        return file.is_locked().then_some(Err(Wrong::Other(why)));
-    }
-    let hole = hole_before(segment, previous.map(|before| before.lsn_end));
-    Some(hole.map_or(Ok(()), |why| Err(Wrong::Other(why))))
+    Nothing,
+    /// Records are lost, and only its key can tell which.
+    Locked(String),
+    /// Nothing of what it holds is lost.
+    Elsewhere(String),
+    /// Unpacked, it tells what is lost.
+    Readable(String),
 }
 
 /// What the segment before says.

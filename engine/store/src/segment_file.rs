@@ -272,33 +272,35 @@ impl SegmentFile {
         settled.is_some_and(|settled| settled.header.is_encrypted() && settled.cipher.is_none())
     }
 
-    /// Reads all frames and compares them with their checksums, without unpacking them; none if there are no frames. Everything else was compared when the
-    /// file was opened, but for the run of a pruned segment.
-    pub(crate) fn check_stored(&self) -> Option<Result<(), StoreError>> {
-        let settled = self.settled.as_ref()?;
+    /// Reads all frames and compares them with their checksums, without unpacking them. Everything else was compared when the file was opened, but for the
+    /// run of a pruned segment.
+    pub(crate) fn check_stored(&self) -> Result<(), StoreError> {
+        let Some(settled) = &self.settled else {
+            return Ok(());
+        };
         let mut part = vec![0u8; CHECKED_BYTES];
-        // What of the file is in `part`.
+        // What of the file is in `part`. Frames lie one behind the other.
         let mut held = 0..0;
         for (number, entry) in (0..).zip(&settled.frames) {
             let (start, length) = (entry.offset.get(), u64::from(entry.length.get()));
-            if start < held.start || start + length > held.end {
+            if start + length > held.end {
                 let left = settled.header.tables_at.get() - start;
                 held = start..start + left.min(CHECKED_BYTES as u64);
                 let bytes = &mut part[..(held.end - start) as usize];
-                if let Err(error) = self.file.read_exact_at(bytes, start) {
-                    return Some(Err(StoreError::io(&self.path)(error)));
-                }
+                self.file
+                    .read_exact_at(bytes, start)
+                    .map_err(StoreError::io(&self.path))?;
             }
             let within = (start - held.start) as usize;
             let stored = &part[within..within + length as usize];
             if frame_crc(stored, self.sequence().0, number) != entry.crc.get() {
-                return Some(Err(StoreError::Frame {
+                return Err(StoreError::Frame {
                     segment: self.sequence(),
                     frame: number,
-                }));
+                });
             }
         }
-        Some(Ok(()))
+        Ok(())
     }
 
     /// Reads `bytes.len()` bytes from `offset` of the sealed segment.

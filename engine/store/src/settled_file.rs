@@ -14,6 +14,7 @@ use std::collections::hash_map::Entry;
 use std::fs::File;
 use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::path::Path;
+use std::sync::LazyLock;
 use varve_format::{
     BLOCK_BYTES, BLOCK_IS_GONE, BLOCK_IS_ZERO, FRAME_BLOCKS, FrameEntry, RecordKind, RunEntry,
     SETTLED_IS_ENCRYPTED, SETTLED_IS_PRUNED, SettledHeader, crc32c, frame_crc,
@@ -462,8 +463,29 @@ impl<'a> BlockSorter<'a> {
     }
 }
 
+/// Threads that pack. Not those that images are read on: whoever reads does not wait for what goes on behind the store's back.
+fn packers() -> Option<&'static rayon::ThreadPool> {
+    static PACKERS: LazyLock<Option<rayon::ThreadPool>> = LazyLock::new(|| {
+        let named = |index| format!("pack-{index}");
+        let pool = rayon::ThreadPoolBuilder::new().thread_name(named);
+        pool.build().ok()
+    });
+    PACKERS.as_ref()
+}
+
 /// Moves all blocks into frames. While a window is packed the next one is read.
 fn write_blocks(
+    sorter: &mut BlockSorter<'_>,
+    writer: &mut FrameWriter<'_>,
+) -> Result<(), StoreError> {
+    let mut work = || write_windows(sorter, writer);
+    match packers() {
+        Some(packers) => packers.install(work),
+        None => work(),
+    }
+}
+
+fn write_windows(
     sorter: &mut BlockSorter<'_>,
     writer: &mut FrameWriter<'_>,
 ) -> Result<(), StoreError> {

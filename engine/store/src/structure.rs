@@ -19,7 +19,7 @@ impl ScrubJob {
             if let Err(error) = head_of(segment) {
                 damage.push(self.damage(segment, error.to_string()));
             }
-            let hole = hole_before(segment, before);
+            let hole = self.hole_before(segment, before);
             damage.extend(hole.map(|what| Damage::without_place(&what)));
             before = Some(segment.lsn_end);
         }
@@ -30,15 +30,6 @@ impl ScrubJob {
         }
         damage
     }
-}
-
-/// What is missing before a segment, if history ended at `end` before it. Numbers may be left out: a segment in which nothing was recorded is none.
-pub(crate) fn hole_before(segment: &StoredSegment, end: Option<Lsn>) -> Option<String> {
-    let end = end.filter(|end| segment.previous_lsn_end != *end)?;
-    Some(format!(
-        "history has a hole before segment {}: it goes on behind LSN {}, what is there before it ends at {end}",
-        segment.sequence, segment.previous_lsn_end
-    ))
 }
 
 fn head_of(segment: &StoredSegment) -> Result<(), StoreError> {

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use varve_cli::Output;
 use varve_cli::copy_out::{Identity, Options, Source, Target, copy_out};
 use varve_store::{Compression, StoreError, salvage};
-use varve_tests::sample::{map_all, open_keyed, prune_to, settle_all};
+use varve_tests::sample::{map_all, open_keyed, prune_to, scrub_stored, settle_all};
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -36,7 +36,9 @@ fn main() -> ExitCode {
 /// What a store says is an error, and so is what it says is damaged.
 fn store(step: &str, root: &Path) -> Result<(), String> {
     let named = |error: StoreError| format!("{}: {error}", error.code());
-    std::thread::yield_now();
+    if step != "scrub-stored" {
+        std::thread::yield_now();
+    }
     if step == "salvage" {
         let done = salvage(root, &root.with_extension("salvaged"), |_, _| true).map_err(named)?;
         return match done.unreadable.first() {
@@ -49,6 +51,14 @@ fn store(step: &str, root: &Path) -> Result<(), String> {
         "settle" => settle_all(&mut store, Compression::Zstd(1)).map(drop),
         "merge" => map_all(&mut store).map(drop),
         "prune" => prune_to(&mut store, 30, Compression::Lz4).map(drop),
+        "scrub-stored" => {
+            // What opening the store made good is not for a scrub to say.
+            std::thread::yield_now();
+            return match scrub_stored(&store).damage.first() {
+                None => Ok(()),
+                Some(first) => Err(format!("told-damaged: {}", first.what)),
+            };
+        }
         "pin" => store.pin(store.timeline().end()),
         _ => panic!("no step is called {step}"),
     };

@@ -1,0 +1,244 @@
+//! Scrubbing: whatever happens to a file is found, located and bounded; and what is read is the disk.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "in tests a surprise should end the test"
+)]
+
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::Command;
+use varve_format::SegmentSequence;
+use varve_store::{Image, VolumeStore};
+use varve_tests::sample::{Sample, VOLUME, files, flip, read, scrub, scrub_stored};
+
+/// Every byte of the structures of a segment, its run and a map: one bit of each is flipped, and a scrub says so. Data is untouched, so everything
+/// can still be read, or is named as lost.
+#[test]
+fn every_flipped_byte_of_a_file_is_found_by_a_scrub() {
+    for settled in [false, true] {
+        let directory = tempfile::tempdir().unwrap();
+        let sample = Sample::of_size(directory.path(), settled, 80);
+        let end = sample.store.timeline().end();
+        let wanted = sample.image(end);
+        let store = sample.store;
+        let job = store.scrub();
+        for kind in ["segments", "runs", "maps"] {
+            let victim = &files(directory.path(), kind)[0];
+            let before = std::fs::read(victim).unwrap();
+            let length = before.len() as u64;
+            for byte in 0..length {
+                // Every bit of the places where structures are, a part of the long rest.
+                let sparse = byte % 4096 >= 128 && byte % 509 != 0;
+                if sparse {
+                    continue;
+                }
+                let bit = byte * 8 + byte % 8;
+                flip(victim, bit);
+                let found = job.run(SegmentSequence(0), |_, _| {
+                    std::ops::ControlFlow::Continue(())
+                });
+                assert!(
+                    !found.damage.is_empty(),
+                    "{kind} (settled: {settled}): bit {bit} of {length} bytes was not found"
+                );
+                // Not flipped back: a scrub mends what it can.
+                std::fs::write(victim, &before).unwrap();
+            }
+        }
+        assert!(scrub(&store).damage.is_empty(), "all bits are back");
+        assert!(read(&store, end) == wanted);
+    }
+}
+
+/// Random flips anywhere: found, and the blocks that are named are the only ones that cannot be read.
+#[test]
+fn damage_is_located_and_the_rest_stays_readable() {
+    for settled in [false, true] {
+        let directory = tempfile::tempdir().unwrap();
+        let mut sample = Sample::small(directory.path(), settled);
+        let end = sample.store.timeline().end();
+        let segments = files(directory.path(), "segments");
+        let mut lost_something = 0;
+        for round in 0..250 {
+            let victim = &segments[sample.random() as usize % segments.len()];
+            let bits = std::fs::metadata(victim).unwrap().len() * 8;
+            let bit = sample.random() % bits;
+            flip(victim, bit);
+            let found = scrub(&sample.store);
+            assert!(
+                !found.damage.is_empty(),
+                "round {round}: bit {bit} not found"
+            );
+            let lost: Vec<(u64, u64)> =
+                found.damage.iter().flat_map(|d| d.blocks.clone()).collect();
+            let first = found.damage.iter().filter_map(|d| d.from).min();
+            lost_something += u32::from(!lost.is_empty());
+            // At its end, and at an instant at which the damage begins, if there is one.
+            for lsn in [Some(end), first.map(|(lsn, _)| lsn)].into_iter().flatten() {
+                let image = Image::open(&sample.store, lsn).unwrap();
+                let wanted = sample.image(lsn);
+                for sector in 0..image.bytes() / 512 {
+                    let (offset, mut bytes) = (sector * 512, [0u8; 512]);
+                    let named = lost
+                        .iter()
+                        .any(|(o, l)| offset < o + l && *o < offset + 512);
+                    match image.read(offset, &mut bytes) {
+                        Ok(()) => assert!(
+                            bytes == wanted[offset as usize..offset as usize + 512],
+                            "round {round}: wrong bytes were given out"
+                        ),
+                        Err(error) => assert!(named, "round {round}: not named: {error}"),
+                    }
+                }
+            }
+            if let (Some(first), Some(damage)) = (first, found.damage.first())
+                && !damage.blocks.is_empty()
+            {
+                assert_eq!(first.0, damage.from.unwrap().0);
+                let image = Image::open(&sample.store, first.0).unwrap();
+                let (offset, length) = damage.blocks[0];
+                let mut bytes = vec![0; length as usize];
+                let failed = image.read(offset, &mut bytes);
+                assert!(failed.is_err(), "round {round}: {damage:?} can be read");
+                if let Some((until, _)) = damage.until {
+                    let image = Image::open(&sample.store, until).unwrap();
+                    for (offset, length) in &damage.blocks {
+                        let mut bytes = vec![0; *length as usize];
+                        image.read(*offset, &mut bytes).unwrap();
+                    }
+                }
+            }
+            flip(victim, bit);
+        }
+        assert!(
+            lost_something > 30,
+            "{lost_something}: the flips hit nothing"
+        );
+    }
+}
+
+#[test]
+fn a_lost_segment_is_located_by_its_run_and_history_goes_on() {
+    let directory = tempfile::tempdir().unwrap();
+    let sample = Sample::small(directory.path(), false);
+    let end = sample.store.timeline().end();
+    let wanted = sample.image(end);
+    drop(sample);
+    let victim = &files(directory.path(), "segments")[4];
+    std::fs::remove_file(victim).unwrap();
+    let store = VolumeStore::open(directory.path(), VOLUME).unwrap();
+    assert_eq!(store.damaged().len(), 1, "{:?}", store.damaged());
+    assert!(
+        store.timeline().check(end).is_ok(),
+        "what is behind it is whole"
+    );
+    let lost: Vec<(u64, u64)> = scrub(&store).damage[0].blocks.clone();
+    assert!(!lost.is_empty());
+    let image = Image::open(&store, end).unwrap();
+    let mut failed = 0;
+    for sector in 0..image.bytes() / 512 {
+        let (offset, mut bytes) = (sector * 512, [0u8; 512]);
+        match image.read(offset, &mut bytes) {
+            Ok(()) => assert!(bytes == wanted[offset as usize..offset as usize + 512]),
+            Err(_) => {
+                failed += 1;
+                assert!(
+                    lost.iter()
+                        .any(|(o, l)| offset < o + l && *o < offset + 512)
+                );
+            }
+        }
+    }
+    assert!(
+        failed > 0,
+        "nothing of it was needed: the test says nothing"
+    );
+    assert!(!store.scrub().structure().is_empty());
+}
+
+/// A file system of its own, in a file.
+struct Disk<'a> {
+    image: &'a Path,
+    mounted: &'a Path,
+}
+
+impl Disk<'_> {
+    fn mount<'a>(image: &'a Path, on: &'a Path) -> Disk<'a> {
+        std::fs::File::create(image)
+            .and_then(|file| file.set_len(64 << 20))
+            .unwrap();
+        std::fs::create_dir(on).unwrap();
+        let done = |command: &mut Command| assert!(command.status().unwrap().success());
+        done(
+            Command::new("mkfs.ext4")
+                .args(["-q", "-F", "-b", "4096"])
+                .arg(image),
+        );
+        done(
+            Command::new("mount")
+                .args(["-o", "loop"])
+                .arg(image)
+                .arg(on),
+        );
+        Disk { image, mounted: on }
+    }
+
+    /// Flips a bit of the disk, under the file system, where it holds this block; gives how often it does.
+    fn spoil(&self, block: &[u8]) -> usize {
+        let content = std::fs::read(self.image).unwrap();
+        let blocks = content.chunks(block.len()).enumerate();
+        let places: Vec<usize> = blocks
+            .filter_map(|(number, bytes)| (bytes == block).then_some(number * block.len()))
+            .collect();
+        let file = std::fs::File::options().write(true).open(self.image);
+        for at in &places {
+            let spoilt = [content[at + 40] ^ 1];
+            file.as_ref()
+                .unwrap()
+                .write_all_at(&spoilt, *at as u64 + 40)
+                .unwrap();
+        }
+        places.len()
+    }
+}
+
+impl Drop for Disk<'_> {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(self.mounted).status();
+    }
+}
+
+/// What the disk has spoilt is found although all of it is still whole in memory.
+#[test]
+fn a_scrub_reads_the_disk_and_not_memory() {
+    for settled in [false, true] {
+        let directory = tempfile::tempdir().unwrap();
+        let (image, on) = (directory.path().join("disk"), directory.path().join("on"));
+        let disk = Disk::mount(&image, &on);
+        let sample = Sample::small(&on, settled);
+        let victim = files(&on, "segments").swap_remove(2);
+        // All of it is on the disk, and in memory.
+        nix::unistd::syncfs(std::fs::File::open(&on).unwrap()).unwrap();
+        let content = std::fs::read(&victim).unwrap();
+        assert_eq!(scrub(&sample.store).damage, []);
+        assert_eq!(std::fs::read(&victim).unwrap(), content);
+        let is_data = |block: &&[u8]| {
+            let bytes: std::collections::BTreeSet<&u8> = block.iter().collect();
+            bytes.len() > 200
+        };
+        let block = content.chunks_exact(4096).find(is_data).unwrap();
+        assert!(disk.spoil(block) > 0);
+        assert_eq!(std::fs::read(&victim).unwrap(), content, "still in memory");
+        let named = victim.display().to_string();
+        for found in [scrub_stored(&sample.store), scrub(&sample.store)] {
+            let mut said = found.damage.iter().map(|damage| &damage.what);
+            assert!(
+                said.any(|what| what.contains(&named)),
+                "{settled}: {:?}",
+                found.damage
+            );
+        }
+        drop(sample);
+    }
+}
