@@ -3,11 +3,11 @@
 //! The ring lies in memory and completes at once: what a crash does to a log is another test's business.
 
 use std::collections::VecDeque;
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 use std::path::{Path, PathBuf};
 use varve_format::{
-    Checkpoint, EpochId, Hash128, Lsn, Record, RecordKind, SegmentSequence, SpanKind, VolumeId,
-    VolumeState, WallTime,
+    Checkpoint, EpochId, FRAME_ENTRY_BYTES, Hash128, Lsn, Record, RecordKind, SegmentSequence,
+    SettledHeader, SpanKind, VolumeId, VolumeState, WallTime,
 };
 use varve_log::{
     BatchBuffer, Completion, Disk, LogGeometry, LogWriter, Medium, Memory, Now, Operation, ReadAt,
@@ -488,6 +488,42 @@ pub fn flip(path: &Path, bit: u64) {
     let mut bytes = std::fs::read(path).unwrap();
     bytes[(bit / 8) as usize] ^= 1 << (bit % 8);
     std::fs::write(path, bytes).unwrap();
+}
+
+/// Where two frames lie in a settled segment's file.
+///
+/// # Panics
+/// If it is none, or has fewer.
+#[must_use]
+pub fn frames_of(file: &[u8], one: usize, other: usize) -> (Range<usize>, Range<usize>) {
+    let header = SettledHeader::parse(&file[..4096], file.len() as u64).unwrap();
+    let place = |number: usize| {
+        let at = header.tables_at.get() as usize + number * FRAME_ENTRY_BYTES;
+        let from = u64::from_le_bytes(file[at..at + 8].try_into().unwrap()) as usize;
+        let length = u32::from_le_bytes(file[at + 8..at + 12].try_into().unwrap()) as usize;
+        from..from + length
+    };
+    (place(one), place(other))
+}
+
+/// A settled segment's file that was changed, with its checksums made anew, as somebody would who wants it to be believed.
+///
+/// # Panics
+/// If it is none.
+#[must_use]
+pub fn with_checksums(mut file: Vec<u8>) -> Vec<u8> {
+    let mut header = SettledHeader::parse(&file[..4096], file.len() as u64).unwrap();
+    let tables = header.tables_at.get() as usize;
+    for number in 0..header.frame_count() as usize {
+        let at = tables + number * FRAME_ENTRY_BYTES;
+        let place = frames_of(&file, number, number).0;
+        let crc = varve_format::frame_crc(&file[place], header.sequence.get(), number as u64);
+        file[at + 12..at + 16].copy_from_slice(&crc.to_le_bytes());
+    }
+    let end = tables + header.tables_stored_bytes() as usize;
+    header.tables_crc = varve_format::crc32c(&file[tables..end]).into();
+    file[..4096].copy_from_slice(&header.to_block());
+    file
 }
 
 /// The whole image at `lsn`.

@@ -11,7 +11,9 @@ use varve_format::{Lsn, SegmentSequence};
 use varve_store::{
     Compression, Image, Secret, StoreError, StoreKeys, VolumeStore, volume_directory,
 };
-use varve_tests::sample::{Sample, VOLUME, files, prune_to, read, scrub, scrub_stored};
+use varve_tests::sample::{
+    Sample, VOLUME, files, frames_of, prune_to, read, scrub, scrub_stored, with_checksums,
+};
 
 const VOLUME_BYTES: u64 = 4 << 20;
 const SEGMENT_BYTES: u64 = 256 << 10;
@@ -165,23 +167,6 @@ fn whoever_changes_a_file_and_its_checksums_is_noticed() {
     let (header, whole) = parsed(&path);
     let tables = header.tables_at.get() as usize;
     let entry = |number: usize| tables + number * varve_format::FRAME_ENTRY_BYTES;
-    // With checksums made anew, as somebody would who wants it to be believed.
-    let with_checksums = |mut bytes: Vec<u8>| {
-        for number in 0..header.frame_count() {
-            let at = entry(number as usize);
-            let from = u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
-            let length = u32::from_le_bytes(bytes[at + 8..at + 12].try_into().unwrap()) as usize;
-            let crc =
-                varve_format::frame_crc(&bytes[from..from + length], header.sequence.get(), number);
-            bytes[at + 12..at + 16].copy_from_slice(&crc.to_le_bytes());
-        }
-        let end = tables + header.tables_stored_bytes() as usize;
-        let crc = varve_format::crc32c(&bytes[tables..end]);
-        let mut header = header;
-        header.tables_crc = crc.into();
-        bytes[..4096].copy_from_slice(&header.to_block());
-        bytes
-    };
     assert!(
         with_checksums(whole.clone()) == whole,
         "the test makes checksums as the store does"
@@ -189,9 +174,10 @@ fn whoever_changes_a_file_and_its_checksums_is_noticed() {
     let mut flipped = whole.clone();
     flipped[5000] ^= 1;
     let mut swapped = whole.clone();
-    let (first, second) = (entry(0), entry(1));
-    for byte in 0..12 {
-        swapped.swap(first + byte, second + byte);
+    let (first, second) = frames_of(&whole, 0, 1);
+    assert_eq!(first.len(), second.len(), "as they are, and so of one size");
+    for (one, other) in first.zip(second) {
+        swapped.swap(one, other);
     }
     let mut moved = whole.clone();
     let blocks = entry(header.frame_count() as usize);

@@ -8,9 +8,11 @@
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
-use varve_format::SegmentSequence;
-use varve_store::{Image, VolumeStore};
-use varve_tests::sample::{Sample, VOLUME, files, flip, read, scrub, scrub_stored};
+use varve_format::{FRAME_ENTRY_BYTES, SegmentSequence, SettledHeader};
+use varve_store::{Compression, Image, VolumeStore};
+use varve_tests::sample::{
+    Sample, VOLUME, files, flip, frames_of, read, scrub, scrub_stored, with_checksums,
+};
 
 /// Every byte of the structures of a segment, its run and a map: one bit of each is flipped, and a scrub says so. Data is untouched, so everything
 /// can still be read, or is named as lost.
@@ -155,6 +157,29 @@ fn a_lost_segment_is_located_by_its_run_and_history_goes_on() {
         "nothing of it was needed: the test says nothing"
     );
     assert!(!store.scrub().structure().is_empty());
+}
+
+/// A table whose frames lie over each other would have its reader read the same bytes again and again.
+#[test]
+fn frames_that_do_not_lie_one_behind_the_other_are_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut sample = Sample::new(directory.path(), 4 << 20, 256 << 10, true);
+    sample.mixed(400);
+    sample.settle_all(Compression::None);
+    let victim = files(directory.path(), "segments").into_iter();
+    let victim = victim
+        .max_by_key(|path| std::fs::metadata(path).unwrap().len())
+        .unwrap();
+    let mut file = std::fs::read(&victim).unwrap();
+    assert!(with_checksums(file.clone()) == file);
+    let (first, second) = frames_of(&file, 0, 1);
+    let header = SettledHeader::parse(&file[..4096], file.len() as u64).unwrap();
+    let entry = header.tables_at.get() as usize + FRAME_ENTRY_BYTES;
+    assert_eq!(file[entry..entry + 8], (second.start as u64).to_le_bytes());
+    file[entry..entry + 8].copy_from_slice(&(first.start as u64).to_le_bytes());
+    std::fs::write(&victim, with_checksums(file)).unwrap();
+    let damage = scrub_stored(&sample.store).damage;
+    assert!(damage[0].what.contains("settled.frame"), "{damage:?}");
 }
 
 /// A file system of its own, in a file.
