@@ -11,6 +11,7 @@ mod overlay;
 mod points;
 mod retention;
 mod rewind;
+mod scheduled_point;
 mod scrub;
 mod service;
 mod store_clock;

@@ -2,10 +2,10 @@
 //!
 //! One thread looks at the clock and at what is mounted. A scheduled point is made by a thread of its own, because a command may take its time.
 
-use crate::hook;
+use crate::scheduled_point::{self, ScheduledPoint};
 use crate::service::{Service, error, now_ns};
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -21,8 +21,6 @@ const EVERY_MIN_NS: i64 = 1_000_000_000;
 const BOOT: &str = "boot";
 /// A volume that records again later than this after the daemon's start has no point of the boot.
 const BOOT_FOR: Duration = Duration::from_secs(15 * 60);
-/// Begins the names of points on the schedule.
-const SCHEDULED: &str = "scheduled";
 
 /// What is known of a volume.
 #[derive(Default)]
@@ -51,7 +49,10 @@ pub(crate) fn run(service: Arc<Service>) {
     let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let is_new = id.trim() != last.trim();
     let known = varve_control::load_specs(&service.paths().volumes());
-    let known = known.into_iter().filter_map(Result::ok).map(|spec| spec.id);
+    let known = known.into_iter().filter_map(Result::ok);
+    let known: Vec<_> = known.map(|spec| (spec.id, spec.name)).collect();
+    scheduled_point::end_what_was_begun(&service, &known);
+    let known = known.into_iter().map(|(id, _)| id);
     let boot = is_new.then(|| (id.trim().to_owned(), known.collect()));
     let mut points = Points {
         service,
@@ -95,7 +96,7 @@ impl Points {
             if let Some(every) = every
                 && volume.state == "protected"
             {
-                self.scheduled(volume, every, &policy, &path);
+                self.scheduled(volume, every, &policy);
             }
         }
         self.booted(&volumes, policy.events);
@@ -169,7 +170,7 @@ impl Points {
         }
     }
 
-    fn scheduled(&mut self, volume: &VolumeInfo, every: i64, policy: &PointPolicy, path: &Path) {
+    fn scheduled(&mut self, volume: &VolumeInfo, every: i64, policy: &PointPolicy) {
         let known = self.known.entry(volume.id.clone()).or_default();
         let now = now_ns();
         let Some(last) = known.last_ns else {
@@ -196,11 +197,11 @@ impl Points {
         }
         known.last_ns = Some(now);
         self.service.note_last_point(&volume.id, now);
-        let job = Scheduled {
+        let job = ScheduledPoint {
             service: Arc::clone(&self.service),
             volume: volume.name.clone(),
             policy: policy.clone(),
-            path: path.to_path_buf(),
+            begun: self.service.begun_point(&volume.id),
         };
         known.job = Some(std::thread::spawn(move || job.run()));
     }
@@ -218,19 +219,19 @@ pub(crate) fn every(policy: &PointPolicy) -> Result<Option<i64>, String> {
 }
 
 /// `scheduled-@1795752931.937`: the time makes it unique.
-fn named(what: &str) -> String {
+pub(crate) fn named(what: &str) -> String {
     format!("{what}-{}", crate::describe::clock(now_ns()))
 }
 
-struct Point {
-    name: String,
-    freeze: bool,
-    application: bool,
+pub(crate) struct Point {
+    pub(crate) name: String,
+    pub(crate) freeze: bool,
+    pub(crate) application: bool,
 }
 
 impl Point {
     /// Makes it; says what is less than was wanted of it.
-    fn make(&self, service: &Service, volume: &str) -> Result<String, ControlError> {
+    pub(crate) fn make(&self, service: &Service, volume: &str) -> Result<String, ControlError> {
         let op = FilterOp::Mark {
             name: volume.to_owned(),
             label: self.name.clone(),
@@ -245,69 +246,16 @@ impl Point {
     }
 }
 
-/// A point on the schedule, with the user's commands around it.
-struct Scheduled {
-    service: Arc<Service>,
-    volume: String,
-    policy: PointPolicy,
-    /// Where the commands stand.
-    path: PathBuf,
-}
-
-impl Scheduled {
-    fn run(&self) -> Option<u64> {
-        let say = |text: &str| eprintln!("varved: {}: scheduled point: {text}", self.volume);
-        let mut point = Point {
-            name: named(SCHEDULED),
-            freeze: self.policy.freeze,
-            application: false,
-        };
-        match self.hook(&self.policy.before, &point.name) {
-            Ok(ran) => point.application = ran,
-            Err(why) => say(&format!("before: {why}")),
-        }
-        let made = point.make(&self.service, &self.volume).or_else(|refused| {
-            // What cannot be frozen gets its point without.
-            say(&refused.to_string());
-            match refused.code.starts_with('H') {
-                true => {
-                    point.freeze = false;
-                    point.make(&self.service, &self.volume)
-                }
-                false => Ok(String::new()),
-            }
-        });
-        match made {
-            Ok(note) if note.is_empty() => {}
-            Ok(note) => say(&note),
-            Err(failed) => say(&failed.to_string()),
-        }
-        if let Err(why) = self.hook(&self.policy.after, &point.name) {
-            say(&format!("after: {why}"));
-        }
-        self.service.info(&self.volume).ok().map(|info| info.writes)
-    }
-
-    /// Runs a command; false: there is none.
-    fn hook(&self, command: &str, point: &str) -> Result<bool, String> {
-        if command.trim().is_empty() {
-            return Ok(false);
-        }
-        hook::refuse_others(&self.path)?;
-        let limit = Duration::from_secs(self.policy.hook_seconds.max(1));
-        let variables = [
-            ("VARVE_VOLUME", self.volume.as_str()),
-            ("VARVE_POINT", point),
-        ];
-        hook::run(command, &variables, limit).map(|()| true)
-    }
-}
-
 impl Service {
     /// Where it stands when a volume's last scheduled point was due, in nanoseconds since 1970.
     fn last_point(&self, id: &str) -> PathBuf {
         let volumes = self.paths().store().join("volumes");
         volumes.join(id).join("last-point")
+    }
+
+    /// What stands there while the commands around a volume's scheduled point may have run by half.
+    pub(crate) fn begun_point(&self, id: &str) -> PathBuf {
+        self.last_point(id).with_file_name("begun-point")
     }
 
     fn note_last_point(&self, id: &str, now: i64) {

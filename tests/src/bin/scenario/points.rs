@@ -268,11 +268,47 @@ fn scheduled(story: &Story<'_>, start: Instant) -> Outcome {
     }
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644))
         .map_err(|e| e.to_string())?;
-    varve.varve(&["policy", "set", "--points", "0"])?;
     say(
         start,
         "commands that fail, hang, or are anybody's cost no point",
     );
+    killed_between(story, &policy("touch $VARVE_HELD; sleep 15", 20))?;
+    varve.varve(&["policy", "set", "--points", "0"])?;
+    say(
+        start,
+        "the daemon killed between the commands: the second one is run at its start",
+    );
+    Ok(())
+}
+
+/// What the first command holds, the second lets go, although the daemon that ran the one was killed.
+fn killed_between(story: &Story<'_>, policy: &str) -> Outcome {
+    let (varve, held) = (story.varve, story.varve.root().join("held"));
+    let policy = policy.replace("$VARVE_HELD", &held.display().to_string());
+    story.policy(&policy)?;
+    pause(1500);
+    story.write("last-work")?;
+    let since = Instant::now();
+    while !held.exists() {
+        if since.elapsed() > Duration::from_secs(20) {
+            return Err(format!("no command was run: {}", varve.messages()));
+        }
+        pause(50);
+    }
+    let ended = || {
+        let lines = std::fs::read_to_string(varve.root().join("after"));
+        lines.map_or(0, |lines| lines.lines().count())
+    };
+    let before = ended();
+    restart(varve)?;
+    let since = Instant::now();
+    // Sooner than a new point could be at its end, whose first command takes 15 s.
+    while ended() == before {
+        if since.elapsed() > Duration::from_secs(10) {
+            return Err(format!("what was held stays held: {}", varve.messages()));
+        }
+        pause(50);
+    }
     Ok(())
 }
 
