@@ -274,6 +274,30 @@ fn a_segment_that_comes_back_is_not_hidden_by_a_map() {
     assert!(read(&store, end) == wanted, "a map hides the segment");
 }
 
+/// The newest segment is lost, and its run is not: what is still in the log is taken again, and the run does not stand for it meanwhile.
+#[test]
+fn a_run_does_not_stand_for_a_segment_that_is_still_to_be_taken() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut sample = Sample::small(directory.path(), false);
+    let end = sample.store.timeline().end();
+    let wanted = sample.image(end);
+    let newest = sample.store.newest().unwrap();
+    let victim = files(directory.path(), "segments").pop().unwrap();
+    let segment = std::fs::read(&victim).unwrap();
+    let elsewhere = tempfile::tempdir().unwrap();
+    sample.store = VolumeStore::open(elsewhere.path(), VOLUME).unwrap();
+    std::fs::remove_file(&victim).unwrap();
+    let mut store = VolumeStore::open(directory.path(), VOLUME).unwrap();
+    assert!(store.newest() < Some(newest), "it is asked of the log");
+    assert!(store.timeline().check(end).is_err());
+    varve_tests::sample::map_all(&mut store).unwrap();
+    drop(store);
+    std::fs::write(&victim, segment).unwrap();
+    let store = VolumeStore::open(directory.path(), VOLUME).unwrap();
+    assert_eq!(store.newest(), Some(newest));
+    assert!(read(&store, end) == wanted);
+}
+
 /// A page that rots while the store is open: the image that meets it says so, the next one does without the map, and the map is made again.
 #[test]
 fn a_map_that_rots_is_asked_once() {
