@@ -67,6 +67,7 @@ in_guests! {
     files_of_the_past_xfs: |kernel| everywhere(kernel, &["files", "xfs"]);
     files_of_the_past_btrfs: |kernel| everywhere(kernel, &["files", "btrfs"]);
     points_are_made_by_themselves: |kernel| everywhere(kernel, &["points"]);
+    points_reach_what_is_built_on_the_device: |kernel| everywhere(kernel, &["points-stacked"]);
     an_encrypted_store: |kernel| everywhere(kernel, &["encrypted"]);
     instants_are_copied_out: |kernel| everywhere(kernel, &["export-to"]);
     history_is_compressed_and_proved_by_itself: |kernel| everywhere(kernel, &["store-life"]);

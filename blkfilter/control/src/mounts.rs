@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// A mount.
@@ -33,6 +33,12 @@ impl Mount {
             source: unescaped(right.get(1)?),
         })
     }
+
+    /// Whether it is of the device that the kernel calls so. Its number says that; or its source, of file systems that make up a number (btrfs).
+    fn is_of(&self, name: &str) -> bool {
+        let of = name_of_number(&self.number).or_else(|| kernel_name(&self.source));
+        of.as_deref() == Some(name)
+    }
 }
 
 /// All mounts that this process sees.
@@ -42,19 +48,18 @@ pub fn mounts() -> Vec<Mount> {
     table.lines().filter_map(Mount::parse).collect()
 }
 
-/// Where file systems of a mapped device (or of its partitions) are mounted: one place each.
+/// Where file systems of a mapped device are mounted, of its partitions, or of what is built on them (LVM, md, dm-crypt): one place each.
 #[must_use]
 pub fn mounts_of(mapped: &str) -> Vec<PathBuf> {
-    let Some(name) = Path::new(mapped).file_name().and_then(|name| name.to_str()) else {
-        return Vec::new();
-    };
+    let parts = parts_of(mapped);
     let mut seen: Vec<String> = Vec::new();
     let mut places = Vec::new();
     let all = mounts();
     for (index, mount) in all.iter().enumerate() {
         // What another is mounted over cannot be reached by its name.
         let covered = all[index + 1..].iter().any(|later| later.on == mount.on);
-        if is_part(name, &mount.source) && !seen.contains(&mount.number) && !covered {
+        let is_part = || parts.iter().any(|part| mount.is_of(&part.name));
+        if !covered && !seen.contains(&mount.number) && is_part() {
             seen.push(mount.number.clone());
             places.push(mount.on.clone());
         }
@@ -62,51 +67,97 @@ pub fn mounts_of(mapped: &str) -> Vec<PathBuf> {
     places
 }
 
-/// How many partitions of a device are mounted, or held by somebody.
+/// Whether somebody has something of a mapped device to himself who is neither a mount that can be frozen, at one of `places`, nor swap space: a file system in
+/// another namespace, a database without one. What cannot be told counts as yes.
 #[must_use]
-pub fn busy_parts(mapped: &str) -> usize {
+pub fn is_used_beside(mapped: &str, places: &[PathBuf]) -> bool {
+    let mounts: Vec<Mount> = mounts()
+        .into_iter()
+        .filter(|mount| places.contains(&mount.on))
+        .collect();
+    let swaps = std::fs::read_to_string("/proc/swaps").unwrap_or_default();
+    let swaps: Vec<String> = swaps
+        .lines()
+        .skip(1)
+        .filter_map(|line| kernel_name(&unescaped(line.split_whitespace().next()?)))
+        .collect();
+    let parts = parts_of(mapped);
+    parts.iter().filter(|part| part.is_last).any(|part| {
+        let frozen = mounts.iter().any(|mount| mount.is_of(&part.name));
+        !frozen && !swaps.contains(&part.name) && is_busy(&node(&part.name)).unwrap_or(true)
+    })
+}
+
+/// Whether somebody has a device to himself: it is mounted, or part of something.
+pub fn is_busy(node: &Path) -> std::io::Result<bool> {
     const O_EXCL: i32 = 0o200;
     const EBUSY: i32 = 16;
-    let is_busy = |number: &u32| {
-        let node = format!("{mapped}p{number}");
-        let exclusive = std::fs::File::options()
-            .read(true)
-            .custom_flags(O_EXCL)
-            .open(node);
-        exclusive.is_err_and(|error| error.raw_os_error() == Some(EBUSY))
-    };
-    (1..=128).filter(is_busy).count()
+    let exclusive = std::fs::File::options()
+        .read(true)
+        .custom_flags(O_EXCL)
+        .open(node);
+    match exclusive {
+        Err(error) if error.raw_os_error() == Some(EBUSY) => Ok(true),
+        other => other.map(|_| false),
+    }
 }
 
-/// Whether a device or one of its partitions has something built on it: LVM, md, dm-crypt.
-#[must_use]
-pub fn has_holders(mapped: &str) -> bool {
-    let Some(name) = Path::new(mapped).file_name().and_then(|name| name.to_str()) else {
-        return false;
-    };
-    let directory = Path::new("/sys/class/block").join(name);
-    let holds = |directory: &Path| {
-        std::fs::read_dir(directory.join("holders"))
-            .is_ok_and(|mut holders| holders.next().is_some())
-    };
-    let parts = std::fs::read_dir(&directory)
-        .into_iter()
-        .flatten()
-        .flatten();
-    holds(&directory) || parts.into_iter().any(|part| holds(&part.path()))
+/// A device, a partition of it, or what is built on these, by the kernel's name.
+#[derive(Debug, PartialEq, Eq)]
+struct Part {
+    name: String,
+    /// Nothing else of the kernel's is built on it.
+    is_last: bool,
 }
 
-/// Whether `source` is the disk called `name`, or a partition of it.
-fn is_part(name: &str, source: &Path) -> bool {
-    let Ok(path) = std::fs::canonicalize(source) else {
-        return false;
+fn parts_of(mapped: &str) -> Vec<Part> {
+    let device = Path::new(mapped);
+    let named = || Some(device.file_name()?.to_str()?.to_owned());
+    let first = kernel_name(device).or_else(named);
+    parts_under(Path::new("/sys/class/block"), first)
+}
+
+fn parts_under(class: &Path, first: Option<String>) -> Vec<Part> {
+    let names = |folder: &Path| {
+        let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+        entries.filter_map(|entry| entry.file_name().into_string().ok())
     };
-    let node = path.file_name().and_then(|node| node.to_str());
-    let Some(rest) = node.and_then(|node| node.strip_prefix(name)) else {
-        return false;
-    };
-    let is_number = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
-    rest.is_empty() || rest.strip_prefix('p').is_some_and(is_number)
+    let mut found: Vec<Part> = Vec::new();
+    let mut left: Vec<String> = first.into_iter().collect();
+    while let Some(name) = left.pop() {
+        if found.iter().any(|part| part.name == name) {
+            continue;
+        }
+        let folder = class.join(&name);
+        let before = left.len();
+        left.extend(names(&folder.join("holders")));
+        left.extend(names(&folder).filter(|part| folder.join(part).join("partition").exists()));
+        found.push(Part {
+            name,
+            is_last: left.len() == before,
+        });
+    }
+    found
+}
+
+/// What the kernel calls a device: `dm-0` for `/dev/mapper/vg-lv`.
+fn kernel_name(node: &Path) -> Option<String> {
+    let number = std::fs::metadata(node).ok()?.rdev();
+    if number == 0 {
+        return None;
+    }
+    let (major, minor) = (nix::sys::stat::major(number), nix::sys::stat::minor(number));
+    name_of_number(&format!("{major}:{minor}"))
+}
+
+fn name_of_number(number: &str) -> Option<String> {
+    let place = std::fs::read_link(Path::new("/sys/dev/block").join(number)).ok()?;
+    Some(place.file_name()?.to_str()?.to_owned())
+}
+
+/// Where the kernel's name is to be opened; it writes a slash as `!`.
+fn node(name: &str) -> PathBuf {
+    Path::new("/dev").join(name.replace('!', "/"))
 }
 
 /// The kernel writes a space as `\040`.
@@ -126,8 +177,57 @@ fn unescaped(text: &str) -> PathBuf {
 
 #[cfg(test)]
 mod tests {
-    use super::{Mount, unescaped};
+    use super::{Mount, Part, parts_under, unescaped};
     use std::path::Path;
+
+    /// A disk with two partitions; on the second there is LVM with two volumes, on one of them dm-crypt.
+    #[test]
+    fn what_is_built_on_a_disk_belongs_to_it() {
+        let class = std::env::temp_dir().join(format!("varve-class-{}", std::process::id()));
+        for folder in [
+            "sda/sda1/holders",
+            "sda/sda2/holders",
+            "sda/holders",
+            "sda/queue",
+            "sda1/holders",
+            "sda2/holders/dm-0",
+            "sda2/holders/dm-1",
+            "dm-0/holders",
+            "dm-1/holders/dm-2",
+            "dm-2/holders",
+            "sdb/holders",
+        ] {
+            std::fs::create_dir_all(class.join(folder)).unwrap();
+        }
+        for part in ["sda/sda1", "sda/sda2", "sda1", "sda2"] {
+            std::fs::write(class.join(part).join("partition"), "1").unwrap();
+        }
+        let of = |name: &str| {
+            let mut parts: Vec<(String, bool)> = parts_under(&class, Some(name.to_owned()))
+                .into_iter()
+                .map(|Part { name, is_last }| (name, is_last))
+                .collect();
+            parts.sort();
+            parts
+        };
+        let told = |parts: &[(&str, bool)]| -> Vec<(String, bool)> {
+            let own = |(name, last): &(&str, bool)| ((*name).to_owned(), *last);
+            parts.iter().map(own).collect()
+        };
+        assert_eq!(
+            of("sda"),
+            told(&[
+                ("dm-0", true),
+                ("dm-1", false),
+                ("dm-2", true),
+                ("sda", false),
+                ("sda1", true),
+                ("sda2", false)
+            ])
+        );
+        assert_eq!(of("sdb"), told(&[("sdb", true)]));
+        std::fs::remove_dir_all(class).unwrap();
+    }
 
     #[test]
     fn names_of_the_kernel_are_read() {

@@ -191,6 +191,11 @@ impl Frozen {
         }
     }
 
+    /// Where they are mounted.
+    pub(crate) fn directories(&self) -> &[PathBuf] {
+        &self.directories
+    }
+
     /// Until when they are surely frozen: the deadline counts from the first of them.
     pub(crate) fn until(&self) -> Instant {
         self.since + DEADLINE

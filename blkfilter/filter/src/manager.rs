@@ -8,7 +8,6 @@ use crate::running::{Files, Mode, Running, ublk_record};
 use crate::{AckPolicy, SurvivingMemory, VolumeConfig};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
@@ -640,11 +639,7 @@ fn config_of(spec: &VolumeSpec) -> Result<VolumeConfig, ControlError> {
     Ok(config)
 }
 
-pub(crate) fn is_busy(mapped: &str) -> bool {
-    use std::os::unix::fs::OpenOptionsExt;
-    let open = File::options()
-        .read(true)
-        .custom_flags(libc::O_EXCL)
-        .open(mapped);
-    matches!(open, Err(e) if e.raw_os_error() == Some(libc::EBUSY))
+/// Whether somebody has a device to himself; what cannot be opened nobody has.
+pub(crate) fn is_busy(device: &str) -> bool {
+    varve_control::is_busy(Path::new(device)).unwrap_or(false)
 }

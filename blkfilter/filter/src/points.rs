@@ -5,10 +5,10 @@
 
 use crate::driver::Message;
 use crate::freeze::{DEADLINE, Frozen};
-use crate::manager::{ANSWER_WAIT, Manager, error, is_busy};
+use crate::manager::{ANSWER_WAIT, Manager, error};
 use crossbeam_channel::bounded;
 use std::time::{Duration, Instant};
-use varve_control::{ControlError, busy_parts, has_holders, mounts_of};
+use varve_control::{ControlError, is_used_beside};
 use varve_format::{Lsn, PointDetail};
 
 /// For so long a device that nobody has open is believed to stay so.
@@ -66,12 +66,9 @@ impl Manager {
             let mapped = self.mapped(volume)?;
             match self.freeze_devices(std::iter::once(mapped.as_str()), Vec::new())? {
                 Ok(now) => {
-                    // What is in use elsewhere (LVM on it, another namespace, a database without a file system) is not clean because nothing was found to freeze.
-                    let quiet = match now {
-                        Some(_) => mounts_of(&mapped).len() >= busy_parts(&mapped),
-                        None => !is_busy(&mapped) && busy_parts(&mapped) == 0,
-                    };
-                    clean = quiet && !has_holders(&mapped);
+                    // What is in use elsewhere is not clean because nothing was found to freeze.
+                    let places = now.as_ref().map_or(&[][..], Frozen::directories);
+                    clean = !is_used_beside(&mapped, places);
                     if !clean {
                         note = format!(
                             "{mapped} is in use by more than file systems that could be frozen: the point is crash-consistent"

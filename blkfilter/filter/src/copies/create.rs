@@ -9,7 +9,9 @@ use crate::running::Mode;
 use crossbeam_channel::{Receiver, bounded};
 use std::fs::File;
 use std::time::{Duration, Instant};
-use varve_control::{ControlError, CopyInfo, CopySet, CopySpec, NewCopy, VolumeSpec};
+use varve_control::{
+    ControlError, CopyInfo, CopySet, CopySpec, NewCopy, VolumeSpec, is_used_beside,
+};
 use varve_format::{Lsn, VolumeId};
 
 /// Copies of one volume at most: each costs a bit per block when a block is saved.
@@ -26,6 +28,15 @@ struct CutCopy {
     /// The volume's copies before it.
     set: CopySet,
     note: String,
+}
+
+impl CutCopy {
+    fn add_note(&mut self, text: &str) {
+        if !self.note.is_empty() {
+            self.note += "; ";
+        }
+        self.note += text;
+    }
 }
 
 /// What is known of a volume that is to be copied.
@@ -254,14 +265,14 @@ impl Manager {
                 cut.spec.created_ns = now;
                 cut.spec.lsn = lsn.0;
                 if let Some(held) = held {
-                    cut.note += &format!(
+                    cut.add_note(&format!(
                         "writes to all of them were held for {:.3} seconds",
                         held.as_secs_f64()
-                    );
+                    ));
                 }
                 match frozen_for {
                     Some(pause) if in_time => cut.spec.frozen_us = pause.as_micros() as u64,
-                    Some(_) => cut.note += "the file system was thawed at its deadline, before the cut: the copy is crash-consistent",
+                    Some(_) => cut.add_note("the file system was thawed at its deadline, before the cut: the copy is crash-consistent"),
                     None => {}
                 }
                 settled.recv_timeout(START_WAIT).map_err(|_| {
@@ -305,12 +316,25 @@ impl Manager {
                 refused.message += "; use --no-freeze, or move that";
                 refused
             })?;
-        Ok(frozen.unwrap_or_else(|why| {
-            for cut in cuts.iter_mut() {
-                cut.note = format!("not frozen ({why}): the copy is crash-consistent");
+        let frozen = match frozen {
+            Ok(frozen) => frozen,
+            Err(why) => {
+                for cut in cuts.iter_mut() {
+                    cut.add_note(&format!("not frozen ({why}): the copy is crash-consistent"));
+                }
+                return Ok(None);
             }
-            None
-        }))
+        };
+        let places = frozen.as_ref().map_or(&[][..], Frozen::directories);
+        for (source, cut) in sources.iter().zip(cuts.iter_mut()) {
+            if is_used_beside(&source.mapped, places) {
+                cut.add_note(&format!(
+                    "{} is in use by more than file systems that could be frozen: what those hold is as a power cut would leave it",
+                    source.mapped
+                ));
+            }
+        }
+        Ok(frozen)
     }
 
     /// Cuts all of them at one instant: where there are several, writes to all are held meanwhile. Gives for how long.

@@ -67,6 +67,7 @@ fn main() -> ExitCode {
         "store-life" => store_life::store_life(&installation, device),
         "retention" => retention::retention(&installation, device),
         "points" => points::points(&installation, device),
+        "points-stacked" => points::stacked(&installation, device),
         "encrypted" => encrypted::encrypted(&installation, device),
         "files" => files::files(&installation, device, argument),
         "export-to" => files::export_to(&installation, device),

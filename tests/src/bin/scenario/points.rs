@@ -4,6 +4,7 @@ use crate::copies::{clean_journal, expect_refused, fields, longest_fsync, sh};
 use crate::encrypted::restart;
 use crate::{Outcome, export, protect};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -123,6 +124,68 @@ pub fn points(varve: &Installation, device: &str) -> Outcome {
         start,
         "a boot has its point, a restart of the daemon has none",
     );
+    varve.compare()?;
+    varve.varve(&["down"]).map(drop)
+}
+
+/// File systems on what is built on the device, as LVM does it, are frozen, too; swap space beside them needs nothing, and what is mounted where it cannot be
+/// reached is told.
+pub fn stacked(varve: &Installation, device: &str) -> Outcome {
+    const MIB: u64 = 2048; // Sectors.
+    let start = Instant::now();
+    let mapped = protect(varve, device)?;
+    varve.wait_protected()?;
+    let live = varve.root().join("live");
+    std::fs::create_dir_all(&live).map_err(|e| e.to_string())?;
+    let story = Story {
+        varve,
+        live: live.display().to_string(),
+    };
+    for (name, from, size) in [("lv", 0, 200), ("swap", 200, 32), ("away", 232, 64)] {
+        let table = format!("0 {} linear {mapped} {}", size * MIB, from * MIB);
+        sh(&format!(
+            "dmsetup create {name} --table '{table}' && dmsetup mknodes"
+        ))?;
+    }
+    make_file_system("ext4", "/dev/mapper/lv")?;
+    make_file_system("ext4", "/dev/mapper/away")?;
+    pause(500);
+    sh(&format!("mount /dev/mapper/lv {}", story.live))?;
+    sh("mkswap -q /dev/mapper/swap && swapon /dev/mapper/swap")?;
+    story.wait_for("mounted", 1)?;
+    frozen(&story, start)?;
+    say(start, "frozen through what is built on the device");
+    let away = varve.root().join("away");
+    std::fs::create_dir_all(&away).map_err(|e| e.to_string())?;
+    let flag = varve.root().join("is-away");
+    let mount = format!(
+        "mount /dev/mapper/away {} && touch {} && sleep 1000",
+        away.display(),
+        flag.display()
+    );
+    let mut hidden = std::process::Command::new("unshare")
+        .args(["--mount", "--propagation", "private", "sh", "-c", &mount])
+        .process_group(0)
+        .spawn()
+        .map_err(|e| e.to_string())?;
+    let since = Instant::now();
+    while !flag.exists() && since.elapsed() < Duration::from_secs(20) {
+        pause(50);
+    }
+    let told = varve.varve(&["--json", "mark", "not-all", "--freeze"]);
+    let group = nix::unistd::Pid::from_raw(hidden.id().cast_signed());
+    nix::sys::signal::killpg(group, nix::sys::signal::Signal::SIGKILL)
+        .map_err(|e| e.to_string())?;
+    let _ = hidden.wait();
+    let told = told?;
+    if fields(&told, "file_system_consistent") != ["false"] || !told.contains("is in use") {
+        return Err(format!("what is mounted elsewhere was not frozen: {told}"));
+    }
+    say(start, "what is mounted elsewhere is told");
+    sh(&format!("swapoff /dev/mapper/swap; umount {}", story.live))?;
+    for name in ["lv", "swap", "away"] {
+        sh(&format!("dmsetup remove --retry {name}"))?;
+    }
     varve.compare()?;
     varve.varve(&["down"]).map(drop)
 }
