@@ -1,5 +1,6 @@
 //! What the store's daemon is asked, and what it answers.
 
+use crate::ControlError;
 use serde::{Deserialize, Serialize};
 
 /// An instant as somebody names it.
@@ -257,6 +258,8 @@ pub struct VolumeHistory {
     pub pruned_below_ns: i64,
     /// The instants that are kept below it, and what is pinned.
     pub kept: Vec<KeptInfo>,
+    /// Why the newest part of it is not in the store yet, if it could not be taken.
+    pub behind: Option<ControlError>,
     /// The store is encrypted and waits for its key: nothing can be read, and nothing is compressed.
     pub locked: bool,
     /// Keys of this volume that were never exported.

@@ -18,9 +18,10 @@ impl Service {
         from: &Instant,
         to: &Instant,
     ) -> Result<StoreReply, ControlError> {
-        let info = self.refresh(volume)?;
+        let (info, behind) = self.refresh_if_possible(volume)?;
         self.with_store(&info.id, |store| {
-            let (from, to) = (self.resolve(store, from)?, self.resolve(store, to)?);
+            let resolve = |instant| self.resolve(store, instant, behind.as_ref());
+            let (from, to) = (resolve(from)?, resolve(to)?);
             let (from, to) = (from.min(to), from.max(to));
             let ranges = store.changed(from, to).map_err(|e| store_error(&e))?;
             let bytes = ranges.iter().map(|range| range.1).sum();

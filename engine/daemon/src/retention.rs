@@ -100,7 +100,7 @@ impl Service {
     ) -> Result<StoreReply, ControlError> {
         let info = self.refresh(volume)?;
         self.with_store(&info.id, |store| {
-            let lsn = self.resolve(store, instant)?;
+            let lsn = self.resolve(store, instant, None)?;
             let changed = match pinned {
                 true => store.pin(lsn).map(|()| true),
                 false => store.unpin(lsn),

@@ -65,6 +65,8 @@ impl Service {
                 ),
             ));
         }
+        // A store that takes nothing more could not take what undoes it either, nor end it.
+        self.refresh(volume)?;
         // While it is open its instant is kept: until the span is in the history, and says where it goes.
         let held = image;
         let _claim = self.claim(volume).ok_or_else(|| {

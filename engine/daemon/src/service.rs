@@ -392,12 +392,29 @@ impl Service {
         Ok(volume)
     }
 
+    /// The same as far as it can be done: a store that takes nothing more (it is full, or read-only) still shows what it has. The error says why it is behind.
+    pub(crate) fn refresh_if_possible(
+        &self,
+        name: &str,
+    ) -> Result<(VolumeInfo, Option<ControlError>), ControlError> {
+        match self.refresh(name) {
+            Ok(info) => Ok((info, None)),
+            Err(why) if why.code.starts_with('S') => Ok((self.info(name)?, Some(why))),
+            Err(other) => Err(other),
+        }
+    }
+
+    /// The LSN of an instant. `behind`: why what is newer than the history is not in it; such an instant is refused with that.
     pub(crate) fn resolve(
         &self,
         store: &VolumeStore,
         instant: &Instant,
+        behind: Option<&ControlError>,
     ) -> Result<Lsn, ControlError> {
         let timeline = store.timeline();
+        if let Some(why) = behind.filter(|_| is_beyond(store, instant)) {
+            return Err(not_there(why));
+        }
         let wanted = match instant {
             Instant::Now => timeline.last().ok_or_else(|| {
                 error(
@@ -459,11 +476,12 @@ impl Service {
                 if let Some(locked) = locked.filter(|_| point.is_none()) {
                     return Err(store_error(&locked));
                 }
-                point.map(|point| point.lsn).ok_or_else(|| {
-                    error(
+                point.map(|point| point.lsn).ok_or_else(|| match behind {
+                    Some(why) => not_there(why),
+                    None => error(
                         "I003-point",
                         format!("no recovery point is named {name:?}; `varve points` lists them"),
-                    )
+                    ),
                 })?
             }
         };
@@ -488,21 +506,22 @@ impl Service {
         match op {
             StoreOp::Ping => Ok(StoreReply::Done),
             StoreOp::History { volume } => {
-                let info = self.refresh(&volume)?;
+                let (info, behind) = self.refresh_if_possible(&volume)?;
                 let asked = |store: &mut VolumeStore| {
                     let known = history(store).map_err(|e| store_error(&e))?;
                     Ok((known, store.volume()))
                 };
                 let (mut history, volume) = self.with_store(&info.id, asked)?;
                 history.keys_not_exported = self.keys_not_exported(volume);
+                history.behind = behind;
                 Ok(StoreReply::History {
                     history: Box::new(history),
                 })
             }
             StoreOp::Resolve { volume, instant } => {
-                let info = self.refresh(&volume)?;
+                let (info, behind) = self.refresh_if_possible(&volume)?;
                 self.with_store(&info.id, |store| {
-                    let lsn = self.resolve(store, &instant)?;
+                    let lsn = self.resolve(store, &instant, behind.as_ref())?;
                     Ok(StoreReply::Resolved {
                         lsn: lsn.0,
                         time_ns: store.time_of(lsn).map_err(|e| store_error(&e))?.0,
@@ -639,18 +658,23 @@ impl Service {
         }
     }
 
-    /// The ID of a volume whose history reaches up to an instant. What was taken long ago needs no new segment.
-    fn refreshed_for(&self, volume: &str, instant: &Instant) -> Result<String, ControlError> {
+    /// The ID of a volume whose history reaches up to an instant, or why it may not. What was taken long ago needs no new segment.
+    fn refreshed_for(
+        &self,
+        volume: &str,
+        instant: &Instant,
+    ) -> Result<(String, Option<ControlError>), ControlError> {
         if let (Instant::Lsn(lsn), Ok(id)) = (instant, self.id_of(volume)) {
             let known = self.with_store(&id, |store| {
                 let timeline = store.timeline();
                 Ok(Lsn(*lsn) <= timeline.end() && timeline.check(Lsn(*lsn)).is_ok())
             })?;
             if known {
-                return Ok(id);
+                return Ok((id, None));
             }
         }
-        Ok(self.refresh(volume)?.id)
+        let (info, behind) = self.refresh_if_possible(volume)?;
+        Ok((info.id, behind))
     }
 
     pub(crate) fn image(
@@ -658,12 +682,32 @@ impl Service {
         volume: &str,
         instant: &Instant,
     ) -> Result<(Image, i64), ControlError> {
-        let id = self.refreshed_for(volume, instant)?;
+        let (id, behind) = self.refreshed_for(volume, instant)?;
         self.with_store(&id, |store| {
-            let lsn = self.resolve(store, instant)?;
+            let lsn = self.resolve(store, instant, behind.as_ref())?;
             let image = Image::open(store, lsn).map_err(|e| store_error(&e))?;
             let time = store.time_of(lsn).map_err(|e| store_error(&e))?;
             Ok((image, time.0))
         })
     }
+}
+
+/// Whether an instant may lie behind all that the store has.
+fn is_beyond(store: &VolumeStore, instant: &Instant) -> bool {
+    match instant {
+        Instant::Now => true,
+        Instant::Lsn(lsn) => Lsn(*lsn) > store.timeline().end(),
+        Instant::Time(ns) => {
+            let newest = store.segments().map(|segment| segment.time_end).max();
+            newest.is_none_or(|newest| WallTime(*ns) >= newest)
+        }
+        Instant::Point(_) => false, // It is found, or not.
+    }
+}
+
+fn not_there(why: &ControlError) -> ControlError {
+    error(
+        &why.code,
+        format!("that instant is not in the store yet. {}", why.message),
+    )
 }

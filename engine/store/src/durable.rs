@@ -63,7 +63,11 @@ pub(crate) fn list(folder: &Path) -> Result<Vec<PathBuf>, StoreError> {
     for entry in std::fs::read_dir(folder).map_err(StoreError::io(folder))? {
         let path = entry.map_err(StoreError::io(folder))?.path();
         if path.extension().is_some_and(|end| end == UNFINISHED) {
-            std::fs::remove_file(&path).map_err(StoreError::io(&path))?;
+            match std::fs::remove_file(&path).map_err(StoreError::io(&path)) {
+                // Nothing is taken for what it is called. What can still be read is to be.
+                Ok(()) | Err(StoreError::ReadOnly(_)) => {}
+                Err(error) => return Err(error),
+            }
         } else {
             paths.push(path);
         }

@@ -133,7 +133,15 @@ pub(crate) fn fetch_history(context: &Context, name: &str) -> Result<VolumeHisto
         },
         "reading the history",
     )? {
-        StoreReply::History { history } => Ok(*history),
+        StoreReply::History { history } => {
+            if let Some(behind) = &history.behind {
+                eprintln!(
+                    "varve: what came after {} is not in the store yet. {behind}",
+                    show_time(history.last_ns)
+                );
+            }
+            Ok(*history)
+        }
         _ => Err(unexpected()),
     }
 }

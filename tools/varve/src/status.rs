@@ -116,7 +116,10 @@ fn judge(context: &Context, volume: VolumeInfo) -> VolumeStatus {
 }
 
 fn advise(volume: &VolumeInfo, history: &Result<VolumeHistory, ControlError>) -> (String, String) {
-    let store = history.as_ref().err();
+    let store = match history {
+        Ok(history) => history.behind.as_ref(),
+        Err(error) => Some(error),
+    };
     let says = |what: fn(&VolumeHistory) -> bool| history.as_ref().is_ok_and(what);
     let to = |risk: &str, command: String| (risk.to_owned(), command);
     match volume.state.as_str() {

@@ -1,5 +1,6 @@
 //! What people do wrong, and what disks do: each gets a named error, nothing is lost, the origin is not touched.
 
+use crate::encrypted::restart;
 use crate::{Outcome, export};
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -306,7 +307,12 @@ fn full_and_read_only(varve: &Installation, root: &Path, files: &Path) -> Outcom
         ))
     };
     fill(2)?;
-    refused(varve, "S007-full", &["history"])?;
+    let behind = |code: &str| match varve.varve(&["--json", "history"])? {
+        told if told.contains(code) => Ok(()),
+        told => Err(format!("nothing was said of {code}: {told}")),
+    };
+    behind("S007-full")?;
+    refused(varve, "S007-full", &["export", "now"])?;
     // The log fills, too: production goes on, unrecorded.
     fill(5)?;
     until("bypass", || {
@@ -318,12 +324,32 @@ fn full_and_read_only(varve: &Installation, root: &Path, files: &Path) -> Outcom
     sh(&format!("mount -o remount,size=400m {place}"))?;
     varve.wait_protected()?;
     varve.compare()?;
+    varve.varve(&["mark", "before"])?;
+    let content = files.join("content");
+    run("cp", &[&mapped, &content.display().to_string()])?;
+    varve.varve(&["history"])?;
     // While a segment is being compressed its new file is open.
     until("the store is written to no more", || {
         sh(&format!("mount -o remount,ro {place}")).is_ok()
     })?;
     fill(1)?;
-    refused(varve, "S008-read-only", &["history"])?;
+    // What is there can be gone back to, by a daemon that finds the store so, too; what is not, is refused.
+    for _ in 0..2 {
+        behind("S008-read-only")?;
+        refused(varve, "S008-read-only", &["export", "now"])?;
+        refused(varve, "S008-read-only", &["export", "no-such-point"])?;
+        refused(varve, "S008-read-only", &["rewind", "before", "--yes"])?;
+        let image = export(varve, "before", false)?;
+        let same = run("cmp", &[&image, &content.display().to_string()]);
+        varve.varve(&["unexport", &image])?;
+        same?;
+        let status = varve.varve(&["--json", "status"]);
+        let told = status.unwrap_or_else(|told| told);
+        if !told.contains("the log will fill up") {
+            return Err(format!("status does not warn: {told}"));
+        }
+        restart(varve)?;
+    }
     sh(&format!("mount -o remount,rw {place}"))?;
     varve.varve(&["history"])?;
     varve.compare()?;
