@@ -1,5 +1,6 @@
 //! The device against its history, and one instant against another.
 
+use crate::resolve::resolve;
 use crate::service::{Service, error, now_ns, store_error};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -20,7 +21,7 @@ impl Service {
     ) -> Result<StoreReply, ControlError> {
         let (info, behind) = self.refresh_if_possible(volume)?;
         self.with_store(&info.id, |store| {
-            let resolve = |instant| self.resolve(store, instant, behind.as_ref());
+            let resolve = |instant| resolve(store, instant, behind.as_ref());
             let (from, to) = (resolve(from)?, resolve(to)?);
             let (from, to) = (from.min(to), from.max(to));
             let ranges = store.changed(from, to).map_err(|e| store_error(&e))?;

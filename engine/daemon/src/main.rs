@@ -9,6 +9,7 @@ mod image_device;
 mod keys;
 mod overlay;
 mod points;
+mod resolve;
 mod retention;
 mod rewind;
 mod scheduled_point;

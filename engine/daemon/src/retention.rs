@@ -1,6 +1,7 @@
 //! What the policy keeps: for the background, which takes it into use, and for who asks what another one would keep.
 
 use crate::points::every;
+use crate::resolve::resolve;
 use crate::service::{Service, error, store_error};
 use nix::sys::statvfs::statvfs;
 use varve_control::{ControlError, Instant, PolicyInfo, Reporter, StorePolicy, StoreReply};
@@ -100,7 +101,7 @@ impl Service {
     ) -> Result<StoreReply, ControlError> {
         let info = self.refresh(volume)?;
         self.with_store(&info.id, |store| {
-            let lsn = self.resolve(store, instant, None)?;
+            let lsn = resolve(store, instant, None)?;
             let changed = match pinned {
                 true => store.pin(lsn).map(|()| true),
                 false => store.unpin(lsn),

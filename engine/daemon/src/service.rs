@@ -1,8 +1,9 @@
 //! What `varved` does: follows the logs, answers questions about the past.
 
-use crate::describe::{PRUNED, clock, describe, history, span_name};
+use crate::describe::{clock, history};
 use crate::export::{Exports, NbdExport};
 use crate::keys::Keys;
+use crate::resolve::resolve;
 use crate::store_clock::StoreClock;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
@@ -15,8 +16,6 @@ use varve_format::{Lsn, SegmentSequence, VolumeId, WallTime};
 use varve_log::DirectFile;
 use varve_store::{Drill, Image, StoreError, VolumeStore, ingest, volume_directory};
 
-/// Clocks of a moment ago may be a little ahead of ours.
-const FUTURE_SLACK_NS: i64 = 2_000_000_000;
 /// How often the logs are looked at.
 const FOLLOW_EVERY: Duration = Duration::from_millis(500);
 
@@ -404,98 +403,6 @@ impl Service {
         }
     }
 
-    /// The LSN of an instant. `behind`: why what is newer than the history is not in it; such an instant is refused with that.
-    pub(crate) fn resolve(
-        &self,
-        store: &VolumeStore,
-        instant: &Instant,
-        behind: Option<&ControlError>,
-    ) -> Result<Lsn, ControlError> {
-        let timeline = store.timeline();
-        if let Some(why) = behind.filter(|_| is_beyond(store, instant)) {
-            return Err(not_there(why));
-        }
-        let wanted = match instant {
-            Instant::Now => timeline.last().ok_or_else(|| {
-                error(
-                    "I001-none",
-                    "there is no whole image yet: the first full copy is running",
-                )
-            })?,
-            Instant::Lsn(lsn) => Lsn(*lsn),
-            Instant::Time(ns) => {
-                let first = timeline.first().map(|lsn| store.time_of(lsn));
-                let first = first.transpose().map_err(|e| store_error(&e))?;
-                if first.is_some_and(|first| WallTime(*ns) < first) {
-                    return Err(error(
-                        "I002-before",
-                        format!(
-                            "that is before the history begins, which is at {}",
-                            clock(first.map_or(0, |t| t.0))
-                        ),
-                    ));
-                }
-                if *ns > now_ns() + FUTURE_SLACK_NS {
-                    return Err(error(
-                        "I005-future",
-                        "that is in the future; `now` is the newest instant",
-                    ));
-                }
-                let gap = store.gap_at(WallTime(*ns)).map_err(|e| store_error(&e))?;
-                if let Some(nearest) = gap {
-                    return Err(error(
-                        "I006-gap",
-                        describe("that time", "in a gap without single writes", &nearest),
-                    ));
-                }
-                let pruned = store.pruned_at(WallTime(*ns));
-                if let Some(nearest) = pruned.map_err(|e| store_error(&e))? {
-                    return Err(error(
-                        "I007-pruned",
-                        describe("that time", PRUNED, &nearest),
-                    ));
-                }
-                store.at_time(WallTime(*ns)).map_err(|e| store_error(&e))?
-            }
-            Instant::Point(name) => {
-                // Names are encrypted with the rest.
-                let mut locked = None;
-                let point =
-                    timeline
-                        .points
-                        .iter()
-                        .rev()
-                        .find(|point| match store.point_name(point) {
-                            Ok(found) => found == *name,
-                            Err(failed) if failed.wants_key() => {
-                                locked = Some(failed);
-                                false
-                            }
-                            Err(_) => false,
-                        });
-                if let Some(locked) = locked.filter(|_| point.is_none()) {
-                    return Err(store_error(&locked));
-                }
-                point.map(|point| point.lsn).ok_or_else(|| match behind {
-                    Some(why) => not_there(why),
-                    None => error(
-                        "I003-point",
-                        format!("no recovery point is named {name:?}; `varve points` lists them"),
-                    ),
-                })?
-            }
-        };
-        let checked = store.check(wanted).map_err(|e| store_error(&e))?;
-        checked.map_err(|nearest| {
-            let (code, why) = match (nearest.pruned, nearest.reason) {
-                (true, _) => ("I007-pruned", PRUNED),
-                (false, Some(kind)) => ("I004-closed", span_name(kind)),
-                (false, None) => ("I004-closed", "outside the history"),
-            };
-            error(code, describe(&format!("LSN {wanted}"), why, &nearest))
-        })
-    }
-
     /// Answers one question.
     pub fn answer(
         self: &Arc<Self>,
@@ -521,7 +428,7 @@ impl Service {
             StoreOp::Resolve { volume, instant } => {
                 let (info, behind) = self.refresh_if_possible(&volume)?;
                 self.with_store(&info.id, |store| {
-                    let lsn = self.resolve(store, &instant, behind.as_ref())?;
+                    let lsn = resolve(store, &instant, behind.as_ref())?;
                     Ok(StoreReply::Resolved {
                         lsn: lsn.0,
                         time_ns: store.time_of(lsn).map_err(|e| store_error(&e))?.0,
@@ -684,30 +591,10 @@ impl Service {
     ) -> Result<(Image, i64), ControlError> {
         let (id, behind) = self.refreshed_for(volume, instant)?;
         self.with_store(&id, |store| {
-            let lsn = self.resolve(store, instant, behind.as_ref())?;
+            let lsn = resolve(store, instant, behind.as_ref())?;
             let image = Image::open(store, lsn).map_err(|e| store_error(&e))?;
             let time = store.time_of(lsn).map_err(|e| store_error(&e))?;
             Ok((image, time.0))
         })
     }
-}
-
-/// Whether an instant may lie behind all that the store has.
-fn is_beyond(store: &VolumeStore, instant: &Instant) -> bool {
-    match instant {
-        Instant::Now => true,
-        Instant::Lsn(lsn) => Lsn(*lsn) > store.timeline().end(),
-        Instant::Time(ns) => {
-            let newest = store.segments().map(|segment| segment.time_end).max();
-            newest.is_none_or(|newest| WallTime(*ns) >= newest)
-        }
-        Instant::Point(_) => false, // It is found, or not.
-    }
-}
-
-fn not_there(why: &ControlError) -> ControlError {
-    error(
-        &why.code,
-        format!("that instant is not in the store yet. {}", why.message),
-    )
 }
