@@ -258,7 +258,7 @@ pub struct VolumeHistory {
     pub pruned_below_ns: i64,
     /// The instants that are kept below it, and what is pinned.
     pub kept: Vec<KeptInfo>,
-    /// Why the newest part of it is not in the store yet, if it could not be taken.
+    /// Why what is newer is not in the store, if it could not be taken, or was not recorded.
     pub behind: Option<ControlError>,
     /// The store is encrypted and waits for its key: nothing can be read, and nothing is compressed.
     pub locked: bool,

@@ -120,9 +120,6 @@ fn not_there(store: &VolumeStore, why: &ControlError) -> ControlError {
     });
     error(
         &why.code,
-        format!(
-            "that instant is not in the store yet{newest}. {}",
-            why.message
-        ),
+        format!("that instant is not in the store{newest}. {}", why.message),
     )
 }

@@ -391,12 +391,21 @@ impl Service {
         Ok(volume)
     }
 
-    /// The same as far as it can be done: a store that takes nothing more (it is full, or read-only) still shows what it has. The error says why it is behind.
+    /// The same as far as it can be done: a store that takes nothing more (it is full, or read-only), or gets nothing, still shows what it has. The error says
+    /// why it is behind.
     pub(crate) fn refresh_if_possible(
         &self,
         name: &str,
     ) -> Result<(VolumeInfo, Option<ControlError>), ControlError> {
         match self.refresh(name) {
+            Ok(info) if info.state == "bypass" => {
+                let why = format!(
+                    "{name} is in bypass since {}: what was written since then is on the device alone ({})",
+                    clock(info.bypass_since_ns),
+                    info.bypass_reason
+                );
+                Ok((info, Some(error("I006-gap", why))))
+            }
             Ok(info) => Ok((info, None)),
             Err(why) if why.code.starts_with('S') => Ok((self.info(name)?, Some(why))),
             Err(other) => Err(other),

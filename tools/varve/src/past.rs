@@ -136,7 +136,7 @@ pub(crate) fn fetch_history(context: &Context, name: &str) -> Result<VolumeHisto
         StoreReply::History { history } => {
             if let Some(behind) = &history.behind {
                 eprintln!(
-                    "varve: what came after {} is not in the store yet. {behind}",
+                    "varve: what came after {} is not in the store. {behind}",
                     show_time(history.last_ns)
                 );
             }
