@@ -34,10 +34,13 @@ impl Mount {
         })
     }
 
-    /// Whether it is of the device that the kernel calls so. Its number says that; or its source, of file systems that make up a number (btrfs).
-    fn is_of(&self, name: &str) -> bool {
-        let of = name_of_number(&self.number).or_else(|| kernel_name(&self.source));
-        of.as_deref() == Some(name)
+    /// The number of the device that it is of. Its own says that; or its source, of file systems that make up a number (btrfs).
+    fn device(&self) -> Option<String> {
+        match self.number.starts_with("0:") {
+            true if self.source.is_absolute() => number_of(&self.source),
+            true => None,
+            false => Some(self.number.clone()),
+        }
     }
 }
 
@@ -55,11 +58,14 @@ pub fn mounts_of(mapped: &str) -> Vec<PathBuf> {
     let mut seen: Vec<String> = Vec::new();
     let mut places = Vec::new();
     let all = mounts();
-    for (index, mount) in all.iter().enumerate() {
+    let is_part = |mount: &Mount| {
+        let device = mount.device();
+        device.is_some_and(|device| parts.iter().any(|part| part.number == device))
+    };
+    for (index, mount) in all.iter().enumerate().filter(|(_, mount)| is_part(mount)) {
         // What another is mounted over cannot be reached by its name.
         let covered = all[index + 1..].iter().any(|later| later.on == mount.on);
-        let is_part = || parts.iter().any(|part| mount.is_of(&part.name));
-        if !covered && !seen.contains(&mount.number) && is_part() {
+        if !covered && !seen.contains(&mount.number) {
             seen.push(mount.number.clone());
             places.push(mount.on.clone());
         }
@@ -71,21 +77,20 @@ pub fn mounts_of(mapped: &str) -> Vec<PathBuf> {
 /// another namespace, a database without one. What cannot be told counts as yes.
 #[must_use]
 pub fn is_used_beside(mapped: &str, places: &[PathBuf]) -> bool {
-    let mounts: Vec<Mount> = mounts()
-        .into_iter()
-        .filter(|mount| places.contains(&mount.on))
-        .collect();
+    let mounts = mounts().into_iter();
+    let frozen = mounts.filter(|mount| places.contains(&mount.on));
     let swaps = std::fs::read_to_string("/proc/swaps").unwrap_or_default();
-    let swaps: Vec<String> = swaps
-        .lines()
-        .skip(1)
-        .filter_map(|line| kernel_name(&unescaped(line.split_whitespace().next()?)))
+    let swaps = swaps.lines().skip(1);
+    let swaps = swaps.filter_map(|line| number_of(&unescaped(line.split_whitespace().next()?)));
+    let known: Vec<String> = frozen
+        .filter_map(|mount| mount.device())
+        .chain(swaps)
         .collect();
     let parts = parts_of(mapped);
-    parts.iter().filter(|part| part.is_last).any(|part| {
-        let frozen = mounts.iter().any(|mount| mount.is_of(&part.name));
-        !frozen && !swaps.contains(&part.name) && is_busy(&node(&part.name)).unwrap_or(true)
-    })
+    parts
+        .iter()
+        .filter(|part| part.is_last)
+        .any(|part| !known.contains(&part.number) && is_busy(&node(&part.name)).unwrap_or(true))
 }
 
 /// Whether somebody has a device to himself: it is mounted, or part of something.
@@ -106,6 +111,8 @@ pub fn is_busy(node: &Path) -> std::io::Result<bool> {
 #[derive(Debug, PartialEq, Eq)]
 struct Part {
     name: String,
+    /// `MAJOR:MINOR`.
+    number: String,
     /// Nothing else of the kernel's is built on it.
     is_last: bool,
 }
@@ -132,8 +139,10 @@ fn parts_under(class: &Path, first: Option<String>) -> Vec<Part> {
         let before = left.len();
         left.extend(names(&folder.join("holders")));
         left.extend(names(&folder).filter(|part| folder.join(part).join("partition").exists()));
+        let number = std::fs::read_to_string(folder.join("dev")).unwrap_or_default();
         found.push(Part {
             name,
+            number: number.trim().to_owned(),
             is_last: left.len() == before,
         });
     }
@@ -142,17 +151,16 @@ fn parts_under(class: &Path, first: Option<String>) -> Vec<Part> {
 
 /// What the kernel calls a device: `dm-0` for `/dev/mapper/vg-lv`.
 fn kernel_name(node: &Path) -> Option<String> {
-    let number = std::fs::metadata(node).ok()?.rdev();
-    if number == 0 {
-        return None;
-    }
-    let (major, minor) = (nix::sys::stat::major(number), nix::sys::stat::minor(number));
-    name_of_number(&format!("{major}:{minor}"))
+    let place = Path::new("/sys/dev/block").join(number_of(node)?);
+    let place = std::fs::read_link(place).ok()?;
+    Some(place.file_name()?.to_str()?.to_owned())
 }
 
-fn name_of_number(number: &str) -> Option<String> {
-    let place = std::fs::read_link(Path::new("/sys/dev/block").join(number)).ok()?;
-    Some(place.file_name()?.to_str()?.to_owned())
+/// `MAJOR:MINOR` of a device.
+fn number_of(node: &Path) -> Option<String> {
+    let number = std::fs::metadata(node).ok()?.rdev();
+    let (major, minor) = (nix::sys::stat::major(number), nix::sys::stat::minor(number));
+    (number != 0).then(|| format!("{major}:{minor}"))
 }
 
 /// Where the kernel's name is to be opened; it writes a slash as `!`.
@@ -177,7 +185,7 @@ fn unescaped(text: &str) -> PathBuf {
 
 #[cfg(test)]
 mod tests {
-    use super::{Mount, Part, parts_under, unescaped};
+    use super::{Mount, parts_under, unescaped};
     use std::path::Path;
 
     /// A disk with two partitions; on the second there is LVM with two volumes, on one of them dm-crypt.
@@ -205,7 +213,7 @@ mod tests {
         let of = |name: &str| {
             let mut parts: Vec<(String, bool)> = parts_under(&class, Some(name.to_owned()))
                 .into_iter()
-                .map(|Part { name, is_last }| (name, is_last))
+                .map(|part| (part.name, part.is_last))
                 .collect();
             parts.sort();
             parts
