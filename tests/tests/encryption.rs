@@ -389,6 +389,13 @@ fn what_is_stored_is_compared_without_its_key() {
         );
         flip(path, at);
     }
+    // Both: no more can be told than that at most all of it is lost.
+    flip(segment, 4096 + 100);
+    flip(run, end - 50);
+    let damage = scrub_stored(&store).damage;
+    assert!(!damage[0].blocks.is_empty(), "{damage:?}");
+    flip(segment, 4096 + 100);
+    flip(run, end - 50);
     assert_eq!(scrub_stored(&store).damage, []);
 }
 

@@ -21,7 +21,7 @@ pub use block::{is_same_storage, lasting_path, mapped_volume_under, sysfs};
 pub use copies::{CopyInfo, CopySet, CopySpec, NewCopy};
 pub use filter::{FilterOp, FilterReply, SealedInfo, VolumeInfo};
 pub use memory::keep_memory_secret;
-pub use mounts::{Mount, is_busy, is_used_beside, mounts, mounts_of};
+pub use mounts::{Mount, file_system_of, is_busy, is_used_beside, mounts, mounts_of};
 pub use paths::Paths;
 pub use policy::{PointPolicy, StorePolicy};
 pub use spec::{Ack, FrontKind, SpecError, VolumeSpec, load_specs, save_spec};

@@ -18,6 +18,8 @@ pub struct Mount {
     pub kind: String,
     /// The device, as it was named to `mount`.
     pub source: PathBuf,
+    /// Nothing writes to the file system, wherever it is mounted.
+    pub read_only: bool,
 }
 
 impl Mount {
@@ -31,7 +33,14 @@ impl Mount {
             on: unescaped(left.get(4)?),
             kind: (*right.first()?).to_owned(),
             source: unescaped(right.get(1)?),
+            read_only: right
+                .get(2)
+                .is_some_and(|options| options.split(',').any(|option| option == "ro")),
         })
+    }
+
+    fn is_of(&self, part: &Part) -> bool {
+        self.device().is_some_and(|device| device == part.number)
     }
 
     /// The number of the device that it is of. Its own says that; or its source, of file systems that make up a number (btrfs).
@@ -58,14 +67,11 @@ pub fn mounts_of(mapped: &str) -> Vec<PathBuf> {
     let mut seen: Vec<String> = Vec::new();
     let mut places = Vec::new();
     let all = mounts();
-    let is_part = |mount: &Mount| {
-        let device = mount.device();
-        device.is_some_and(|device| parts.iter().any(|part| part.number == device))
-    };
-    for (index, mount) in all.iter().enumerate().filter(|(_, mount)| is_part(mount)) {
-        // What another is mounted over cannot be reached by its name.
-        let covered = all[index + 1..].iter().any(|later| later.on == mount.on);
-        if !covered && !seen.contains(&mount.number) {
+    for (index, mount) in all.iter().enumerate() {
+        if parts.iter().any(|part| mount.is_of(part))
+            && !is_covered(&all, index)
+            && !seen.contains(&mount.number)
+        {
             seen.push(mount.number.clone());
             places.push(mount.on.clone());
         }
@@ -73,24 +79,43 @@ pub fn mounts_of(mapped: &str) -> Vec<PathBuf> {
     places
 }
 
-/// Whether somebody has something of a mapped device to himself who is neither a mount that can be frozen, at one of `places`, nor swap space: a file system in
-/// another namespace, a database without one. What cannot be told counts as yes.
+/// Whether another is mounted over it: by its name it cannot be reached.
+fn is_covered(all: &[Mount], index: usize) -> bool {
+    let mut later = all[index + 1..].iter();
+    later.any(|later| later.on == all[index].on)
+}
+
+/// The number of the file system that a path, or the nearest directory above it that exists, lies on; the same for all of its subvolumes.
+#[must_use]
+pub fn file_system_of(path: &Path) -> Option<String> {
+    let mut above = path.ancestors();
+    let place = above.find_map(|above| std::fs::canonicalize(above).ok())?;
+    let all = mounts();
+    let around = all.iter().filter(|mount| place.starts_with(&mount.on));
+    let nearest = around.max_by_key(|mount| mount.on.components().count());
+    nearest.map(|mount| mount.number.clone())
+}
+
+/// Whether freezing what is mounted at `places` leaves something of a mapped device in use: a file system in another namespace, a database without one; or
+/// whether a file system has only a part of itself there. Swap space counts as nothing, what is mounted read-only as frozen. What cannot be told counts as yes.
 #[must_use]
 pub fn is_used_beside(mapped: &str, places: &[PathBuf]) -> bool {
-    let mounts = mounts().into_iter();
-    let frozen = mounts.filter(|mount| places.contains(&mount.on));
+    let all = mounts();
+    let is_frozen = |(index, mount): &(usize, &Mount)| {
+        mount.read_only || places.contains(&mount.on) && !is_covered(&all, *index)
+    };
+    let frozen = all.iter().enumerate().filter(is_frozen);
     let swaps = std::fs::read_to_string("/proc/swaps").unwrap_or_default();
     let swaps = swaps.lines().skip(1);
     let swaps = swaps.filter_map(|line| number_of(&unescaped(line.split_whitespace().next()?)));
     let known: Vec<String> = frozen
-        .filter_map(|mount| mount.device())
+        .filter_map(|(_, mount)| mount.device())
         .chain(swaps)
         .collect();
-    let parts = parts_of(mapped);
-    parts
-        .iter()
-        .filter(|part| part.is_last)
-        .any(|part| !known.contains(&part.number) && is_busy(&node(&part.name)).unwrap_or(true))
+    parts_of(mapped).iter().any(|part| {
+        let is_used = || is_busy(&node(&part.name)).unwrap_or(true);
+        part.is_elsewhere || part.is_last && !known.contains(&part.number) && is_used()
+    })
 }
 
 /// Whether somebody has a device to himself: it is mounted, or part of something.
@@ -115,6 +140,8 @@ struct Part {
     number: String,
     /// Nothing else of the kernel's is built on it.
     is_last: bool,
+    /// It is built on something else, too, or may be.
+    is_elsewhere: bool,
 }
 
 fn parts_of(mapped: &str) -> Vec<Part> {
@@ -144,7 +171,15 @@ fn parts_under(class: &Path, first: Option<String>) -> Vec<Part> {
             name,
             number: number.trim().to_owned(),
             is_last: left.len() == before,
+            is_elsewhere: false,
         });
+    }
+    let all: Vec<String> = found.iter().map(|part| part.name.clone()).collect();
+    for part in found.iter_mut().skip(1) {
+        let mut under = names(&class.join(&part.name).join("slaves"));
+        // bcache does not name its cache there.
+        part.is_elsewhere =
+            part.name.starts_with("bcache") || under.any(|under| !all.contains(&under));
     }
     found
 }
@@ -203,7 +238,11 @@ mod tests {
             "dm-0/holders",
             "dm-1/holders/dm-2",
             "dm-2/holders",
-            "sdb/holders",
+            "dm-0/slaves/sda2",
+            "dm-1/slaves/sda2",
+            "dm-2/slaves/dm-1",
+            "dm-2/slaves/sdb",
+            "sdb/holders/dm-2",
         ] {
             std::fs::create_dir_all(class.join(folder)).unwrap();
         }
@@ -211,29 +250,33 @@ mod tests {
             std::fs::write(class.join(part).join("partition"), "1").unwrap();
         }
         let of = |name: &str| {
-            let mut parts: Vec<(String, bool)> = parts_under(&class, Some(name.to_owned()))
+            let mut parts: Vec<(String, bool, bool)> = parts_under(&class, Some(name.to_owned()))
                 .into_iter()
-                .map(|part| (part.name, part.is_last))
+                .map(|part| (part.name, part.is_last, part.is_elsewhere))
                 .collect();
             parts.sort();
             parts
         };
-        let told = |parts: &[(&str, bool)]| -> Vec<(String, bool)> {
-            let own = |(name, last): &(&str, bool)| ((*name).to_owned(), *last);
+        let told = |parts: &[(&str, bool, bool)]| -> Vec<(String, bool, bool)> {
+            let own = |part: &(&str, bool, bool)| (part.0.to_owned(), part.1, part.2);
             parts.iter().map(own).collect()
         };
         assert_eq!(
             of("sda"),
             told(&[
-                ("dm-0", true),
-                ("dm-1", false),
-                ("dm-2", true),
-                ("sda", false),
-                ("sda1", true),
-                ("sda2", false)
-            ])
+                ("dm-0", true, false),
+                ("dm-1", false, false),
+                ("dm-2", true, true),
+                ("sda", false, false),
+                ("sda1", true, false),
+                ("sda2", false, false)
+            ]),
+            "dm-2 lies on another disk, too"
         );
-        assert_eq!(of("sdb"), told(&[("sdb", true)]));
+        assert_eq!(
+            of("sdb"),
+            told(&[("dm-2", true, true), ("sdb", false, false)])
+        );
         std::fs::remove_dir_all(class).unwrap();
     }
 

@@ -11,17 +11,18 @@ use crate::manager::Manager;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
-use varve_control::{ControlError, mounts_of};
+use varve_control::{ControlError, file_system_of, mounts_of};
 
 /// No file system stays frozen longer.
 pub const DEADLINE: Duration = Duration::from_secs(5);
 const RECORD: &str = "frozen";
+/// What file systems hold in memory is on its way for no longer, before they are frozen.
+const FLUSH_MAX: Duration = Duration::from_secs(120);
 
 // linux/fs.h: FIFREEZE, FITHAW.
 mod ioctl {
@@ -60,6 +61,7 @@ pub fn helper(directories: &[String]) -> io::Result<()> {
         }
         outcome
     };
+    let mut skipped: Vec<String> = Vec::new();
     let expired = Arc::new(AtomicBool::new(false));
     let mut since = Instant::now();
     let mut outcome = Ok(());
@@ -78,7 +80,16 @@ pub fn helper(directories: &[String]) -> io::Result<()> {
                 let _ = thaw_all(&frozen);
             });
         }
-        if let Err(error) = freeze(&directory) {
+        let done = freeze(&directory);
+        if done
+            .as_ref()
+            .is_err_and(|error| error.raw_os_error() == Some(libc::EOPNOTSUPP))
+        {
+            // A file system that cannot be frozen (vfat) keeps no other from it; it was flushed.
+            skipped.push(index.to_string());
+            continue;
+        }
+        if let Err(error) = done {
             outcome = Err(io::Error::new(
                 error.kind(),
                 format!("{}: {error}", directories[index]),
@@ -97,7 +108,7 @@ pub fn helper(directories: &[String]) -> io::Result<()> {
     }
     let mut out = io::stdout();
     if outcome.is_ok() {
-        let _ = writeln!(out, "frozen").and_then(|()| out.flush());
+        let _ = writeln!(out, "frozen {}", skipped.join(" ")).and_then(|()| out.flush());
         let _ = told.recv_timeout(DEADLINE);
     }
     if let Err(error) = thaw_all(&frozen)
@@ -107,6 +118,34 @@ pub fn helper(directories: &[String]) -> io::Result<()> {
     }
     let _ = writeln!(out, "thawed {}", since.elapsed().as_micros()).and_then(|()| out.flush());
     outcome
+}
+
+/// Writes what file systems hold in memory. One that does not come to an end with it (a dead disk beside the one that matters) is not waited for.
+fn flush(directories: &[PathBuf]) -> Result<(), String> {
+    let (told, outcome) = mpsc::channel();
+    let all = directories.to_vec();
+    std::thread::spawn(move || {
+        for directory in all {
+            let flushed = File::open(&directory)
+                .and_then(|file| nix::unistd::syncfs(&file).map_err(io::Error::from));
+            let flushed = flushed.map_err(|error| format!("{}: {error}", directory.display()));
+            if told.send(flushed).is_err() {
+                return; // Nobody waits any more.
+            }
+        }
+    });
+    let until = Instant::now() + FLUSH_MAX;
+    for directory in directories {
+        let left = until.saturating_duration_since(Instant::now());
+        outcome.recv_timeout(left).unwrap_or_else(|_| {
+            let waited = FLUSH_MAX.as_secs();
+            Err(format!(
+                "{}: not flushed after {waited} s",
+                directory.display()
+            ))
+        })?;
+    }
+    Ok(())
 }
 
 /// File systems that are frozen.
@@ -122,11 +161,7 @@ pub(crate) struct Frozen {
 impl Frozen {
     /// Freezes the file systems that are mounted there. What they hold in memory is written first, so that the pause is short.
     pub(crate) fn freeze(run: &Path, directories: &[PathBuf]) -> Result<Frozen, String> {
-        for directory in directories {
-            let synced = File::open(directory)
-                .and_then(|file| nix::unistd::syncfs(&file).map_err(io::Error::from));
-            synced.map_err(|error| format!("{}: {error}", directory.display()))?;
-        }
+        flush(directories)?;
         // A record of its own: several may freeze at once.
         static NUMBER: AtomicU64 = AtomicU64::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
@@ -164,7 +199,17 @@ impl Frozen {
             since,
         };
         match frozen.lines.recv_timeout(DEADLINE) {
-            Ok(line) if line == "frozen" => Ok(frozen),
+            Ok(line) if line.starts_with("frozen") => {
+                let skipped: Vec<usize> = line
+                    .split_whitespace()
+                    .filter_map(|word| word.parse().ok())
+                    .collect();
+                let mut index = 0..;
+                frozen
+                    .directories
+                    .retain(|_| index.next().is_some_and(|index| !skipped.contains(&index)));
+                Ok(frozen)
+            }
             Err(mpsc::RecvTimeoutError::Timeout) => {
                 // The pipe closes: it thaws as soon as the kernel lets it.
                 drop(frozen.order.take());
@@ -253,7 +298,13 @@ impl Manager {
         mapped: impl Iterator<Item = &'a str>,
         further: Vec<PathBuf>,
     ) -> Result<Result<Option<Frozen>, String>, ControlError> {
-        let places: Vec<PathBuf> = mapped.flat_map(mounts_of).collect();
+        // A file system may lie on several of them.
+        let mut places: Vec<PathBuf> = Vec::new();
+        for place in mapped.flat_map(mounts_of) {
+            if !places.contains(&place) {
+                places.push(place);
+            }
+        }
         if places.is_empty() {
             return Ok(Ok(None));
         }
@@ -264,15 +315,18 @@ impl Manager {
             .chain(further)
             .chain([self.paths.run(), self.paths.store(), self.paths.copy_sets()])
             .collect();
-        let device = |path: &Path| {
-            let metadata = path.ancestors().find_map(|p| std::fs::metadata(p).ok());
-            metadata.map(|metadata| metadata.dev())
-        };
+        let own: Vec<(PathBuf, Option<String>)> = own
+            .into_iter()
+            .map(|path| {
+                let number = file_system_of(&path);
+                (path, number)
+            })
+            .collect();
         for place in &places {
-            let held = device(place);
-            if let Some(path) = own
+            let held = file_system_of(place);
+            if let Some((path, _)) = own
                 .iter()
-                .find(|path| held.is_some() && device(path) == held)
+                .find(|(_, number)| held.is_some() && *number == held)
             {
                 return Err(ControlError::new(
                     "H009-own",

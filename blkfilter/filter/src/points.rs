@@ -71,7 +71,7 @@ impl Manager {
                     clean = !is_used_beside(&mapped, places);
                     if !clean {
                         note = format!(
-                            "{mapped} is in use by more than file systems that could be frozen: the point is crash-consistent"
+                            "{mapped} is in use by more than file systems that could be frozen, or has a part of one that lies on other devices, too: the point is crash-consistent"
                         );
                     }
                     frozen = now;

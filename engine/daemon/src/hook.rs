@@ -21,11 +21,12 @@ pub(crate) fn refuse_others(path: &Path) -> Result<(), String> {
     ))
 }
 
-/// Runs a command through the shell; when its time is over it is killed, with all that it started.
+/// Runs a command through the shell; when its time is over it is killed, with all that it started. `begun` hears of the process.
 pub(crate) fn run(
     command: &str,
     variables: &[(&str, &str)],
     limit: Duration,
+    begun: impl FnOnce(&Running),
 ) -> Result<(), String> {
     let mut child = Command::new("sh")
         .args(["-c", command])
@@ -35,17 +36,67 @@ pub(crate) fn run(
         .process_group(0)
         .spawn()
         .map_err(|error| format!("sh: {error}"))?;
+    let running = Running::of(child.id());
+    if let Some(running) = &running {
+        begun(running);
+    }
     match wait(&mut child, limit) {
         Some(status) if status.success() => Ok(()),
         Some(status) => Err(format!("`{command}`: {status}")),
         None => {
-            let group = nix::unistd::Pid::from_raw(child.id().cast_signed());
-            let _ = nix::sys::signal::killpg(group, nix::sys::signal::Signal::SIGKILL);
+            kill_all(child.id());
             let _ = child.wait();
             Err(format!(
                 "`{command}` was ended: it took more than {} s",
                 limit.as_secs()
             ))
+        }
+    }
+}
+
+fn kill_all(group: u32) {
+    let group = nix::unistd::Pid::from_raw(group.cast_signed());
+    let _ = nix::sys::signal::killpg(group, nix::sys::signal::Signal::SIGKILL);
+}
+
+/// A command that runs, so that another daemon knows it again: process numbers are used again, together with the time of the start they are not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Running {
+    process: u32,
+    /// Ticks since the machine started.
+    since: u64,
+}
+
+impl Running {
+    fn of(process: u32) -> Option<Running> {
+        let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+        // Behind the name, which may hold anything: the state is field 3, the start field 22.
+        let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
+        let state = fields.next()?;
+        let since = fields.nth(18)?.parse().ok()?;
+        (state != "Z").then_some(Running { process, since })
+    }
+
+    pub(crate) fn line(&self) -> String {
+        format!("{} {}", self.process, self.since)
+    }
+
+    pub(crate) fn parse(line: &str) -> Option<Running> {
+        let (process, since) = line.split_once(' ')?;
+        Some(Running {
+            process: process.parse().ok()?,
+            since: since.parse().ok()?,
+        })
+    }
+
+    /// Waits for its end; when its time is over it is killed, with all that it started.
+    pub(crate) fn end(&self, limit: Duration) {
+        let since = Instant::now();
+        while Running::of(self.process).as_ref() == Some(self) {
+            if since.elapsed() >= limit {
+                return kill_all(self.process);
+            }
+            std::thread::sleep(LOOK_EVERY);
         }
     }
 }
@@ -64,9 +115,43 @@ fn wait(child: &mut Child, limit: Duration) -> Option<ExitStatus> {
 
 #[cfg(test)]
 mod tests {
-    use super::{refuse_others, run};
+    use super::{Running, refuse_others};
     use std::os::unix::fs::PermissionsExt;
     use std::time::{Duration, Instant};
+
+    fn run(command: &str, variables: &[(&str, &str)], limit: Duration) -> Result<(), String> {
+        super::run(command, variables, limit, |_| ())
+    }
+
+    #[test]
+    fn one_that_outlives_its_daemon_is_known_again() {
+        let limit = Duration::from_secs(20);
+        let mut noted = None;
+        let whole = super::run("sleep 0.3", &[], limit, |running| {
+            noted = Running::parse(&running.line());
+            // Still there: it is waited for.
+            let begun = Instant::now();
+            running.end(Duration::from_secs(10));
+            assert!(begun.elapsed() > Duration::from_millis(150));
+        });
+        assert!(whole.is_ok());
+        let noted = noted.unwrap();
+        let begun = Instant::now();
+        // Gone; and a process that has its number is another one.
+        noted.end(limit);
+        let other = Running {
+            process: std::process::id(),
+            ..noted
+        };
+        other.end(limit);
+        assert!(begun.elapsed() < Duration::from_secs(5));
+        // One that does not end is ended.
+        let begun = Instant::now();
+        let outcome = super::run("sleep 30", &[], limit, |running| {
+            running.end(Duration::from_millis(200));
+        });
+        assert!(outcome.is_err() && begun.elapsed() < Duration::from_secs(10));
+    }
 
     #[test]
     fn a_command_tells_by_its_exit_code_and_ends_with_its_time() {

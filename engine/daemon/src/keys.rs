@@ -155,7 +155,7 @@ impl Service {
                 KeysAsk::Exported => {
                     return Err(error(
                         "X016-export",
-                        "varved was started anew since the keys were exported, and does not know which: export them again, into another file",
+                        "the file of keys was written, but not noted: varved was started anew meanwhile, or somebody else exported them at the same moment. If `varve key status` still says that keys were not exported, export them once more",
                     ));
                 }
                 KeysAsk::Import => status.imported = keys.import(rest, &secret).map_err(wrong)?,

@@ -2,7 +2,7 @@
 //!
 //! One thread looks at the clock and at what is mounted. A scheduled point is made by a thread of its own, because a command may take its time.
 
-use crate::scheduled_point::{self, ScheduledPoint};
+use crate::scheduled_point::ScheduledPoint;
 use crate::service::{Service, error, now_ns};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -39,6 +39,8 @@ struct Points {
     known: BTreeMap<String, Known>,
     /// This boot, and the volumes that have had no point of it yet.
     boot: Option<(String, BTreeSet<String>)>,
+    /// Volumes (ID, name) at whose points an earlier daemon may have been killed; until the policy was read.
+    left_over: Vec<(String, String)>,
     began: Instant,
     said: String,
 }
@@ -51,13 +53,13 @@ pub(crate) fn run(service: Arc<Service>) {
     let known = varve_control::load_specs(&service.paths().volumes());
     let known = known.into_iter().filter_map(Result::ok);
     let known: Vec<_> = known.map(|spec| (spec.id, spec.name)).collect();
-    scheduled_point::end_what_was_begun(&service, &known);
-    let known = known.into_iter().map(|(id, _)| id);
-    let boot = is_new.then(|| (id.trim().to_owned(), known.collect()));
+    let ids = known.iter().map(|(id, _)| id.clone());
+    let boot = is_new.then(|| (id.trim().to_owned(), ids.collect()));
     let mut points = Points {
         service,
         known: BTreeMap::new(),
         boot,
+        left_over: known,
         began: Instant::now(),
         said: String::new(),
     };
@@ -76,7 +78,10 @@ impl Points {
             Ok((policy.points, every))
         });
         let (policy, every) = match policy {
-            Ok(policy) => policy,
+            Ok((policy, every)) => {
+                self.end_what_was_begun(&policy);
+                (policy, every)
+            }
             Err(why) => {
                 self.say(format!("{why}. No points are made on a schedule"));
                 (PointPolicy::default(), None)
@@ -89,8 +94,9 @@ impl Points {
         let Ok(FilterReply::Status { volumes, .. }) = status else {
             return;
         };
+        let runs = |known: &Known| known.job.as_ref().is_some_and(|job| !job.is_finished());
         self.known
-            .retain(|id, _| volumes.iter().any(|volume| volume.id == *id));
+            .retain(|id, known| volumes.iter().any(|volume| volume.id == *id) || runs(known));
         for volume in volumes.iter().filter(|volume| !volume.mapped.is_empty()) {
             self.mounted(volume, policy.events);
             if let Some(every) = every
@@ -100,6 +106,26 @@ impl Points {
             }
         }
         self.booted(&volumes, policy.events);
+    }
+
+    /// Once, when the policy is first read. Until it has ended, the volume gets no new point on the schedule.
+    fn end_what_was_begun(&mut self, policy: &PointPolicy) {
+        for (id, name) in std::mem::take(&mut self.left_over) {
+            let begun = self.service.begun_point(&id);
+            if !begun.exists() {
+                continue;
+            }
+            let rest = ScheduledPoint {
+                service: Arc::clone(&self.service),
+                volume: name,
+                policy: policy.clone(),
+                begun,
+            };
+            self.known.entry(id).or_default().job = Some(std::thread::spawn(move || {
+                rest.run_rest();
+                None
+            }));
+        }
     }
 
     /// Said once, not four times a second.

@@ -2,18 +2,19 @@
 //!
 //! The second command always follows the first, whatever comes in between: it lets go of what that one holds (a database's locks). Killed at any step:
 //!
-//!   note "begun" ── before ── point ── after ── the note goes
+//!   note "begun" ── before (noted while it runs) ── point ── after ── the note goes
 //!
 //! Before the note is there nothing was run. From then on until it goes, the next start of the daemon runs the second command: perhaps although the first
-//! never ran, or once more. The note is not flushed: after a power cut what the first command held is gone, too.
+//! never ran, or once more. A first command that outlived the daemon is waited for as long as it would have been, else the second would come before it. While
+//! the policy cannot be read the note stays. It is not flushed: after a power cut most of what a command can hold is gone, too.
 
-use crate::hook;
+use crate::hook::{self, Running};
 use crate::points::{Point, named};
 use crate::service::Service;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
-use varve_control::{PointPolicy, StorePolicy};
+use varve_control::PointPolicy;
 
 /// Begins the names of points on the schedule.
 const SCHEDULED: &str = "scheduled";
@@ -34,11 +35,14 @@ impl ScheduledPoint {
             freeze: self.policy.freeze,
             application: false,
         };
-        if let Err(why) = self.note(&point.name) {
+        if let Err(why) = self.note(&point.name, None) {
             // Unnoted, a kill would leave held what the first command holds: it is not run.
             self.say(&format!("before: not run: {}: {why}", self.begun.display()));
         } else {
-            match self.command(&self.policy.before, &point.name) {
+            let noted = |running: &Running| {
+                let _ = self.note(&point.name, Some(running));
+            };
+            match self.command(&self.policy.before, &point.name, noted) {
                 Ok(ran) => point.application = ran,
                 Err(why) => self.say(&format!("before: {why}")),
             }
@@ -63,18 +67,33 @@ impl ScheduledPoint {
         self.service.info(&self.volume).ok().map(|info| info.writes)
     }
 
-    /// Notes which point is begun, if there are commands.
-    fn note(&self, point: &str) -> std::io::Result<()> {
+    /// Notes which point is begun, and the first command while it runs, if there are commands.
+    fn note(&self, point: &str, running: Option<&Running>) -> std::io::Result<()> {
         let commands = [&self.policy.before, &self.policy.after];
+        let running = running.map_or_else(String::new, Running::line);
         match commands.iter().all(|command| command.trim().is_empty()) {
             true => Ok(()),
-            false => std::fs::write(&self.begun, point),
+            false => std::fs::write(&self.begun, format!("{point}\n{running}")),
         }
+    }
+
+    /// Ends a point at which an earlier daemon was killed.
+    pub(crate) fn run_rest(&self) {
+        let note = std::fs::read_to_string(&self.begun).unwrap_or_default();
+        let mut lines = note.lines();
+        let point = lines.next().unwrap_or_default();
+        self.say(&format!(
+            "varved was ended in the midst of {point}: the command `after` is run now"
+        ));
+        if let Some(running) = lines.next().and_then(Running::parse) {
+            running.end(self.limit());
+        }
+        self.end(point);
     }
 
     /// Runs the second command. Failed or not, it has had its turn.
     fn end(&self, point: &str) {
-        if let Err(why) = self.command(&self.policy.after, point) {
+        if let Err(why) = self.command(&self.policy.after, point, |_| ()) {
             self.say(&format!("after: {why}"));
         }
         let _ = std::fs::remove_file(&self.begun);
@@ -84,38 +103,25 @@ impl ScheduledPoint {
         eprintln!("varved: {}: scheduled point: {text}", self.volume);
     }
 
+    fn limit(&self) -> Duration {
+        Duration::from_secs(self.policy.hook_seconds.max(1))
+    }
+
     /// Runs a command; false: there is none.
-    fn command(&self, command: &str, point: &str) -> Result<bool, String> {
+    fn command(
+        &self,
+        command: &str,
+        point: &str,
+        begun: impl FnOnce(&Running),
+    ) -> Result<bool, String> {
         if command.trim().is_empty() {
             return Ok(false);
         }
         hook::refuse_others(&self.service.paths().store_policy())?;
-        let limit = Duration::from_secs(self.policy.hook_seconds.max(1));
         let variables = [
             ("VARVE_VOLUME", self.volume.as_str()),
             ("VARVE_POINT", point),
         ];
-        hook::run(command, &variables, limit).map(|()| true)
-    }
-}
-
-/// At the daemon's start: the second command of each point at which it was killed. Volumes: (ID, name).
-pub(crate) fn end_what_was_begun(service: &Arc<Service>, volumes: &[(String, String)]) {
-    for (id, name) in volumes {
-        let begun = service.begun_point(id);
-        let Ok(point) = std::fs::read_to_string(&begun) else {
-            continue;
-        };
-        let policy = StorePolicy::load(&service.paths().store_policy());
-        let job = ScheduledPoint {
-            service: Arc::clone(service),
-            volume: name.clone(),
-            policy: policy.map(|policy| policy.points).unwrap_or_default(),
-            begun,
-        };
-        job.say(&format!(
-            "varved was ended in the midst of {point}: the command `after` is run now"
-        ));
-        job.end(&point);
+        hook::run(command, &variables, self.limit(), begun).map(|()| true)
     }
 }

@@ -468,11 +468,11 @@ impl StoreKeys {
 
     /// Notes that what was exported last lies in a file somewhere else; false: nothing was, since the keys were read.
     pub fn note_exported(&mut self) -> Result<bool, StoreError> {
-        let exported = std::mem::take(&mut self.exporting);
-        if exported.is_empty() {
+        if self.exporting.is_empty() {
             return Ok(false);
         }
-        self.note_elsewhere(exported)?;
+        self.note_elsewhere(self.exporting.clone())?;
+        self.exporting.clear();
         Ok(true)
     }
 

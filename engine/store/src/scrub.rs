@@ -412,7 +412,7 @@ impl ScrubJob {
         let entries = match segment.entries() {
             Ok(entries) => entries,
             // The run is made again from the segment, once that can be read.
-            Err(error) if error.wants_key() => {
+            Err(error) if error.wants_key() && frames_are_whole(segment) => {
                 damage.what += "; what it is made again from is locked. Nothing is known to be lost: varve key unlock, then varve scrub";
                 return damage;
             }
@@ -462,6 +462,11 @@ impl ScrubJob {
         }
         None
     }
+}
+
+/// Whether a locked segment lacks nothing but its key.
+fn frames_are_whole(segment: &StoredSegment) -> bool {
+    SegmentFile::open(segment).is_ok_and(|file| file.check_stored().is_ok())
 }
 
 /// Takes `[offset, offset + length)` out of ranges (start, end).

@@ -329,7 +329,7 @@ impl Manager {
         for (source, cut) in sources.iter().zip(cuts.iter_mut()) {
             if is_used_beside(&source.mapped, places) {
                 cut.add_note(&format!(
-                    "{} is in use by more than file systems that could be frozen: what those hold is as a power cut would leave it",
+                    "{} is in use by more than file systems that could be frozen, or has a part of one that lies on other devices, too: those are as a power cut would leave them",
                     source.mapped
                 ));
             }

@@ -36,12 +36,18 @@ fn with_input(varve: &Installation, arguments: &[&str], input: &str) -> Result<S
 
 /// The store's daemon begins anew.
 pub fn restart(varve: &Installation) -> Outcome {
+    restart_with(varve, || Ok(()))
+}
+
+/// The same, and something is done before it starts again.
+pub fn restart_with(varve: &Installation, between: impl FnOnce() -> Outcome) -> Outcome {
     let socket = varve.root().join("run/varve/varved.sock");
     sh(&format!(
         "fuser -k -KILL {} 2>/dev/null || pkill -KILL -x varved",
         socket.display()
     ))?;
     pause(300);
+    between()?;
     varve.varve(&["up"])?;
     varve.wait_protected()
 }
