@@ -141,7 +141,11 @@ pub fn stacked(varve: &Installation, device: &str) -> Outcome {
         varve,
         live: live.display().to_string(),
     };
-    for (name, from, size) in [("lv", 0, 200), ("swap", 200, 32), ("away", 232, 64)] {
+    let names = ["lv", "swap", "away", "over"];
+    for (name, (from, size)) in names
+        .iter()
+        .zip([(0, 200), (200, 32), (232, 40), (272, 32)])
+    {
         let table = format!("0 {} linear {mapped} {}", size * MIB, from * MIB);
         sh(&format!(
             "dmsetup create {name} --table '{table}' && dmsetup mknodes"
@@ -149,6 +153,7 @@ pub fn stacked(varve: &Installation, device: &str) -> Outcome {
     }
     make_file_system("ext4", "/dev/mapper/lv")?;
     make_file_system("ext4", "/dev/mapper/away")?;
+    make_file_system("ext4", "/dev/mapper/over")?;
     pause(500);
     sh(&format!("mount /dev/mapper/lv {}", story.live))?;
     sh("mkswap -q /dev/mapper/swap && swapon /dev/mapper/swap")?;
@@ -177,13 +182,54 @@ pub fn stacked(varve: &Installation, device: &str) -> Outcome {
     nix::sys::signal::killpg(group, nix::sys::signal::Signal::SIGKILL)
         .map_err(|e| e.to_string())?;
     let _ = hidden.wait();
-    let told = told?;
-    if fields(&told, "file_system_consistent") != ["false"] || !told.contains("is in use") {
-        return Err(format!("what is mounted elsewhere was not frozen: {told}"));
+    let is = |clean: bool, what: &str, told: &str| {
+        let found = fields(told, "file_system_consistent");
+        match found == [clean.to_string()] && (clean || told.contains("is in use")) {
+            true => Ok(()),
+            false => Err(format!("{what}: {told}")),
+        }
+    };
+    is(false, "what is mounted elsewhere was not frozen", &told?)?;
+    let mark = |name: &str| varve.varve(&["--json", "mark", name, "--freeze"]);
+    is(true, "it has gone", &mark("all-again")?)?;
+    let place = away.display();
+    sh(&format!("mount /dev/mapper/away {place}"))?;
+    is(true, "two are frozen", &mark("both")?)?;
+    sh(&format!("mount /dev/mapper/over {place}"))?;
+    is(false, "one lies under another", &mark("covered")?)?;
+    sh(&format!("umount {place} && umount {place}"))?;
+    // A part of it lies on another disk: that no freeze makes whole.
+    let other = varve.root().join("other-disk");
+    let other = other.display();
+    let disk = sh(&format!(
+        "truncate -s 8M {other} && losetup -f --show {other}"
+    ))?;
+    let disk = disk.trim();
+    let half = 8 * MIB;
+    sh(&format!(
+        "printf '0 {half} linear {mapped} {}\n{half} {half} linear {disk} 0\n' | dmsetup create split && dmsetup mknodes",
+        304 * MIB
+    ))?;
+    is(false, "a part of it lies elsewhere", &mark("split")?)?;
+    sh(&format!(
+        "dmsetup remove --retry split && losetup -d {disk}"
+    ))?;
+    is(true, "nothing is split any more", &mark("whole")?)?;
+    say(
+        start,
+        "what is mounted elsewhere, covered, or in parts is told",
+    );
+    // A file system that cannot be frozen keeps no other from it.
+    let helper = sh(&format!(
+        "printf t | {} --freeze /proc {}",
+        varve.program("blkfilter").display(),
+        story.live
+    ))?;
+    if !helper.starts_with("frozen 0\n") || !helper.contains("thawed") {
+        return Err(format!("one that cannot be frozen: {helper}"));
     }
-    say(start, "what is mounted elsewhere is told");
     sh(&format!("swapoff /dev/mapper/swap; umount {}", story.live))?;
-    for name in ["lv", "swap", "away"] {
+    for name in names {
         sh(&format!("dmsetup remove --retry {name}"))?;
     }
     varve.compare()?;
