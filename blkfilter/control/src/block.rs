@@ -1,6 +1,7 @@
 //! Block devices by number: where sysfs tells of them, and what lies on what.
 
 use crate::Paths;
+use crate::mounts::number_under;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -13,24 +14,46 @@ pub fn sysfs(number: u64) -> PathBuf {
     PathBuf::from(format!("/sys/dev/block/{major}:{minor}"))
 }
 
-/// The volume whose mapped device (or a partition of it) `path` is, or lies on: its writes would be recorded by that volume.
+/// The volume whose mapped device (or a partition of it) `path` is, or lies on, be it through LVM, md, dm-crypt or a loop device: its writes would be recorded
+/// by that volume.
 #[must_use]
 pub fn mapped_volume_under(paths: &Paths, path: &Path) -> Option<String> {
-    // What is not there yet will lie where its directory does.
-    let metadata = path.ancestors().find_map(|p| std::fs::metadata(p).ok())?;
-    let number = if metadata.file_type().is_block_device() {
-        metadata.rdev()
-    } else {
-        metadata.dev()
-    };
-    let place = std::fs::canonicalize(sysfs(number)).ok()?;
+    let under = devices_under(path);
     let links = std::fs::read_dir(paths.devices()).ok()?;
     links.flatten().find_map(|link| {
         let mapped = std::fs::canonicalize(link.path()).ok()?;
         let name = mapped.file_name()?;
-        let is_under = place.components().any(|part| part.as_os_str() == name);
-        is_under.then(|| link.file_name().to_string_lossy().into_owned())
+        let is_under = |place: &PathBuf| place.components().any(|part| part.as_os_str() == name);
+        let name_of = |link: std::fs::DirEntry| link.file_name().to_string_lossy().into_owned();
+        under.iter().any(is_under).then(|| name_of(link))
     })
+}
+
+/// Where sysfs tells of the device that a path is, or lies on, and of all that is under it.
+fn devices_under(path: &Path) -> Vec<PathBuf> {
+    let mut left: Vec<String> = number_under(path).into_iter().collect();
+    let mut found: Vec<PathBuf> = Vec::new();
+    while let Some(number) = left.pop() {
+        let place = std::fs::canonicalize(Path::new("/sys/dev/block").join(number));
+        let Some(place) = place.ok().filter(|place| !found.contains(place)) else {
+            continue;
+        };
+        let slaves = std::fs::read_dir(place.join("slaves"));
+        for slave in slaves.into_iter().flatten().flatten() {
+            let number = std::fs::read_to_string(slave.path().join("dev"));
+            left.extend(number.map(|number| number.trim().to_owned()));
+        }
+        // A partition's disk is the directory around it.
+        for disk in place.ancestors().take(2) {
+            let file = std::fs::read_to_string(disk.join("loop/backing_file"));
+            left.extend(
+                file.ok()
+                    .and_then(|file| number_under(Path::new(file.trim_end()))),
+            );
+        }
+        found.push(place);
+    }
+    found
 }
 
 /// Whether two paths are (parts of) the same storage: one file, one device, or a partition and its disk.

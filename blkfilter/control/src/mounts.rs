@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// A mount.
@@ -88,12 +88,25 @@ fn is_covered(all: &[Mount], index: usize) -> bool {
 /// The number of the file system that a path, or the nearest directory above it that exists, lies on; the same for all of its subvolumes.
 #[must_use]
 pub fn file_system_of(path: &Path) -> Option<String> {
+    nearest_mount(path).map(|mount| mount.number)
+}
+
+/// The number of the device that a path is, or lies on.
+pub(crate) fn number_under(path: &Path) -> Option<String> {
+    let is_device = |metadata: std::fs::Metadata| metadata.file_type().is_block_device();
+    match std::fs::metadata(path).is_ok_and(is_device) {
+        true => number_of(path),
+        false => nearest_mount(path)?.device(),
+    }
+}
+
+/// The mount that a path, or the nearest directory above it that exists, lies on.
+fn nearest_mount(path: &Path) -> Option<Mount> {
     let mut above = path.ancestors();
     let place = above.find_map(|above| std::fs::canonicalize(above).ok())?;
-    let all = mounts();
-    let around = all.iter().filter(|mount| place.starts_with(&mount.on));
-    let nearest = around.max_by_key(|mount| mount.on.components().count());
-    nearest.map(|mount| mount.number.clone())
+    let around = mounts().into_iter();
+    let around = around.filter(|mount| place.starts_with(&mount.on));
+    around.max_by_key(|mount| mount.on.components().count())
 }
 
 /// Whether freezing what is mounted at `places` leaves something of a mapped device in use: a file system in another namespace, a database without one; or

@@ -4,12 +4,11 @@ use crate::image_device::{ImageDevice, read_or_say};
 use crate::overlay::Overlay;
 use crossbeam_channel::bounded;
 use std::collections::BTreeMap;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
-use varve_control::{ControlError, Paths};
+use varve_control::{ControlError, Paths, is_busy};
 use varve_front::channel;
 use varve_front::nbd_context::{BASE_ALLOCATION, MetaContext, STATE_DIRTY, STATE_HOLE, STATE_ZERO};
 use varve_front::{
@@ -33,15 +32,6 @@ struct Export {
 fn next_number() -> u64 {
     static NUMBER: AtomicU64 = AtomicU64::new(0);
     NUMBER.fetch_add(1, Ordering::Relaxed)
-}
-
-/// Whether a block device is mounted or held.
-fn is_in_use(name: &str) -> bool {
-    let exclusive = std::fs::File::options()
-        .read(true)
-        .custom_flags(libc::O_EXCL)
-        .open(name);
-    exclusive.is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
 }
 
 /// An image that is served over NBD.
@@ -227,7 +217,10 @@ impl Exports {
     pub fn let_go(&self, name: &str, number: u64) {
         let is_there = || self.shown().get(name).is_some_and(|e| e.number == number);
         let since = Instant::now();
-        while is_there() && is_in_use(name) && since.elapsed() < LET_GO_WAIT {
+        while is_there()
+            && is_busy(Path::new(name)).unwrap_or(false)
+            && since.elapsed() < LET_GO_WAIT
+        {
             std::thread::sleep(Duration::from_millis(20));
         }
         if is_there()

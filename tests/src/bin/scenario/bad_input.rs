@@ -391,6 +391,29 @@ fn own_writes(varve: &Installation, root: &Path, files: &Path) -> Outcome {
             "16",
         ],
     );
+    // The same through a loop device.
+    let inner = files.join("inner-mount").display().to_string();
+    let disk = place.join("disk").display().to_string();
+    sh(&format!(
+        "truncate -s 32M {disk} && mkfs.ext4 -q -F {disk} && mkdir {inner} && mount -o loop {disk} {inner}"
+    ))?;
+    let log = format!("{inner}/log");
+    let through = refused(
+        varve,
+        "V034-loop",
+        &[
+            "protect",
+            &second.display().to_string(),
+            "--name",
+            "p",
+            "--log",
+            &log,
+            "--log-size",
+            "16",
+        ],
+    );
+    sh(&format!("umount {inner} && rm {disk}"))?;
+    through?;
     // The store moves onto the protected device while it runs.
     let store = root.join("var/lib/varve/store").display().to_string();
     run("mount", &["--bind", &place.display().to_string(), &store])?;

@@ -198,6 +198,24 @@ pub fn stacked(varve: &Installation, device: &str) -> Outcome {
     sh(&format!("mount /dev/mapper/over {place}"))?;
     is(false, "one lies under another", &mark("covered")?)?;
     sh(&format!("umount {place} && umount {place}"))?;
+    // Its own writes would be recorded.
+    let small = varve.root().join("small");
+    let small = small.display().to_string();
+    sh(&format!("truncate -s 4M {small}"))?;
+    let log = format!("{}/log", story.live);
+    expect_refused(
+        varve.varve(&[
+            "protect",
+            &small,
+            "--name",
+            "p",
+            "--log",
+            &log,
+            "--log-size",
+            "16",
+        ]),
+        "V034-loop",
+    )?;
     // A part of it lies on another disk: that no freeze makes whole.
     let other = varve.root().join("other-disk");
     let other = other.display();
