@@ -376,42 +376,28 @@ fn own_writes(varve: &Installation, root: &Path, files: &Path) -> Outcome {
     std::fs::create_dir_all(&place).map_err(|e| e.to_string())?;
     run("mount", &[&mapped, &place.display().to_string()])?;
     let second = file_of(files, "second", 4 * MIB)?;
-    let log = place.join("log").display().to_string();
-    let outcome = refused(
-        varve,
-        "V034-loop",
-        &[
+    let with_log = |log: &Path| {
+        let (second, log) = (second.display().to_string(), log.display().to_string());
+        let arguments = [
             "protect",
-            &second.display().to_string(),
+            &second,
             "--name",
             "p",
             "--log",
             &log,
             "--log-size",
             "16",
-        ],
-    );
+        ];
+        refused(varve, "V034-loop", &arguments)
+    };
+    let outcome = with_log(&place.join("log"));
     // The same through a loop device.
     let inner = files.join("inner-mount").display().to_string();
     let disk = place.join("disk").display().to_string();
     sh(&format!(
         "truncate -s 32M {disk} && mkfs.ext4 -q -F {disk} && mkdir {inner} && mount -o loop {disk} {inner}"
     ))?;
-    let log = format!("{inner}/log");
-    let through = refused(
-        varve,
-        "V034-loop",
-        &[
-            "protect",
-            &second.display().to_string(),
-            "--name",
-            "p",
-            "--log",
-            &log,
-            "--log-size",
-            "16",
-        ],
-    );
+    let through = with_log(&Path::new(&inner).join("log"));
     sh(&format!("umount {inner} && rm {disk}"))?;
     through?;
     // The store moves onto the protected device while it runs.
