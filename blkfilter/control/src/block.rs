@@ -1,59 +1,38 @@
-//! Block devices by number: where sysfs tells of them, and what lies on what.
+//! Block devices by number: where sysfs tells of them, whether somebody has them to himself, and by which name they are found again.
 
-use crate::Paths;
-use crate::mounts::number_under;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// The sysfs directory of a block device, by its number.
 #[must_use]
 pub fn sysfs(number: u64) -> PathBuf {
-    // The C library's layout of device numbers: 12 + 20 bits of major, 8 + 12 + 12 of minor.
-    let major = ((number >> 8) & 0xfff) | ((number >> 32) & !0xfff);
-    let minor = (number & 0xff) | ((number >> 12) & !0xff);
-    PathBuf::from(format!("/sys/dev/block/{major}:{minor}"))
+    Path::new("/sys/dev/block").join(number_text(number))
 }
 
-/// The volume whose mapped device (or a partition of it) `path` is, or lies on, be it through LVM, md, dm-crypt or a loop device: its writes would be recorded
-/// by that volume.
-#[must_use]
-pub fn mapped_volume_under(paths: &Paths, path: &Path) -> Option<String> {
-    let under = devices_under(path);
-    let links = std::fs::read_dir(paths.devices()).ok()?;
-    links.flatten().find_map(|link| {
-        let mapped = std::fs::canonicalize(link.path()).ok()?;
-        let name = mapped.file_name()?;
-        let is_under = |place: &PathBuf| place.components().any(|part| part.as_os_str() == name);
-        let name_of = |link: std::fs::DirEntry| link.file_name().to_string_lossy().into_owned();
-        under.iter().any(is_under).then(|| name_of(link))
-    })
+/// `MAJOR:MINOR`.
+fn number_text(number: u64) -> String {
+    let (major, minor) = (nix::sys::stat::major(number), nix::sys::stat::minor(number));
+    format!("{major}:{minor}")
 }
 
-/// Where sysfs tells of the device that a path is, or lies on, and of all that is under it.
-fn devices_under(path: &Path) -> Vec<PathBuf> {
-    let mut left: Vec<String> = number_under(path).into_iter().collect();
-    let mut found: Vec<PathBuf> = Vec::new();
-    while let Some(number) = left.pop() {
-        let place = std::fs::canonicalize(Path::new("/sys/dev/block").join(number));
-        let Some(place) = place.ok().filter(|place| !found.contains(place)) else {
-            continue;
-        };
-        let slaves = std::fs::read_dir(place.join("slaves"));
-        for slave in slaves.into_iter().flatten().flatten() {
-            let number = std::fs::read_to_string(slave.path().join("dev"));
-            left.extend(number.map(|number| number.trim().to_owned()));
-        }
-        // A partition's disk is the directory around it.
-        for disk in place.ancestors().take(2) {
-            let file = std::fs::read_to_string(disk.join("loop/backing_file"));
-            left.extend(
-                file.ok()
-                    .and_then(|file| number_under(Path::new(file.trim_end()))),
-            );
-        }
-        found.push(place);
+/// `MAJOR:MINOR` of a device; none if it is none.
+pub(crate) fn number_of(node: &Path) -> Option<String> {
+    let number = std::fs::metadata(node).ok()?.rdev();
+    (number != 0).then(|| number_text(number))
+}
+
+/// Whether somebody has a device to himself: it is mounted, or part of something.
+pub fn is_busy(node: &Path) -> std::io::Result<bool> {
+    const O_EXCL: i32 = 0o200;
+    const EBUSY: i32 = 16;
+    let exclusive = std::fs::File::options()
+        .read(true)
+        .custom_flags(O_EXCL)
+        .open(node);
+    match exclusive {
+        Err(error) if error.raw_os_error() == Some(EBUSY) => Ok(true),
+        other => other.map(|_| false),
     }
-    found
 }
 
 /// Whether two paths are (parts of) the same storage: one file, one device, or a partition and its disk.

@@ -14,17 +14,19 @@ mod notify;
 mod paths;
 mod policy;
 mod spec;
+mod stack;
 mod store;
 mod wire;
 
-pub use block::{is_same_storage, lasting_path, mapped_volume_under, sysfs};
+pub use block::{is_busy, is_same_storage, lasting_path, sysfs};
 pub use copies::{CopyInfo, CopySet, CopySpec, NewCopy};
 pub use filter::{FilterOp, FilterReply, SealedInfo, VolumeInfo};
 pub use memory::keep_memory_secret;
-pub use mounts::{Mount, file_system_of, is_busy, is_used_beside, mounts, mounts_of};
+pub use mounts::{Mount, file_system_of, mounts};
 pub use paths::Paths;
 pub use policy::{PointPolicy, StorePolicy};
 pub use spec::{Ack, FrontKind, SpecError, VolumeSpec, load_specs, save_spec};
+pub use stack::{is_used_beside, mapped_volume_under, mounts_of};
 pub use store::{
     CheckInfo, DamageInfo, DrillInfo, Instant, KeptInfo, KeysAsk, KeysStatus, PointInfo,
     PolicyInfo, Scrubbing, StoreOp, StoreReply, VolumeHistory,
