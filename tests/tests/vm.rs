@@ -63,6 +63,7 @@ in_guests! {
     lost_history_is_said_and_made_whole: |kernel| everywhere(kernel, &["holes"]);
     resized_device_is_followed: |kernel| everywhere(kernel, &["resize"]);
     history_thins_out_as_the_policy_says: |kernel| everywhere(kernel, &["retention"]);
+    history_takes_no_more_space_than_it_may: |kernel| everywhere(kernel, &["space"]);
     files_of_the_past_ext4: |kernel| everywhere(kernel, &["files", "ext4"]);
     files_of_the_past_xfs: |kernel| everywhere(kernel, &["files", "xfs"]);
     files_of_the_past_btrfs: |kernel| everywhere(kernel, &["files", "btrfs"]);
@@ -121,6 +122,11 @@ fn fallback_lost_history_is_said_and_made_whole() {
 #[test]
 fn fallback_history_thins_out_as_the_policy_says() {
     fallback(&["retention"]);
+}
+
+#[test]
+fn fallback_history_takes_no_more_space_than_it_may() {
+    fallback(&["space"]);
 }
 
 #[test]

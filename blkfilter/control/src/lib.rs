@@ -24,11 +24,11 @@ pub use filter::{FilterOp, FilterReply, SealedInfo, VolumeInfo};
 pub use memory::keep_memory_secret;
 pub use mounts::{Mount, file_system_of, mounts};
 pub use paths::Paths;
-pub use policy::{PointPolicy, StorePolicy};
+pub use policy::{PointPolicy, PolicyChange, StorePolicy, space_bytes};
 pub use spec::{Ack, FrontKind, SpecError, VolumeSpec, load_specs, save_spec};
 pub use stack::{is_used_beside, mapped_volume_under, mounts_of};
 pub use store::{
     CheckInfo, DamageInfo, DrillInfo, Instant, KeptInfo, KeysAsk, KeysStatus, PointInfo,
-    PolicyInfo, Scrubbing, StoreOp, StoreReply, VolumeHistory,
+    PolicyInfo, Scrubbing, SpaceInfo, StoreOp, StoreReply, VolumeHistory,
 };
 pub use wire::{ATTACH_BYTES_MAX, Client, ControlError, Progress, Reporter, serve};

@@ -18,6 +18,8 @@ pub struct StorePolicy {
     pub keep: String,
     /// What is younger is never pruned, whatever `keep` says: `7d`; empty: nothing is held so.
     pub immutable: String,
+    /// How much space all histories together may take before the oldest instants go: `500G`, `90%` of the store's disk; empty: as much as there is.
+    pub space: String,
     /// The file that opens an encrypted store when its daemon starts; empty: somebody says the passphrase (`varve key unlock`).
     pub key_file: String,
     /// Recovery points that are made by themselves.
@@ -62,6 +64,7 @@ impl Default for StorePolicy {
             background_percent: 50,
             keep: "all 48h, 1m 7d, 1h 30d, 1d 1y".to_owned(),
             immutable: String::new(),
+            space: "90%".to_owned(),
             key_file: String::new(),
             points: PointPolicy::default(),
         }
@@ -103,13 +106,95 @@ impl StorePolicy {
                 "background_percent must be 1 to {PERCENT_MAX} (100: all of one processor)"
             )));
         }
+        space_bytes(&policy.space, u64::MAX).map_err(|error| wrong(&error))?;
         Ok(policy)
     }
+
+    /// The same with what is to be otherwise.
+    #[must_use]
+    pub fn with(mut self, change: PolicyChange) -> StorePolicy {
+        for (value, new) in [
+            (&mut self.keep, change.keep),
+            (&mut self.immutable, change.immutable),
+            (&mut self.points.every, change.points),
+            (&mut self.space, change.space),
+        ] {
+            if let Some(new) = new {
+                *value = new;
+            }
+        }
+        self
+    }
+}
+
+/// What of a policy is to be otherwise than it is.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PolicyChange {
+    /// Another ladder.
+    pub keep: Option<String>,
+    /// Another immutable window.
+    pub immutable: Option<String>,
+    /// Another schedule of recovery points.
+    pub points: Option<String>,
+    /// Another space.
+    pub space: Option<String>,
+}
+
+/// Reads `500G`, `1.5T`, `90%`: in bytes, of a disk of `disk` bytes; None: no limit.
+pub fn space_bytes(text: &str, disk: u64) -> Result<Option<u64>, String> {
+    const UNITS: [(&str, u32); 4] = [("M", 20), ("G", 30), ("T", 40), ("P", 50)];
+    let text = text.trim();
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let wrong = || {
+        format!(
+            "`{text}` is not a space; write it like 500G, 1.5T (M, G, T, P: times 1024), or 90% of the store's disk"
+        )
+    };
+    let positive = |number: &str| {
+        let number = number.trim().parse::<f64>().ok();
+        number.filter(|number| number.is_finite() && *number > 0.0)
+    };
+    if let Some(percent) = text.strip_suffix('%') {
+        let percent = positive(percent).filter(|percent| *percent <= 100.0);
+        return percent
+            .map(|percent| Some((disk as f64 * percent / 100.0) as u64))
+            .ok_or_else(wrong);
+    }
+    let short = text.strip_suffix("iB").unwrap_or(text);
+    let unit = UNITS.iter().find(|(unit, _)| short.ends_with(unit));
+    unit.and_then(|(unit, shift)| {
+        let number = positive(short.strip_suffix(unit)?)?;
+        Some(Some((number * (1u64 << shift) as f64) as u64))
+    })
+    .ok_or_else(wrong)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::StorePolicy;
+    use super::{StorePolicy, space_bytes};
+
+    #[test]
+    fn space_is_read_in_bytes() {
+        for (text, bytes) in [
+            ("", None),
+            ("64M", Some(64 << 20)),
+            ("1.5T", Some(3 << 39)),
+            ("2 GiB", Some(2 << 30)),
+            ("50%", Some(500)),
+            ("100 %", Some(1000)),
+        ] {
+            assert_eq!(space_bytes(text, 1000), Ok(bytes), "{text}");
+        }
+        for text in [
+            "0G", "-1G", "5", "5k", "G", "%", "0%", "101%", "nanG", "infT", "1e400P",
+        ] {
+            let said = space_bytes(text, 1000).unwrap_err();
+            assert!(said.contains("500G"), "{text}: {said}");
+        }
+    }
 
     #[test]
     fn a_policy_has_defaults_and_refuses_what_it_does_not_know() {
@@ -130,6 +215,7 @@ mod tests {
                 .contains("compresion")
         );
         assert!(load("background_percent = 0").is_err());
+        assert!(load("space = \"5 apples\"").is_err());
         assert!(load("background_percent = 200").is_ok());
         assert!(load("background_percent = 1601").is_err());
         std::fs::remove_file(&path).unwrap();

@@ -1,6 +1,6 @@
 //! What the store's daemon is asked, and what it answers.
 
-use crate::ControlError;
+use crate::{ControlError, PolicyChange};
 use serde::{Deserialize, Serialize};
 
 /// An instant as somebody names it.
@@ -120,12 +120,8 @@ pub enum StoreOp {
     Policy {
         /// Name.
         volume: String,
-        /// Another ladder than the store's.
-        keep: Option<String>,
-        /// Another window than the store's.
-        immutable: Option<String>,
-        /// Another schedule of recovery points than the store's.
-        points: Option<String>,
+        /// What is otherwise than in the store's.
+        change: PolicyChange,
         /// Also say how many bytes go: all records below the limit are looked at.
         bytes: bool,
     },
@@ -262,6 +258,8 @@ pub struct VolumeHistory {
     pub behind: Option<ControlError>,
     /// The store is encrypted and waits for its key: nothing can be read, and nothing is compressed.
     pub locked: bool,
+    /// The space of all histories together.
+    pub space: SpaceInfo,
     /// Keys of this volume that were never exported.
     pub keys_not_exported: usize,
     /// The last comparison of device and history.
@@ -313,10 +311,58 @@ pub struct PolicyInfo {
     pub gone_and_kept_bytes: Option<(u64, u64)>,
     /// Bytes in the store now.
     pub stored_bytes: u64,
+    /// Bytes that were added a day, lately.
+    pub bytes_per_day: u64,
+    /// The space of all histories together.
+    pub space: SpaceInfo,
+}
+
+/// The space that all histories together take.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct SpaceInfo {
+    /// What the policy says; empty: as much as there is.
+    pub policy: String,
+    /// The same in bytes; 0: no limit.
+    pub limit_bytes: u64,
+    /// Bytes in the store.
+    pub stored_bytes: u64,
+    /// Of these, bytes that are still to be compressed.
+    pub unsettled_bytes: u64,
     /// Bytes that are free on its disk.
     pub free_bytes: u64,
     /// Bytes that were added a day, lately.
     pub bytes_per_day: u64,
+    /// Nothing that is there may go, and it is too much.
+    pub stuck: bool,
+}
+
+impl SpaceInfo {
+    /// Bytes that are too much. What waits to be compressed will become less: of that a tenth of the limit is let pass for now.
+    #[must_use]
+    pub fn excess_bytes(&self) -> u64 {
+        if self.limit_bytes == 0 {
+            return 0;
+        }
+        let passing = self.unsettled_bytes.min(self.limit_bytes / 10);
+        self.stored_bytes.saturating_sub(self.limit_bytes + passing)
+    }
+
+    /// Whether the disk is full before the limit is reached: then nothing more is recorded, whereas at the limit the oldest instants go.
+    #[must_use]
+    pub fn ends_with_disk(&self) -> bool {
+        self.limit_bytes == 0
+            || self.limit_bytes.saturating_sub(self.stored_bytes) > self.free_bytes
+    }
+
+    /// Bytes that still fit until one or the other.
+    #[must_use]
+    pub fn room_bytes(&self) -> u64 {
+        match self.ends_with_disk() {
+            true => self.free_bytes,
+            false => self.limit_bytes.saturating_sub(self.stored_bytes),
+        }
+    }
 }
 
 /// What a comparison of device and history found.

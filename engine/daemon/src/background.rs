@@ -27,6 +27,13 @@ const LOOKED_AT: usize = 64;
 /// Room that settling leaves on the store's disk beside the segment that it writes: the logs must go on being drained.
 const ROOM_BYTES: u64 = 256 << 20;
 
+/// What decides about what goes.
+#[derive(Clone, PartialEq)]
+struct Retention {
+    policy: Policy,
+    space: String,
+}
+
 fn every(policy: &Policy) -> Duration {
     let all = policy.ladder.all.unwrap_or(i64::MAX).unsigned_abs();
     RETAIN_EVERY.min(Duration::from_nanos(all / 3))
@@ -57,7 +64,7 @@ struct Background {
     /// From which segment on those are looked for that should be encrypted.
     plain_from: BTreeMap<String, SegmentSequence>,
     /// What the policy file says, and since when.
-    policy: Option<(Policy, Instant)>,
+    policy: Option<(Retention, Instant)>,
     proofs: Sender<(String, u64, Settling)>,
     proved: Receiver<(String, u64, Option<StoreError>)>,
     said: String,
@@ -112,7 +119,10 @@ impl Background {
         let policy = StorePolicy::load(&path).and_then(|policy| {
             let named = |why| format!("{}: {why}", path.display());
             let compression = policy.compression.parse::<Compression>().map_err(named)?;
-            let kept = policy_of(&policy, (None, None)).map_err(named)?;
+            let kept = Retention {
+                policy: policy_of(&policy).map_err(named)?,
+                space: policy.space,
+            };
             Ok((compression, policy.background_percent, Some(kept)))
         });
         let (compression, percent, kept) = policy.unwrap_or_else(|why| {
@@ -128,14 +138,18 @@ impl Background {
         self.threads = (percent as usize / 100).clamp(1, cores);
         let percent = percent.min(100);
         let began = Instant::now();
-        let mut worked = false;
+        let (mut worked, mut pruned) = (false, false);
         for id in self.service.open_ids() {
             worked |= self.one(&id, compression);
             if let Some(kept) = &kept {
-                worked |= self.prune(&id, kept, compression);
+                pruned |= self.prune(&id, &kept.policy, compression);
             }
         }
-        if worked {
+        // What was struck goes first: only then it is known whether there is still too much.
+        if let Some(kept) = kept.filter(|_| !pruned) {
+            pruned = self.make_room(&kept);
+        }
+        if worked || pruned {
             let took = began.elapsed();
             std::thread::sleep(took * (100 - percent) / percent);
         } else {
@@ -144,11 +158,11 @@ impl Background {
     }
 
     /// The policy, once it has said the same for a while: a file that is being written anew may be empty, or away, for a moment.
-    fn settled_policy(&mut self, policy: Option<Policy>) -> Option<Policy> {
+    fn settled_policy(&mut self, policy: Option<Retention>) -> Option<Retention> {
         let policy = policy?;
         match &self.policy {
             Some((known, since)) if *known == policy => {
-                (since.elapsed() >= every(&policy)).then_some(policy)
+                (since.elapsed() >= every(&policy.policy)).then_some(policy)
             }
             _ => {
                 self.policy = Some((policy, Instant::now()));
@@ -269,6 +283,25 @@ impl Background {
         }
         self.sweeps.insert(id.to_owned(), sweep);
         true
+    }
+
+    /// Where histories take more than they may, the oldest instants go. Says whether some did.
+    fn make_room(&mut self, kept: &Retention) -> bool {
+        let ready = |id: &str| !self.is_resting(id) && self.service.was_taken(id);
+        let made = self
+            .service
+            .make_room(&kept.space, kept.policy.immutable, ready);
+        match made {
+            Ok(Some(what)) => {
+                eprintln!("varved: {what}");
+                true
+            }
+            Ok(None) => false,
+            Err((id, error)) => {
+                self.failed(&id, None, &error);
+                false
+            }
+        }
     }
 
     /// One step; says whether there are more.

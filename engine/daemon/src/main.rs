@@ -15,6 +15,7 @@ mod rewind;
 mod scheduled_point;
 mod scrub;
 mod service;
+mod space;
 mod store_clock;
 mod verify;
 

@@ -3,8 +3,9 @@
 use crate::points::every;
 use crate::resolve::resolve;
 use crate::service::{Service, error, store_error};
-use nix::sys::statvfs::statvfs;
-use varve_control::{ControlError, Instant, PolicyInfo, Reporter, StorePolicy, StoreReply};
+use varve_control::{
+    ControlError, Instant, PolicyChange, PolicyInfo, Reporter, StorePolicy, StoreReply, space_bytes,
+};
 use varve_format::WallTime;
 use varve_store::{
     Compression, Ladder, Nanoseconds, Plan, Policy, VolumeStore, parse_span, show_span,
@@ -12,18 +13,15 @@ use varve_store::{
 
 const DAY_NS: i64 = 86_400_000_000_000;
 
-/// The store's policy as retention needs it. `simulated`: another ladder, another window.
-pub(crate) fn policy_of(
-    policy: &StorePolicy,
-    simulated: (Option<&str>, Option<&str>),
-) -> Result<Policy, String> {
+/// The store's policy as retention needs it.
+pub(crate) fn policy_of(policy: &StorePolicy) -> Result<Policy, String> {
     let window = |text: &str| match text.trim() {
         "" => Ok(0),
         text => parse_span(text),
     };
     Ok(Policy {
-        ladder: simulated.0.unwrap_or(&policy.keep).parse::<Ladder>()?,
-        immutable: window(simulated.1.unwrap_or(&policy.immutable))?,
+        ladder: policy.keep.parse::<Ladder>()?,
+        immutable: window(&policy.immutable)?,
     })
 }
 
@@ -50,16 +48,16 @@ impl Service {
     pub(crate) fn policy(
         &self,
         volume: &str,
-        simulated: (Option<&str>, Option<&str>),
-        points: Option<String>,
+        change: PolicyChange,
         bytes: bool,
         reporter: &mut Reporter<'_>,
     ) -> Result<StoreReply, ControlError> {
         let wrong = |why: String| error("X006-policy", why);
-        let mut stored = StorePolicy::load(&self.paths().store_policy()).map_err(wrong)?;
-        stored.points.every = points.unwrap_or(stored.points.every);
+        let stored = StorePolicy::load(&self.paths().store_policy()).map_err(wrong)?;
+        let stored = stored.with(change);
         every(&stored.points).map_err(wrong)?;
-        let policy = policy_of(&stored, simulated).map_err(wrong)?;
+        space_bytes(&stored.space, 0).map_err(wrong)?;
+        let policy = policy_of(&stored).map_err(wrong)?;
         let id = self.id_of(volume)?;
         let now = WallTime(self.clock_ns());
         let job = self.with_store(&id, |store| Ok(store.plan(&policy, now)))?;
@@ -68,8 +66,7 @@ impl Service {
         let mut info = self.with_store(&id, |store| told(store, &policy, plan.as_ref(), now))?;
         info.points_every.clone_from(&stored.points.every);
         info.points_freeze = stored.points.freeze;
-        let disk = statvfs(&self.paths().store());
-        info.free_bytes = disk.map_or(0, |disk| disk.blocks_available() * disk.fragment_size());
+        info.space = self.space(&stored.space);
         if let Some(plan) = plan.filter(|_| bytes) {
             let sweep = self.with_store(&id, |store| {
                 Ok(store.sweep_for(&plan.kept, Compression::default()))
@@ -152,7 +149,7 @@ fn told(
 }
 
 /// Bytes that a day adds, by the last day, or by what there is of it.
-fn per_day(store: &VolumeStore, now: WallTime) -> u64 {
+pub(crate) fn per_day(store: &VolumeStore, now: WallTime) -> u64 {
     let since = now.0.saturating_sub(DAY_NS);
     let lately = store
         .segments()

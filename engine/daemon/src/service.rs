@@ -6,11 +6,12 @@ use crate::keys::Keys;
 use crate::resolve::resolve;
 use crate::store_clock::StoreClock;
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use varve_control::{
-    Client, ControlError, FilterOp, FilterReply, Instant, Paths, Reporter, StoreOp, StoreReply,
-    VolumeInfo, VolumeSpec, load_specs,
+    Client, ControlError, FilterOp, FilterReply, Instant, Paths, Reporter, StoreOp, StorePolicy,
+    StoreReply, VolumeInfo, VolumeSpec, load_specs,
 };
 use varve_format::{Lsn, SegmentSequence, VolumeId, WallTime};
 use varve_log::DirectFile;
@@ -31,6 +32,8 @@ pub struct Service {
     clock: Mutex<Option<StoreClock>>,
     /// Histories whose logs were taken since this process began: what was in them may say what is still needed (a rewind that was interrupted).
     taken: Mutex<BTreeSet<String>>,
+    /// Histories take too much, and nothing of them may go.
+    pub(crate) space_is_stuck: AtomicBool,
 }
 
 /// Held while this process rewinds or compares a volume.
@@ -62,6 +65,14 @@ pub(crate) fn now_ns() -> i64 {
     since.map_or(0, |time| time.as_nanos() as i64)
 }
 
+/// A full store takes nothing, and must be pruned all the same, or it stays full. What the log holds then cannot need an instant of the past: the data path
+/// has read it, and knows of no rewind.
+fn makes_room(volume: &VolumeInfo, outcome: &Result<(), ControlError>) -> bool {
+    let runs = matches!(volume.state.as_str(), "protected" | "bypass" | "healing");
+    let full = outcome.as_ref().is_err_and(|why| why.code == "S007-full");
+    runs && full && volume.rewind_target.is_none()
+}
+
 impl Service {
     /// A service over `paths`.
     #[must_use]
@@ -74,6 +85,7 @@ impl Service {
             claimed: Mutex::new(BTreeSet::new()),
             clock: Mutex::new(None),
             taken: Mutex::new(BTreeSet::new()),
+            space_is_stuck: AtomicBool::new(false),
         }
     }
 
@@ -216,7 +228,7 @@ impl Service {
                 };
                 if volume.state == "rewinding" {
                     self.note_taken(&volume.id, false);
-                } else if outcome.is_ok() {
+                } else if outcome.is_ok() || makes_room(&volume, &outcome) {
                     self.note_taken(&volume.id, true);
                 }
                 // Said once, not twice a second.
@@ -247,6 +259,12 @@ impl Service {
                 format!("no volume is named {name}; `varve status` lists them"),
             )
         })
+    }
+
+    /// What a history's volume is called.
+    pub(crate) fn name_of(&self, id: &str) -> String {
+        let spec = self.specs().into_iter().find(|spec| spec.id == id);
+        spec.map_or_else(|| id.to_owned(), |spec| spec.name)
     }
 
     /// Opens the histories of all volumes. What cannot be opened is said when it is asked for.
@@ -429,6 +447,8 @@ impl Service {
                 };
                 let (mut history, volume) = self.with_store(&info.id, asked)?;
                 history.keys_not_exported = self.keys_not_exported(volume);
+                let policy = StorePolicy::load(&self.paths.store_policy()).unwrap_or_default();
+                history.space = self.space(&policy.space);
                 history.behind = behind;
                 Ok(StoreReply::History {
                     history: Box::new(history),
@@ -535,14 +555,9 @@ impl Service {
             }
             StoreOp::Policy {
                 volume,
-                keep,
-                immutable,
-                points,
+                change,
                 bytes,
-            } => {
-                let simulated = (keep.as_deref(), immutable.as_deref());
-                self.policy(&volume, simulated, points, bytes, reporter)
-            }
+            } => self.policy(&volume, change, bytes, reporter),
             StoreOp::Pin {
                 volume,
                 instant,

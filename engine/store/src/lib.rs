@@ -34,6 +34,7 @@ mod segment;
 mod segment_file;
 mod settle;
 mod settled_file;
+mod space;
 mod structure;
 mod timeline;
 mod used_keys;
@@ -55,6 +56,7 @@ pub use salvage::{Salvaged, salvage};
 pub use scrub::{Damage, ScrubJob, Scrubbed};
 pub use segment::StoredSegment;
 pub use settle::{Proved, SettleJob, Settling};
+pub use space::Thinning;
 pub use timeline::{Closed, Event, Nearest, Outside, Timeline};
 pub use volume::{VolumeStore, volume_directory};
 

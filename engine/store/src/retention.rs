@@ -61,8 +61,12 @@ impl VolumeStore {
 
     /// Takes a plan into use, durably. Says whether anything changed.
     pub fn keep(&mut self, plan: &Plan) -> Result<bool, StoreError> {
+        self.take_list(plan.kept.clone())
+    }
+
+    /// Puts a list into the place of the one that is there, but for what must stay.
+    pub(crate) fn take_list(&mut self, mut kept: KeptInstants) -> Result<bool, StoreError> {
         let old = Arc::clone(self.kept());
-        let mut kept = plan.kept.clone();
         // Only what still resolves; and what came since the plan was made: pins, and images that were opened.
         kept.entries
             .retain(|entry| self.timeline().check(entry.lsn()).is_ok());
@@ -72,10 +76,7 @@ impl VolumeStore {
         }
         let pins = old.entries.iter().filter(|entry| entry.is_pinned());
         let mut must: Vec<KeptEntry> = pins.copied().collect();
-        // A rewind that was interrupted goes on to where it was going.
-        let mut wanted = self.open_instants();
-        wanted.extend(self.rewind_target());
-        for lsn in wanted {
+        for lsn in self.needed_instants() {
             let is_free = lsn < kept.below && kept.get(lsn).is_none();
             if is_free && self.timeline().check(lsn).is_ok() {
                 must.push(KeptEntry::new(lsn, self.time_of(lsn)?, false));
@@ -90,6 +91,13 @@ impl VolumeStore {
         }
         self.set_kept(kept)?;
         Ok(true)
+    }
+
+    /// Instants that are in use: images are open at them, or a rewind that was interrupted goes on to them.
+    pub(crate) fn needed_instants(&self) -> Vec<Lsn> {
+        let mut needed = self.open_instants();
+        needed.extend(self.rewind_target());
+        needed
     }
 
     /// Where the rewind goes that has not ended.
@@ -164,7 +172,7 @@ impl RetentionJob {
             .first()
             .map_or(STEP_WITHOUT_RUNGS.min(all), |rung| rung.step);
         let young = floor(now.saturating_sub(all.max(self.policy.immutable)), step);
-        let (below, below_time) = match self.limit(WallTime(young)) {
+        let (below, below_time) = match limit_at(&self.segments, &self.timeline, WallTime(young)) {
             Some((lsn, time)) if lsn > old.below => {
                 // Between the last limit and what is young, whatever a record says: times are compared with it.
                 let most = young.max(old.below_time.0);
@@ -254,32 +262,6 @@ impl RetentionJob {
         }))
     }
 
-    /// The first LSN of what the store took after `young`, or of the span around it; and the time of the last record before it.
-    fn limit(&self, young: WallTime) -> Option<(Lsn, WallTime)> {
-        let mut limit = None;
-        for segment in self.segments.values() {
-            if segment.stored_at > young {
-                break;
-            }
-            let before = limit.map_or(segment.time_start, |(_, time)| time);
-            let told = segment.entry_count > 0;
-            limit = Some((
-                segment.lsn_end,
-                if told { segment.time_end } else { before },
-            ));
-        }
-        let (lsn, time) = limit?;
-        match self.timeline.check(lsn) {
-            Ok(lsn) => Some((lsn, time)),
-            Err(outside) => {
-                let spans = self.timeline.closed().iter();
-                let span = spans.rev().find(|span| Some(span.from) == outside.before)?;
-                let resolves = self.timeline.check(span.from).is_ok();
-                resolves.then_some((span.from, span.from_time))
-            }
-        }
-    }
-
     /// Instants below `below` that may be kept, in order: what is listed, and behind the last limit the last one of each `step`.
     fn candidates(&self, below: Lsn, step: Nanoseconds) -> Result<Vec<KeptEntry>, StoreError> {
         let old = &self.timeline.kept;
@@ -320,5 +302,35 @@ impl RetentionJob {
             time.0 > floor(now.saturating_sub(rung.age), next)
         })?;
         Some((rung, bucket(time.0, rungs[rung].step)))
+    }
+}
+
+/// The first LSN of what the store took after `young`, or of the span around it; and the time of the last record before it.
+pub(crate) fn limit_at(
+    segments: &Segments,
+    timeline: &Timeline,
+    young: WallTime,
+) -> Option<(Lsn, WallTime)> {
+    let mut limit = None;
+    for segment in segments.values() {
+        if segment.stored_at > young {
+            break;
+        }
+        let before = limit.map_or(segment.time_start, |(_, time)| time);
+        let told = segment.entry_count > 0;
+        limit = Some((
+            segment.lsn_end,
+            if told { segment.time_end } else { before },
+        ));
+    }
+    let (lsn, time) = limit?;
+    match timeline.check(lsn) {
+        Ok(lsn) => Some((lsn, time)),
+        Err(outside) => {
+            let spans = timeline.closed().iter();
+            let span = spans.rev().find(|span| Some(span.from) == outside.before)?;
+            let resolves = timeline.check(span.from).is_ok();
+            resolves.then_some((span.from, span.from_time))
+        }
     }
 }

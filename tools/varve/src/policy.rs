@@ -2,35 +2,57 @@
 
 use crate::past::{ask, instant, unexpected};
 use crate::{Context, daemons};
-use clap::Subcommand;
+use clap::{Args, Subcommand};
 use varve_cli::{show_bytes, show_time};
-use varve_control::{ControlError, PolicyInfo, StoreOp, StorePolicy, StoreReply};
+use varve_control::{
+    ControlError, PolicyChange, PolicyInfo, SpaceInfo, StoreOp, StorePolicy, StoreReply,
+};
 
 #[derive(Subcommand)]
 pub enum PolicyCommand {
-    /// What is kept now, and how long the store's disk lasts.
+    /// What is kept now, and how long its space lasts.
     Show,
     /// What another policy would keep; nothing is changed.
     Simulate {
-        /// Like `all 48h, 1m 7d, 1h 30d, 1d 1y`; `all` keeps everything.
-        #[arg(long, value_name = "LADDER")]
-        keep: Option<String>,
-        /// What is younger is never pruned: `7d`.
-        #[arg(long, value_name = "SPAN")]
-        immutable: Option<String>,
+        #[command(flatten)]
+        wanted: Wanted,
     },
     /// Change the policy of this store (in etc/varve/store.toml).
     Set {
-        /// Like `all 48h, 1m 7d, 1h 30d, 1d 1y`; `all` keeps everything.
-        #[arg(long, value_name = "LADDER")]
-        keep: Option<String>,
-        /// What is younger is never pruned: `7d`; `0` for no such window.
-        #[arg(long, value_name = "SPAN")]
-        immutable: Option<String>,
+        #[command(flatten)]
+        wanted: Wanted,
         /// Make a recovery point this often: `1h`; `0` for no schedule. (With file systems frozen, or commands around it: `[points]` in the file.)
         #[arg(long, value_name = "SPAN")]
         points: Option<String>,
+        /// Let the oldest instants go at once if the history takes more space already than `--space` says.
+        #[arg(long)]
+        yes: bool,
     },
+}
+
+/// What is to be otherwise than it is.
+#[derive(Args)]
+pub struct Wanted {
+    /// Like `all 48h, 1m 7d, 1h 30d, 1d 1y`; `all` keeps everything.
+    #[arg(long, value_name = "LADDER")]
+    keep: Option<String>,
+    /// What is younger is never pruned: `7d`; `0` for no such window.
+    #[arg(long, value_name = "SPAN")]
+    immutable: Option<String>,
+    /// Where all histories together take more, the oldest instants go: `500G`, or `90%` of the store's disk; `0`: no limit but the disk.
+    #[arg(long, value_name = "SIZE")]
+    space: Option<String>,
+}
+
+impl Wanted {
+    fn change(self, points: Option<String>) -> PolicyChange {
+        PolicyChange {
+            keep: self.keep,
+            immutable: self.immutable.map(none),
+            space: self.space.map(none),
+            points: points.map(none),
+        }
+    }
 }
 
 /// `varve policy`.
@@ -40,46 +62,20 @@ pub fn run(
     command: PolicyCommand,
 ) -> Result<(), ControlError> {
     let volume = daemons::volume(context, volume)?;
-    let (wanted, simulated) = match command {
-        PolicyCommand::Show => (Wanted::default(), false),
-        PolicyCommand::Simulate { keep, immutable } => {
-            let immutable = immutable.map(none);
-            let points = None;
-            (
-                Wanted {
-                    keep,
-                    immutable,
-                    points,
-                },
-                true,
-            )
-        }
+    let (change, simulated) = match command {
+        PolicyCommand::Show => (PolicyChange::default(), false),
+        PolicyCommand::Simulate { wanted } => (wanted.change(None), true),
         PolicyCommand::Set {
-            keep,
-            immutable,
+            wanted,
             points,
-        } => {
-            let wanted = Wanted {
-                keep,
-                immutable: immutable.map(none),
-                points: points.map(none),
-            };
-            return set(context, &volume, wanted);
-        }
+            yes,
+        } => return set(context, &volume, wanted.change(points), yes),
     };
-    let policy = fetch(context, &volume, wanted, simulated)?;
+    let policy = fetch(context, &volume, change, simulated)?;
     context
         .output
         .result(&policy, || show(&volume, &policy, simulated));
     Ok(())
-}
-
-/// What is to be otherwise than it is.
-#[derive(Clone, Default)]
-struct Wanted {
-    keep: Option<String>,
-    immutable: Option<String>,
-    points: Option<String>,
 }
 
 fn none(text: String) -> String {
@@ -92,14 +88,12 @@ fn none(text: String) -> String {
 fn fetch(
     context: &Context,
     volume: &str,
-    wanted: Wanted,
+    change: PolicyChange,
     bytes: bool,
 ) -> Result<PolicyInfo, ControlError> {
     let op = StoreOp::Policy {
         volume: volume.to_owned(),
-        keep: wanted.keep,
-        immutable: wanted.immutable,
-        points: wanted.points,
+        change,
         bytes,
     };
     match ask(context, &op, "reading the history")? {
@@ -108,15 +102,25 @@ fn fetch(
     }
 }
 
-fn set(context: &Context, volume: &str, wanted: Wanted) -> Result<(), ControlError> {
+fn set(
+    context: &Context,
+    volume: &str,
+    change: PolicyChange,
+    yes: bool,
+) -> Result<(), ControlError> {
     let wrong = |why: String| ControlError::new("X006-policy", why);
     // The daemon knows whether it makes sense.
-    let policy = fetch(context, volume, wanted.clone(), false)?;
+    let policy = fetch(context, volume, change.clone(), false)?;
+    let excess = policy.space.excess_bytes();
+    if change.space.is_some() && excess > 0 && !yes {
+        return Err(wrong(format!(
+            "histories take {} already: {} of the oldest would go at once, for good. If that is meant: --yes. Nothing was changed",
+            show_bytes(policy.space.stored_bytes),
+            show_bytes(excess)
+        )));
+    }
     let path = context.paths.store_policy();
-    let mut stored = StorePolicy::load(&path).map_err(wrong)?;
-    stored.keep = wanted.keep.unwrap_or(stored.keep);
-    stored.immutable = wanted.immutable.unwrap_or(stored.immutable);
-    stored.points.every = wanted.points.unwrap_or(stored.points.every);
+    let stored = StorePolicy::load(&path).map_err(wrong)?.with(change);
     stored.save(&path).map_err(wrong)?;
     context.output.result(&policy, || {
         let done = format!("{} says so now; it counts within a minute", path.display());
@@ -179,22 +183,45 @@ fn show(volume: &str, policy: &PolicyInfo, simulated: bool) {
         );
     }
     println!(
-        "  {} stored, {} a day lately, {} free: {}",
+        "  {} stored, {} a day lately",
         show_bytes(policy.stored_bytes),
-        show_bytes(policy.bytes_per_day),
-        show_bytes(policy.free_bytes),
-        forecast(policy)
+        show_bytes(policy.bytes_per_day)
     );
+    println!("  {}", forecast(&policy.space));
 }
 
-/// How long the disk lasts if nothing is pruned.
-fn forecast(policy: &PolicyInfo) -> String {
-    match policy.free_bytes.checked_div(policy.bytes_per_day) {
+/// How long the space lasts.
+fn forecast(space: &SpaceInfo) -> String {
+    let limit = match space.limit_bytes {
+        0 => format!(
+            "{} free, no limit but the disk",
+            show_bytes(space.free_bytes)
+        ),
+        limit => format!("{} (space = \"{}\")", show_bytes(limit), space.policy),
+    };
+    let used = format!(
+        "all histories: {} of {limit}, {} a day lately",
+        show_bytes(space.stored_bytes),
+        show_bytes(space.bytes_per_day)
+    );
+    let then = match space.ends_with_disk() {
+        true => format!(
+            "then the disk is full ({} are free) and NOTHING MORE IS RECORDED",
+            show_bytes(space.free_bytes)
+        ),
+        false => "then the oldest instants go first".to_owned(),
+    };
+    let left = match space.room_bytes().checked_div(space.bytes_per_day) {
+        _ if space.stuck => {
+            "IT IS TOO MUCH, and nothing of it may go: pins, what is too young, or one image alone takes that much".to_owned()
+        }
+        _ if space.excess_bytes() > 0 => "that is too much: the oldest instants go".to_owned(),
         None => "nothing was added lately".to_owned(),
-        Some(0) => "LESS THAN A DAY of history fits, unless something is pruned".to_owned(),
-        Some(days) if days > 3650 => "years of history fit".to_owned(),
-        Some(days) => format!("{days} more days of history fit, even if nothing is pruned"),
-    }
+        Some(0) => format!("history left: LESS THAN A DAY, unless something is pruned; {then}"),
+        Some(days) if days > 3650 => "history left: years".to_owned(),
+        Some(days) => format!("history left: {days} days, even if nothing is pruned; {then}"),
+    };
+    format!("{used}: {left}")
 }
 
 /// `varve pin` and `varve unpin`.

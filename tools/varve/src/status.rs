@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 use varve_cli::{show_ago, show_bytes, show_time};
 use varve_control::{
-    CheckInfo, ControlError, DrillInfo, StoreOp, StoreReply, VolumeHistory, VolumeInfo,
+    CheckInfo, ControlError, DrillInfo, SpaceInfo, StoreOp, StoreReply, VolumeHistory, VolumeInfo,
 };
 
 #[derive(Serialize)]
@@ -175,6 +175,15 @@ fn advise(volume: &VolumeInfo, history: &Result<VolumeHistory, ControlError>) ->
             "varve key unlock (if its key files are lost: varve key init, then varve key import FILE)"
                 .to_owned(),
         ),
+        _ if says(|history| history.space.stuck) => to(
+            "histories take more space than they may, and nothing of them may go: soon nothing more is recorded",
+            "varve policy (then unpin, shorten `immutable`, or allow more: varve policy set --space SIZE)"
+                .to_owned(),
+        ),
+        _ if says(|history| fills_soon(&history.space)) => to(
+            "the disk that histories lie on is full in less than a day: then nothing more is recorded",
+            "varve policy (then make room there, or keep less: varve policy set --keep LADDER, or --space SIZE)".to_owned(),
+        ),
         _ if says(|history| history.keys_not_exported > 0) => to(
             "its key lies in this store only: if that is lost, nothing of its history can be read",
             "varve key export FILE, and keep FILE somewhere else".to_owned(),
@@ -192,6 +201,11 @@ fn advise(volume: &VolumeInfo, history: &Result<VolumeHistory, ControlError>) ->
             "varve mark NAME (before your next change)".to_owned(),
         ),
     }
+}
+
+/// At a limit the oldest instants go, as was wanted; a full disk ends recording.
+fn fills_soon(space: &SpaceInfo) -> bool {
+    space.ends_with_disk() && space.room_bytes() < space.bytes_per_day
 }
 
 fn print(status: &VolumeStatus) {

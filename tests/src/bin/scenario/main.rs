@@ -15,6 +15,7 @@ mod points;
 mod retention;
 mod rewinds;
 mod shapes;
+mod space;
 mod store_life;
 
 use log_fault::Fault;
@@ -66,6 +67,7 @@ fn main() -> ExitCode {
         "holes" => holes::holes(&installation, device),
         "store-life" => store_life::store_life(&installation, device),
         "retention" => retention::retention(&installation, device),
+        "space" => space::space(&installation, Path::new(root)),
         "points" => points::points(&installation, device),
         "points-stacked" => points::stacked(&installation, device),
         "encrypted" => encrypted::encrypted(&installation, device),
