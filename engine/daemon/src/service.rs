@@ -4,10 +4,11 @@ use crate::describe::{clock, history};
 use crate::export::{Exports, NbdExport};
 use crate::keys::Keys;
 use crate::resolve::resolve;
+use crate::rewind::Unfinished;
 use crate::store_clock::StoreClock;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 use varve_control::{
     Client, ControlError, FilterOp, FilterReply, Instant, Paths, Reporter, StoreOp, StorePolicy,
@@ -19,6 +20,9 @@ use varve_store::{Drill, Image, StoreError, VolumeStore, ingest, volume_director
 
 /// How often the logs are looked at.
 const FOLLOW_EVERY: Duration = Duration::from_millis(500);
+
+/// The log could not seal its open segment in time.
+const LATE: &str = "V020-late";
 
 /// The service.
 pub struct Service {
@@ -34,6 +38,8 @@ pub struct Service {
     taken: Mutex<BTreeSet<String>>,
     /// Histories take too much, and nothing of them may go.
     pub(crate) space_is_stuck: AtomicBool,
+    /// Rewinds that are open and could not be finished, by history.
+    unfinished_rewinds: Mutex<BTreeMap<String, Unfinished>>,
 }
 
 /// Held while this process rewinds or compares a volume.
@@ -86,7 +92,14 @@ impl Service {
             clock: Mutex::new(None),
             taken: Mutex::new(BTreeSet::new()),
             space_is_stuck: AtomicBool::new(false),
+            unfinished_rewinds: Mutex::new(BTreeMap::new()),
         }
+    }
+
+    pub(crate) fn unfinished_rewinds(&self) -> MutexGuard<'_, BTreeMap<String, Unfinished>> {
+        self.unfinished_rewinds
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     pub(crate) fn note_taken(&self, id: &str, is: bool) {
@@ -120,7 +133,7 @@ impl Service {
             .now_ns()
     }
 
-    fn stores(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, VolumeStore>> {
+    fn stores(&self) -> MutexGuard<'_, BTreeMap<String, VolumeStore>> {
         self.stores
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner)
@@ -191,10 +204,7 @@ impl Service {
                     // On a thread of its own: the log must go on being drained.
                     let (service, volume) = (Arc::clone(self), volume.clone());
                     std::thread::spawn(move || {
-                        if let Err(failed) = service.finish_rewind(&volume, Lsn(target)) {
-                            eprintln!("varved: {}: {failed}", volume.name);
-                            std::thread::sleep(Duration::from_secs(5));
-                        }
+                        service.finish_rewind(&volume, Lsn(target));
                         drop(claim);
                     });
                 }
@@ -286,7 +296,7 @@ impl Service {
     pub(crate) fn stores_without(
         &self,
         id: &str,
-    ) -> Result<std::sync::MutexGuard<'_, BTreeMap<String, VolumeStore>>, ControlError> {
+    ) -> Result<MutexGuard<'_, BTreeMap<String, VolumeStore>>, ControlError> {
         for _ in 0..100 {
             let mut stores = self.stores();
             if !stores.get(id).is_some_and(VolumeStore::is_in_use) {
@@ -401,10 +411,18 @@ impl Service {
         if matches!(volume.state.as_str(), "failed" | "bypass") {
             return Ok(volume); // The log may not answer; history up to now can still be read.
         }
-        if let FilterReply::Sealed { sealed } = self.filter()?.call(&FilterOp::Seal {
-            name: name.to_owned(),
-        })? {
-            self.take(&volume, SegmentSequence(sealed.below))?;
+        let name = name.to_owned();
+        match self.filter()?.call(&FilterOp::Seal { name }) {
+            Ok(FilterReply::Sealed { sealed }) => {
+                self.take(&volume, SegmentSequence(sealed.below))?;
+            }
+            // A log without a free place seals nothing: why it has none is what is to be said.
+            Err(late) if late.code == LATE => {
+                self.take(&volume, SegmentSequence(volume.sequence))?;
+                return Err(late);
+            }
+            Err(other) => return Err(other),
+            Ok(_) => {}
         }
         Ok(volume)
     }
@@ -425,7 +443,9 @@ impl Service {
                 Ok((info, Some(error("I006-gap", why))))
             }
             Ok(info) => Ok((info, None)),
-            Err(why) if why.code.starts_with('S') => Ok((self.info(name)?, Some(why))),
+            Err(why) if why.code.starts_with('S') || why.code == LATE => {
+                Ok((self.info(name)?, Some(why)))
+            }
             Err(other) => Err(other),
         }
     }
@@ -449,7 +469,10 @@ impl Service {
                 history.keys_not_exported = self.keys_not_exported(volume);
                 let policy = StorePolicy::load(&self.paths.store_policy()).unwrap_or_default();
                 history.space = self.space(&policy.space);
-                history.behind = behind;
+                history.behind = match info.state.as_str() {
+                    "rewinding" => self.why_unfinished(&info.id).or(behind),
+                    _ => behind,
+                };
                 Ok(StoreReply::History {
                     history: Box::new(history),
                 })

@@ -139,6 +139,10 @@ fn advise(volume: &VolumeInfo, history: &Result<VolumeHistory, ControlError>) ->
             "nothing is recorded before the next boot",
             "reboot".to_owned(),
         ),
+        "rewinding" if store.is_some_and(|error| error.code == "R003-unfinished") => to(
+            store.map_or("", |error| error.message.as_str()),
+            "varve rewind INSTANT --yes (as it says); varve scrub".to_owned(),
+        ),
         "rewinding" => to(
             "a rewind is running; the device is not offered until it is done",
             "varve status --wait 600".to_owned(),

@@ -112,7 +112,74 @@ pub fn killed(varve: &Installation, device: &str) -> Outcome {
     if !varve.messages().contains("the interrupted rewind") {
         return Err(format!("no rewind was interrupted:\n{}", varve.messages()));
     }
+    unreadable(varve, &first)?;
+    say(start, "what cannot be read keeps nobody from the device");
     varve.varve(&["down"]).map(|_| ())
+}
+
+/// An instant lacks a block; the device holds `first`, and `second` can be read.
+fn unreadable(varve: &Installation, first: &str) -> Outcome {
+    let store = format!("{}/var/lib/varve/store/volumes", varve.root().display());
+    let list = || run("sh", &["-c", &format!("ls {store}/*/segments/*.seg")]);
+    let mapped = varve.device("disk")?;
+    let before = list()?;
+    fill(&mapped)?;
+    varve.varve(&["mark", "third"])?;
+    varve.varve(&["history"])?;
+    let all = list()?;
+    let new: Vec<&str> = all.lines().filter(|file| !before.contains(file)).collect();
+    varve.varve(&["rewind", "first", "--yes"])?;
+    varve.varve(&["history"])?;
+    let damage = || {
+        let file = new[new.len() / 2];
+        // In each 4 KiB of it, wherever its blocks lie now.
+        let script = format!(
+            "size=$(stat -c %s {file}); for at in $(seq 100000 4096 $((size / 2))); do printf x | dd of={file} bs=1 seek=$at conv=notrunc status=none; done"
+        );
+        run("sh", &["-c", &script]).map(|_| ())
+    };
+    // Found before anything is touched.
+    let expect = |arguments: &[&str], codes: &[&str]| match varve.varve(arguments) {
+        Err(told) if codes.iter().all(|code| told.contains(code)) => Ok(()),
+        other => Err(format!("{arguments:?}: not {codes:?}: {other:?}")),
+    };
+    // A rewind that began while it was whole, and is interrupted.
+    let mut client = begin(varve, "third")?;
+    run("pkill", &["-KILL", "varved"])?;
+    let _ = client.wait();
+    damage()?;
+    varve.varve(&["up"])?;
+    let begun = Instant::now();
+    while !status(varve).contains("R003-unfinished") && !status(varve).contains("it was before") {
+        if begun.elapsed() > Duration::from_secs(60) {
+            return Err(format!(
+                "it is not said that it cannot be finished: {}",
+                status(varve)
+            ));
+        }
+        pause(300);
+    }
+    expect(
+        &["rewind", "third", "--yes"],
+        &["S006", "nothing was changed"],
+    )?;
+    let told = status(varve);
+    let undo = told
+        .split("`varve rewind ")
+        .nth(1)
+        .and_then(|rest| rest.split(" --yes").next());
+    let undo = undo.ok_or_else(|| format!("it is not said how to undo it: {told}"))?;
+    varve.varve(&["rewind", undo, "--yes"])?;
+    holds(
+        varve,
+        first,
+        "a rewind that could not be finished is undone",
+    )?;
+    expect(
+        &["rewind", "third", "--yes"],
+        &["S006", "nothing was changed"],
+    )?;
+    holds(varve, first, "a rewind that was refused")
 }
 
 /// A rewind until the power goes.
