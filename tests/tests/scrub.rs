@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
 use varve_format::{FRAME_ENTRY_BYTES, SegmentSequence, SettledHeader};
-use varve_store::{Compression, Image, VolumeStore};
+use varve_store::{Compression, Image, Scrubbed, VolumeStore};
 use varve_tests::sample::{
     Sample, VOLUME, files, flip, frames_of, read, scrub, scrub_stored, with_checksums,
 };
@@ -99,10 +99,11 @@ fn damage_is_located_and_the_rest_stays_readable() {
             {
                 assert_eq!(first.0, damage.from.unwrap().0);
                 let image = Image::open(&sample.store, first.0).unwrap();
-                let (offset, length) = damage.blocks[0];
-                let mut bytes = vec![0; length as usize];
-                let failed = image.read(offset, &mut bytes);
-                assert!(failed.is_err(), "round {round}: {damage:?} can be read");
+                let fails = |(offset, length): &(u64, u64)| {
+                    image.read(*offset, &mut vec![0; *length as usize]).is_err()
+                };
+                let lacks = damage.blocks.iter().any(fails);
+                assert!(lacks, "round {round}: all of {damage:?} can be read");
                 if let Some((until, _)) = damage.until {
                     let image = Image::open(&sample.store, until).unwrap();
                     for (offset, length) in &damage.blocks {
@@ -157,6 +158,83 @@ fn a_lost_segment_is_located_by_its_run_and_history_goes_on() {
         "nothing of it was needed: the test says nothing"
     );
     assert!(!store.scrub().structure().is_empty());
+}
+
+/// With its run gone, too, nobody knows what a segment held: no instant behind it resolves, and that is said, whatever is read.
+#[test]
+fn a_segment_that_is_lost_with_its_run_is_a_hole_that_every_reading_tells() {
+    for settled in [false, true] {
+        let directory = tempfile::tempdir().unwrap();
+        let sample = Sample::small(directory.path(), settled);
+        let end = sample.store.timeline().end();
+        let bytes = Image::open(&sample.store, end).unwrap().bytes();
+        drop(sample);
+        for kind in ["segments", "runs"] {
+            std::fs::remove_file(&files(directory.path(), kind)[4]).unwrap();
+        }
+        let store = VolumeStore::open(directory.path(), VOLUME).unwrap();
+        let mut segments = store.segments();
+        let (before, behind) = (segments.nth(3).unwrap(), segments.next().unwrap());
+        assert_eq!(before.sequence.0 + 2, behind.sequence.0);
+        assert!(store.timeline().check(end).is_err());
+        let all = |_, _: &Scrubbed| std::ops::ControlFlow::Continue(());
+        let first = SegmentSequence(0);
+        for (how, damage) in [
+            ("everything", store.scrub().run(first, all).damage),
+            (
+                "gone on with",
+                store.scrub().run(behind.sequence, all).damage,
+            ),
+            ("stored", store.scrub().stored().run(first, all).damage),
+            (
+                "for indexes",
+                store.scrub().for_indexes().run(first, all).damage,
+            ),
+            ("structure", store.scrub().structure()),
+        ] {
+            let hole = damage.iter().find(|found| found.what.contains("hole"));
+            let hole = hole.unwrap_or_else(|| panic!("{how} ({settled}): {damage:?}"));
+            assert_eq!(
+                hole.from,
+                Some((before.lsn_end.plus(1), before.time_end)),
+                "{how}"
+            );
+            assert_eq!(
+                (&hole.blocks[..], hole.until),
+                (&[(0, bytes)][..], None),
+                "{how}"
+            );
+        }
+    }
+}
+
+/// The newest segment is lost: history ends before it, and what it held is said until the log gives it again.
+#[test]
+fn the_newest_segment_does_not_go_in_silence() {
+    let directory = tempfile::tempdir().unwrap();
+    let sample = Sample::small(directory.path(), false);
+    let newest = sample.store.segments().next_back().unwrap().clone();
+    drop(sample);
+    let victim = files(directory.path(), "segments").pop().unwrap();
+    let bytes = std::fs::read(&victim).unwrap();
+    std::fs::remove_file(&victim).unwrap();
+    for _ in 0..2 {
+        let store = VolumeStore::open(directory.path(), VOLUME).unwrap();
+        assert_eq!(store.timeline().end(), newest.previous_lsn_end);
+        let told = format!("from LSN {} to {}", newest.lsn_start, newest.lsn_end);
+        for damage in [scrub(&store).damage, store.scrub().structure()] {
+            assert!(
+                damage.len() == 1 && damage[0].what.contains(&told),
+                "{damage:?}"
+            );
+            assert!(damage[0].unplaced);
+        }
+    }
+    std::fs::write(&victim, bytes).unwrap();
+    let store = VolumeStore::open(directory.path(), VOLUME).unwrap();
+    assert_eq!(store.timeline().end(), newest.lsn_end);
+    assert_eq!(scrub(&store).damage, []);
+    assert_eq!(store.scrub().structure(), []);
 }
 
 /// A table whose frames lie over each other would have its reader read the same bytes again and again.

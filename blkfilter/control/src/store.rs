@@ -398,12 +398,14 @@ pub struct DamageInfo {
     pub what: String,
     /// The segment, if it is one.
     pub segment: Option<u64>,
-    /// Bytes of the volume that cannot be read: (offset, length). Empty: nothing that was recorded is lost.
+    /// Bytes of the volume that cannot be read: (offset, length). Empty: nothing that was recorded is lost, unless it is `unplaced`.
     pub blocks: Vec<(u64, u64)>,
     /// First instant that lacks them: LSN and time, ns.
     pub from: Option<(u64, i64)>,
     /// First instant that has them again; none if the newest lacks them, too.
     pub until: Option<(u64, i64)>,
+    /// Whether something is lost by it is said in `what`, or with other damage.
+    pub unplaced: bool,
 }
 
 /// An answer.

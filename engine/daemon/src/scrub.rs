@@ -152,5 +152,6 @@ fn told(damage: &Damage) -> DamageInfo {
         blocks: damage.blocks.clone(),
         from: instant(damage.from),
         until: instant(damage.until),
+        unplaced: damage.unplaced,
     }
 }

@@ -35,10 +35,15 @@ impl VolumeStore {
                 }
             }
         }
-        merge(&mut ranges);
-        let length = |(start, end): (u64, u64)| (start, end - start);
-        Ok(ranges.into_iter().map(length).collect())
+        Ok(merged(ranges))
     }
+}
+
+/// Ranges (start, end) as (start, length), in order, neighbours merged.
+pub(crate) fn merged(mut ranges: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
+    merge(&mut ranges);
+    let length = |(start, end): (u64, u64)| (start, end - start);
+    ranges.into_iter().map(length).collect()
 }
 
 /// Sorts ranges (start, end) and joins those that touch.

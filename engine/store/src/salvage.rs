@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 const BLOCK: usize = 4096;
 const STEP: usize = 1 << 20;
 /// Not worth a copy: it is made anew, or belongs to a process.
-const LEFT_OUT: [&str; 3] = ["lock", "scratch", "maps"];
+const LEFT_OUT: [&str; 4] = ["lock", "scratch", "maps", "scrub"];
 
 /// What was salvaged.
 #[derive(Clone, Debug, Default)]

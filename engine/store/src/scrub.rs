@@ -9,12 +9,13 @@
 //! A segment is whole if every batch of it parses, follows its predecessor and matches its checksums, its bytes have the root that they were sealed
 //! with, and its records are those of its run. If it is not, each of the run's records is tried by itself: what can be read is not lost.
 
+use crate::changed::merged;
 use crate::map_file::MapCursor;
 use crate::maps::MapPlace;
 use crate::prune::{is_damaged, root_and_damage};
 use crate::segment_file::{SegmentBytes, SegmentFile};
 use crate::volume::Segments;
-use crate::{StoreError, StoredSegment, VolumeStore, durable, run_file};
+use crate::{Closed, StoreError, StoredSegment, VolumeStore, durable, run_file};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -28,12 +29,15 @@ pub struct Damage {
     pub what: String,
     /// The segment, if it is one.
     pub segment: Option<SegmentSequence>,
-    /// Bytes of the volume that cannot be read: (first, length). Empty: everything that was recorded can still be read.
+    /// Bytes of the volume that cannot be read: (first, length); in order, neighbours merged. Empty: everything that was recorded can still be read,
+    /// unless it is `unplaced`.
     pub blocks: Vec<(u64, u64)>,
     /// First instant that lacks them, and its time.
     pub from: Option<(Lsn, WallTime)>,
     /// First instant that has all of them again, because they were written anew; none if the newest lacks them, too.
     pub until: Option<(Lsn, WallTime)>,
+    /// Whether something is lost by it is said in `what`, or with other damage, not here.
+    pub unplaced: bool,
 }
 
 impl Damage {
@@ -53,7 +57,7 @@ impl Damage {
         Damage::of(segment, &why)
     }
 
-    /// Damage that no block is lost by, or that cannot be said of any.
+    /// Damage that no block is lost by.
     pub(crate) fn without_place(what: &str) -> Damage {
         Damage {
             what: what.to_owned(),
@@ -61,6 +65,15 @@ impl Damage {
             blocks: Vec::new(),
             from: None,
             until: None,
+            unplaced: false,
+        }
+    }
+
+    /// What was found when the store was opened. The hole that a lost segment leaves is told by itself.
+    pub(crate) fn known(what: &String) -> Damage {
+        Damage {
+            unplaced: true,
+            ..Damage::without_place(what)
         }
     }
 }
@@ -93,6 +106,7 @@ pub struct ScrubJob {
     pub(crate) segments: Segments,
     pub(crate) maps: Vec<MapPlace>,
     pub(crate) known: Vec<String>,
+    closed: Vec<Closed>,
     reading: Reading,
     /// Segments are missing that wait for their key.
     waits_for_key: bool,
@@ -108,6 +122,7 @@ impl VolumeStore {
             segments: self.shared_segments(),
             maps: self.maps.all(),
             known: self.damaged().to_vec(),
+            closed: self.timeline().closed().to_vec(),
             reading: Reading::Everything,
             waits_for_key: self.waits_for_key(),
             _lease: self.lease(),
@@ -162,8 +177,11 @@ impl ScrubJob {
         mut progress: impl FnMut(SegmentSequence, &Scrubbed) -> ControlFlow<()>,
     ) -> Scrubbed {
         let mut found = Scrubbed::default();
-        let mut previous: Option<(Arc<StoredSegment>, Option<Hash128>)> = None;
+        let before = self.segments.range(..from).next_back();
+        let mut previous = before.map(|(_, segment)| (Arc::clone(segment), None));
         for (sequence, segment) in self.segments.range(from..) {
+            let before = previous.as_ref().map(|(before, _)| &**before);
+            found.damage.extend(self.hole_before(segment, before));
             let hash = self.segment(segment, previous.as_ref(), &mut found);
             previous = Some((Arc::clone(segment), hash));
             if progress(SegmentSequence(sequence.0 + 1), &found).is_break() {
@@ -186,9 +204,7 @@ impl ScrubJob {
                 return found;
             }
         }
-        // What was found when the store was opened. What is lost with it, is said above where its run is there.
-        let opened = self.known.iter().map(|what| Damage::without_place(what));
-        found.damage.extend(opened);
+        found.damage.extend(self.known.iter().map(Damage::known));
         found
     }
 
@@ -244,7 +260,7 @@ impl ScrubJob {
         found: &mut Scrubbed,
     ) -> Option<Hash128> {
         let Some(wrong) = (self.reading == Reading::Stored)
-            .then(|| self.as_stored(segment, previous.map(|previous| &previous.0)))
+            .then(|| self.as_stored(segment))
             .flatten()
         else {
             return self.unpacked(segment, previous, found);
@@ -348,11 +364,7 @@ impl ScrubJob {
     }
 
     /// Compares a compressed segment with its checksums. None: there is nothing to compare without unpacking it.
-    fn as_stored(
-        &self,
-        segment: &StoredSegment,
-        previous: Option<&Arc<StoredSegment>>,
-    ) -> Option<Wrong> {
+    fn as_stored(&self, segment: &StoredSegment) -> Option<Wrong> {
         let file = match SegmentFile::open(segment) {
             Ok(file) => file,
             Err(error) => return Some(Wrong::Readable(error.to_string())),
@@ -383,21 +395,35 @@ impl ScrubJob {
                 false => Wrong::Readable(format!("its run: {damage}")),
             });
         }
-        let hole = self.hole_before(segment, previous.map(|before| before.lsn_end));
-        Some(hole.map_or(Wrong::Nothing, Wrong::Elsewhere))
+        Some(Wrong::Nothing)
     }
 
-    /// What is missing before a segment, if history ended at `end` before it. Numbers may be left out: a segment in which nothing was recorded is none.
-    pub(crate) fn hole_before(&self, segment: &StoredSegment, end: Option<Lsn>) -> Option<String> {
-        let end = end.filter(|end| segment.previous_lsn_end != *end)?;
+    /// What is missing between two segments. Numbers may be left out: a segment in which nothing was recorded is none.
+    pub(crate) fn hole_before(
+        &self,
+        segment: &StoredSegment,
+        before: Option<&StoredSegment>,
+    ) -> Option<Damage> {
+        let before = before.filter(|before| segment.previous_lsn_end != before.lsn_end)?;
+        let end = before.lsn_end;
         let waits = match self.waits_for_key {
             true => ". What waits for its key may lie there: varve key unlock",
             false => "",
         };
-        Some(format!(
+        let what = format!(
             "history has a hole before segment {}: it goes on behind LSN {}, what is there before it ends at {end}{waits}",
             segment.sequence, segment.previous_lsn_end
-        ))
+        );
+        // What was in it may have been written anywhere: nothing resolves until all of the device was read again.
+        let closed = self.closed.iter();
+        let closed = closed.filter(|closed| closed.from <= end && segment.lsn_end <= closed.to);
+        let again = closed.last().filter(|closed| !closed.open);
+        Some(Damage {
+            blocks: vec![(0, segment.volume_bytes)],
+            from: Some((end.plus(1), before.time_end)),
+            until: again.map(|closed| (closed.to.plus(1), closed.to_time)),
+            ..Damage::without_place(&what)
+        })
     }
 
     /// What a damaged segment has lost.
@@ -408,6 +434,7 @@ impl ScrubJob {
             blocks: Vec::new(),
             from: None,
             until: None,
+            unplaced: false,
         };
         let entries = match segment.entries() {
             Ok(entries) => entries,
@@ -427,10 +454,9 @@ impl ScrubJob {
         if let Some(first) = lost.first() {
             damage.from = Some((first.lsn().plus(1), first.time()));
         }
-        damage.blocks = lost
-            .iter()
-            .map(|entry| (entry.offset.get(), entry.length.get()))
-            .collect();
+        let ends = |entry: &RunEntry| entry.offset.get().saturating_add(entry.length.get());
+        let ranges = lost.iter().map(|entry| (entry.offset.get(), ends(entry)));
+        damage.blocks = merged(ranges.collect());
         damage.until = self.written_again(segment, &entries, &lost);
         damage
     }

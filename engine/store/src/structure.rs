@@ -3,25 +3,19 @@
 use crate::scrub::{Damage, ScrubJob};
 use crate::segment_file::SegmentFile;
 use crate::{StoreError, StoredSegment, run_file};
-use varve_format::Lsn;
 
 impl ScrubJob {
     /// Looks at headers, footers, tables, runs and maps.
     #[must_use]
     pub fn structure(&self) -> Vec<Damage> {
-        let mut damage: Vec<Damage> = self
-            .known
-            .iter()
-            .map(|what| Damage::without_place(what))
-            .collect();
-        let mut before: Option<Lsn> = None;
+        let mut damage: Vec<Damage> = self.known.iter().map(Damage::known).collect();
+        let mut before = None;
         for segment in self.segments.values() {
             if let Err(error) = head_of(segment) {
                 damage.push(self.damage(segment, error.to_string()));
             }
-            let hole = self.hole_before(segment, before);
-            damage.extend(hole.map(|what| Damage::without_place(&what)));
-            before = Some(segment.lsn_end);
+            damage.extend(self.hole_before(segment, before));
+            before = Some(&**segment);
         }
         for map in &self.maps {
             if let Err(error) = map.open() {

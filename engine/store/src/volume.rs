@@ -147,6 +147,7 @@ impl VolumeStore {
         for (part, ending) in [("segments", "seg"), ("runs", "run")] {
             for path in durable::list(&self.directory.join(part))? {
                 match sequence_of(&path, ending) {
+                    None if sequence_of(&path, LOST_RUN).is_some() => {}
                     Some(sequence) => {
                         sequences.insert(sequence);
                         if part == "segments" {
@@ -160,12 +161,13 @@ impl VolumeStore {
                 }
             }
         }
-        // A run behind the newest segment: its segment was lost, or is still in the log, and is then taken again.
+        // A run behind the newest segment: its segment was lost. If it is still in the log, it is taken again.
         let mut segments = BTreeMap::new();
         for sequence in sequences {
             if Some(sequence) > newest {
-                // Kept, it would later stand for a segment that maps were made without.
-                let _ = std::fs::remove_file(run_path(&self.directory, sequence));
+                // Under its name it would later stand for a segment that maps were made without.
+                let run = run_path(&self.directory, sequence);
+                let _ = std::fs::rename(&run, run.with_extension(LOST_RUN));
                 continue;
             }
             match self.load_segment(sequence) {
@@ -186,6 +188,7 @@ impl VolumeStore {
             ));
         }
         self.segments = Arc::new(segments);
+        self.load_lost_runs();
         self.load_used_keys();
         let there = Arc::clone(&self.segments);
         let count = |places: std::ops::Range<u64>| {
@@ -202,6 +205,36 @@ impl VolumeStore {
         }
         self.load_kept();
         Ok(())
+    }
+
+    /// Runs whose segments were lost at the end of the history: what they held is said, until the log has given it again.
+    fn load_lost_runs(&mut self) {
+        for path in durable::list(&self.directory.join("runs")).unwrap_or_default() {
+            let Some(sequence) = sequence_of(&path, LOST_RUN) else {
+                continue;
+            };
+            let head = run_file::read_head(&path).ok();
+            let told = head
+                .as_ref()
+                .map(|(head, _)| (Lsn(head.lsn_start.get()), Lsn(head.lsn_end.get())));
+            let again = |(start, end): (Lsn, Lsn)| {
+                self.segment(sequence)
+                    .is_some_and(|segment| segment.lsn_start == start && segment.lsn_end == end)
+            };
+            if told.is_some_and(again) {
+                let _ = std::fs::remove_file(&path);
+                continue;
+            }
+            let held = told.map_or_else(
+                || "what it held is not known".to_owned(),
+                |(start, end)| format!("the history from LSN {start} to {end} was in it"),
+            );
+            self.damaged.push(format!(
+                "{} is lost, the last one there was then: {held} ({} says which blocks)",
+                segment_path(&self.directory, sequence).display(),
+                path.display()
+            ));
+        }
     }
 
     fn load_kept(&mut self) {
@@ -593,6 +626,9 @@ fn modified_ns(path: &Path) -> i64 {
         .and_then(|time| time.duration_since(std::time::UNIX_EPOCH).ok());
     since.map_or(i64::MAX, |since| since.as_nanos() as i64)
 }
+
+/// What a run is called whose segment, the newest one, was lost.
+const LOST_RUN: &str = "lost-run";
 
 fn sequence_of(path: &Path, ending: &str) -> Option<SegmentSequence> {
     let known = path.extension().is_some_and(|found| found == ending);

@@ -132,7 +132,9 @@ fn answer(context: &Context, volume: &str, reply: &StoreReply) -> Result<ExitCod
 fn show(damage: &DamageInfo) {
     println!("DAMAGED  {}", damage.what);
     let Some((lsn, time)) = damage.from else {
-        println!("         nothing that was recorded is lost by it");
+        if !damage.unplaced {
+            println!("         nothing that was recorded is lost by it");
+        }
         return;
     };
     let until = damage.until.map_or_else(
