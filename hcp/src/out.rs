@@ -47,7 +47,7 @@ pub fn copy_out(context: &Context, cli: &Cli, device: &str, to: &str) -> Result<
     let outcome = copy_from(context, cli, &target, &origin);
     if outcome.is_err()
         && let Some(copy) = origin.copy.as_ref().filter(|_| origin.made)
-        && part().is_none()
+        && part().is_none_or(|part| part.source != identity(copy))
     {
         // Nothing to go on from: what was made for it goes.
         let name = copy.name.clone();

@@ -25,7 +25,8 @@ pub fn copy(context: &Context, cli: &Cli, device: &str, text: &str) -> Result<()
     let op = StoreOp::Export {
         volume: source.volume.name.clone(),
         instant,
-        writable: !cli.read_only,
+        // A file system that was mounted then wants its journal replayed: into an overlay, never into the past.
+        writable: true,
         nbd: None,
         since: None,
         held: false,
@@ -45,7 +46,7 @@ pub fn copy(context: &Context, cli: &Cli, device: &str, text: &str) -> Result<()
         show_time(time_ns)
     ));
     let mode = if cli.read_only {
-        MountMode::Untouched
+        MountMode::ReadOnly
     } else {
         MountMode::Writable
     };

@@ -10,6 +10,7 @@ pub mod guest;
 pub mod history;
 pub mod leftover;
 pub mod replay;
+pub mod retained;
 pub mod sample;
 pub mod scenario;
 pub mod simulated;

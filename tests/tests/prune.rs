@@ -7,79 +7,12 @@
 
 use std::path::{Path, PathBuf};
 use varve_format::{KeptEntry, Lsn, PointDetail, RunEntry, RunHeader, WallTime};
-use varve_store::{Compression, Image, Ladder, Policy, Rung, Swept, VolumeStore, volume_directory};
-use varve_tests::sample::{self, Sample, VOLUME, files, read, scrub};
+use varve_store::{Compression, Image, Swept, VolumeStore, volume_directory};
+use varve_tests::retained::{check, end_time, keep, length, policy, sweep};
+use varve_tests::sample::{Sample, VOLUME, files, read, scrub};
 
 const VOLUME_BYTES: u64 = 4 << 20;
 const SEGMENT_BYTES: u64 = 96 << 10;
-
-/// A policy by fractions of a history's length in time.
-fn policy(length: i64, all: i64, rungs: &[(i64, i64)]) -> Policy {
-    let rung = |(step, age): &(i64, i64)| Rung {
-        step: length / step,
-        age: length * age / 100,
-    };
-    Policy {
-        ladder: Ladder {
-            all: Some(length * all / 100),
-            rungs: rungs.iter().map(rung).collect(),
-        },
-        immutable: 0,
-    }
-}
-
-fn end_time(store: &VolumeStore) -> WallTime {
-    store.time_of(store.timeline().end()).unwrap()
-}
-
-fn length(store: &VolumeStore) -> i64 {
-    end_time(store).0 - store.segments().next().unwrap().time_start.0
-}
-
-/// Takes what a policy says now into use; gives whether anything changed.
-fn keep(store: &mut VolumeStore, policy: &Policy) -> bool {
-    let plan = store.plan(policy, end_time(store)).run().unwrap();
-    plan.is_some_and(|plan| store.keep(&plan).unwrap())
-}
-
-/// Prunes all that is to be pruned; gives how many segments were written anew.
-fn sweep(store: &mut VolumeStore) -> u64 {
-    sample::sweep(store, Compression::Zstd(1)).unwrap()
-}
-
-/// Everything that resolves reads as it was recorded; everything else is refused, with neighbours that resolve.
-fn check(sample: &mut Sample, others: u64) {
-    let kept: Vec<KeptEntry> = sample.store.kept().entries.clone();
-    let below = sample.store.kept().below;
-    let end = sample.store.timeline().end();
-    for lsn in kept.iter().map(KeptEntry::lsn).chain([below, end]) {
-        assert_eq!(sample.store.timeline().check(lsn), Ok(lsn));
-        assert!(read(&sample.store, lsn) == sample.image(lsn), "kept {lsn}");
-    }
-    let (mut above, mut refused) = (0, 0);
-    for _ in 0..others {
-        let lsn = Lsn(3 + sample.random() % (end.0 - 2));
-        match sample.store.timeline().check(lsn) {
-            Ok(lsn) => {
-                assert!(read(&sample.store, lsn) == sample.image(lsn), "LSN {lsn}");
-                above += 1;
-            }
-            Err(outside) => {
-                assert!(outside.pruned && lsn < below, "{lsn}: {outside:?}");
-                for near in outside.before.into_iter().chain(outside.after) {
-                    assert!(sample.store.timeline().check(near).is_ok(), "{near}");
-                }
-                assert!(outside.before.is_none_or(|before| before < lsn));
-                assert!(outside.after.is_some_and(|after| after > lsn));
-                refused += 1;
-            }
-        }
-    }
-    assert!(
-        refused > 0 && (above > 0 || others < 20),
-        "{above} {refused}"
-    );
-}
 
 #[test]
 fn what_a_policy_keeps_reads_as_it_was_recorded() {
@@ -207,6 +140,23 @@ fn what_the_store_took_lately_is_young_whatever_its_records_say() {
     check(&mut sample, 40);
 }
 
+/// The store's clock may be ahead (the machine's was, once, when it started): instants are no older for that, and rungs keep what they say.
+#[test]
+fn a_store_clock_that_is_ahead_takes_nothing_from_the_rungs() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut sample = Sample::new(directory.path(), VOLUME_BYTES, SEGMENT_BYTES, true);
+    sample.mixed(2000);
+    let (span, machine) = (length(&sample.store), end_time(&sample.store));
+    let policy = policy(span, 10, &[(40, 200)]);
+    let ahead = WallTime(machine.0 + 10 * span);
+    let plan = |machine| {
+        let plan = sample.store.plan_by(&policy, ahead, machine).run();
+        plan.unwrap().unwrap().kept.entries.len()
+    };
+    assert_eq!(plan(ahead), 0, "all of it would be too old");
+    assert!(plan(machine) > 30, "{} instants", plan(machine));
+}
+
 /// Moves the times of a segment's records, as a machine's clock does that is wrong; not when the store took it.
 fn skew(run: &Path, by: i64) {
     let mut bytes = std::fs::read(run).unwrap();
@@ -290,115 +240,6 @@ fn clocks_that_were_wrong_lose_nothing_else() {
         }
     }
     assert!(steps > 8, "{steps} steps");
-}
-
-/// Where there is too little space the oldest instants go, a part at a time, until nothing is left that may.
-#[test]
-fn the_oldest_go_first_and_what_must_stay_stays() {
-    let directory = tempfile::tempdir().unwrap();
-    let mut sample = Sample::new(directory.path(), VOLUME_BYTES, SEGMENT_BYTES, true);
-    sample.mixed(3000);
-    sample.map_all();
-    let span = length(&sample.store);
-    let now = end_time(&sample.store);
-    assert!(keep(&mut sample.store, &policy(span, 40, &[(100, 100)])));
-    sweep(&mut sample.store);
-    let listed: Vec<Lsn> = sample
-        .store
-        .kept()
-        .entries
-        .iter()
-        .map(KeptEntry::lsn)
-        .collect();
-    assert!(listed.len() > 20, "{} instants", listed.len());
-    let (pinned, open) = (listed[3], listed[listed.len() / 2]);
-    sample.store.pin(pinned).unwrap();
-    let image = Image::open(&sample.store, open).unwrap();
-    // The whole history is younger than that.
-    assert!(sample.store.next_to_thin(2 * span, now).is_none());
-    let leave = span / 10;
-    let young = now.0 - leave;
-    let (mut steps, mut moved) = (0, 0);
-    while let Some(thinning) = sample.store.next_to_thin(leave, now) {
-        let before = (**sample.store.kept()).clone();
-        let stored = sample.store.stored_bytes();
-        let lasting = |entry: &&KeptEntry| entry.lsn() == pinned || entry.lsn() == open;
-        let first = before.entries.iter().find(|entry| !lasting(entry));
-        assert_eq!(
-            thinning.oldest,
-            first.map_or(before.below_time, |first| first.time())
-        );
-        assert!(sample.store.thin(&thinning).unwrap(), "nothing has changed");
-        sweep(&mut sample.store);
-        let after = (**sample.store.kept()).clone();
-        assert!(sample.store.stored_bytes() <= stored);
-        assert!([pinned, open].iter().all(|lsn| after.get(*lsn).is_some()));
-        assert!(after.get(pinned).unwrap().is_pinned());
-        let gone = before
-            .entries
-            .iter()
-            .filter(|entry| after.get(entry.lsn()).is_none());
-        let gone: Vec<Lsn> = gone.map(KeptEntry::lsn).collect();
-        // Those that went are the first of those that may, and not many; only when none is left the limit moves.
-        let may: Vec<Lsn> = before
-            .entries
-            .iter()
-            .filter(|e| !lasting(e))
-            .map(KeptEntry::lsn)
-            .collect();
-        assert_eq!(gone, may[..gone.len()]);
-        assert_eq!(gone.len(), may.len().div_ceil(16));
-        assert_eq!(after.below > before.below, may.is_empty());
-        moved += u64::from(after.below > before.below);
-        assert!(after.below_time.0 <= young);
-        assert_eq!(
-            after.first().map(|lsn| sample.store.time_of(lsn).unwrap()),
-            Some(thinning.begins)
-        );
-        steps += 1;
-        if steps % 8 == 0 {
-            check(&mut sample, 10);
-        }
-    }
-    assert!(moved > 5 && steps > moved + 10, "{moved} of {steps}");
-    let left: Vec<Lsn> = sample
-        .store
-        .kept()
-        .entries
-        .iter()
-        .map(KeptEntry::lsn)
-        .collect();
-    assert_eq!(left, [pinned, open]);
-    let mut bytes = vec![0; VOLUME_BYTES as usize];
-    image.read(0, &mut bytes).unwrap();
-    assert!(
-        bytes == sample.image(open),
-        "an image that is open has changed"
-    );
-    // What is young was left alone; the limit stops a segment before it, or where a span begins.
-    let below = sample.store.kept().below;
-    let younger = sample
-        .store
-        .segments()
-        .filter(|s| s.lsn_start >= below && s.time_end.0 <= young);
-    assert!(younger.count() <= 3);
-    drop(image);
-    let thinning = sample.store.next_to_thin(leave, now).unwrap();
-    assert!(sample.store.thin(&thinning).unwrap());
-    sweep(&mut sample.store);
-    let elsewhere = tempfile::tempdir().unwrap();
-    sample.store = VolumeStore::open(elsewhere.path(), VOLUME).unwrap();
-    sample.store = VolumeStore::open(directory.path(), VOLUME).unwrap();
-    let left: Vec<Lsn> = sample
-        .store
-        .kept()
-        .entries
-        .iter()
-        .map(KeptEntry::lsn)
-        .collect();
-    assert_eq!(left, [pinned]);
-    check(&mut sample, 40);
-    assert_eq!(scrub(&sample.store).damage, []);
 }
 
 /// A segment that cannot be read stays as it is, and holds up no other.
@@ -711,6 +552,21 @@ fn lists_and_runs_that_are_lost_are_made_good() {
         }
         std::fs::write(&path, whole).unwrap();
     }
+    // While they cannot be made to say the same nothing is pruned: the other would take back what is struck by one.
+    let lists = ["kept", "kept-copy"].map(|name| std::fs::read(folder.join(name)).unwrap());
+    let span = length(&sample.store);
+    assert!(keep(&mut sample.store, &policy(span, 10, &[(10, 100)])));
+    std::fs::write(folder.join("kept-copy"), &lists[1]).unwrap();
+    std::fs::create_dir(folder.join("kept.new")).unwrap();
+    again(&mut sample);
+    assert!(sample.store.sweep(Compression::Lz4).is_none());
+    std::fs::remove_dir(folder.join("kept.new")).unwrap();
+    again(&mut sample);
+    assert!(sample.store.sweep(Compression::Lz4).is_some());
+    for (name, list) in ["kept", "kept-copy"].iter().zip(&lists) {
+        std::fs::write(folder.join(name), list).unwrap();
+    }
+    again(&mut sample);
     // A crash between the two, then a bad sector: what was struck does not come back.
     let (first, second) = (folder.join("kept"), folder.join("kept-copy"));
     let older = std::fs::read(&second).unwrap();

@@ -208,6 +208,28 @@ fn a_segment_that_is_lost_with_its_run_is_a_hole_that_every_reading_tells() {
     }
 }
 
+/// Where a segment and its run are damaged, a map is the last to know what was in them: indexes made anew do without making that one.
+#[test]
+fn maps_outlive_what_they_could_not_be_made_of_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let sample = Sample::small(directory.path(), false);
+    let all = |_, _: &Scrubbed| std::ops::ControlFlow::Continue(());
+    let maps = files(directory.path(), "maps");
+    let made = |sample: &Sample| {
+        sample
+            .store
+            .scrub()
+            .for_indexes()
+            .run(SegmentSequence(0), all)
+            .maps
+    };
+    assert_eq!(made(&sample), maps);
+    let victim = &files(directory.path(), "segments")[1];
+    let length = std::fs::metadata(victim).unwrap().len();
+    std::fs::write(victim, vec![0; length as usize]).unwrap();
+    assert!(made(&sample).is_empty() && !maps.is_empty());
+}
+
 /// The newest segment is lost: history ends before it, and what it held is said until the log gives it again.
 #[test]
 fn the_newest_segment_does_not_go_in_silence() {

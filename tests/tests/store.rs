@@ -148,7 +148,7 @@ fn changed_ranges_are_those_of_the_records_between() {
         }
         let mut found = vec![false; sectors.len()];
         let mut behind = 0;
-        for (offset, length) in sample.store.changed(from, to).unwrap() {
+        for (offset, length) in sample.store.changes(from, to).unwrap().ranges().unwrap() {
             assert!(offset > behind || offset == 0, "neighbours are joined");
             behind = offset + length;
             found[(offset / 512) as usize..(behind / 512) as usize].fill(true);

@@ -40,7 +40,8 @@ impl Mount {
     }
 
     /// The number of the device that it is of. Its own says that; or its source, of file systems that make up a number (btrfs).
-    pub(crate) fn device(&self) -> Option<String> {
+    #[must_use]
+    pub fn device(&self) -> Option<String> {
         match self.number.starts_with("0:") {
             true if self.source.is_absolute() => number_of(&self.source),
             true => None,

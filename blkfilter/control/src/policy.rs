@@ -6,6 +6,9 @@ use std::path::Path;
 /// More processors than that compressing does not take.
 const PERCENT_MAX: u32 = 1600;
 
+/// A key file, or a file of exported keys, of more than this is none.
+pub const KEY_FILE_BYTES_MAX: u64 = 512 << 10;
+
 /// How the store treats what it holds.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]

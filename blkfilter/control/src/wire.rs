@@ -12,8 +12,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Protocol version. 1: first version.
 const VERSION: u32 = 1;
-/// Longest line: a status of some thousand volumes.
+/// Longest question.
 const LINE_BYTES_MAX: u64 = 16 << 20;
+/// Longest answer: a list of some million ranges. It comes from our own daemon.
+const ANSWER_BYTES_MAX: u64 = 512 << 20;
 /// Most attached bytes: one write of a rewind.
 pub const ATTACH_BYTES_MAX: usize = 1 << 20;
 /// Connections at once.
@@ -84,9 +86,12 @@ fn write_line<T: Serialize>(stream: &mut UnixStream, value: &T) -> io::Result<()
     stream.write_all(&line)
 }
 
-fn read_line<T: DeserializeOwned>(reader: &mut BufReader<UnixStream>) -> io::Result<Option<T>> {
+fn read_line<T: DeserializeOwned>(
+    reader: &mut BufReader<UnixStream>,
+    most: u64,
+) -> io::Result<Option<T>> {
     let mut line = Vec::new();
-    reader.take(LINE_BYTES_MAX).read_until(b'\n', &mut line)?;
+    reader.take(most).read_until(b'\n', &mut line)?;
     if line.is_empty() {
         return Ok(None);
     }
@@ -146,7 +151,7 @@ impl Client {
         )?;
         stream.write_all(attached)?;
         loop {
-            match read_line::<Line<Reply>>(&mut self.reader)? {
+            match read_line::<Line<Reply>>(&mut self.reader, ANSWER_BYTES_MAX)? {
                 Some(Line::Progress(step)) => progress(step),
                 Some(Line::Ok(reply)) => return Ok(reply),
                 Some(Line::Error(error)) => return Err(error),
@@ -239,7 +244,7 @@ where
     let mut reader = BufReader::new(stream.try_clone()?);
     let mut at_end = AtEnd::default();
     loop {
-        let envelope = match read_line::<Envelope<Op>>(&mut reader) {
+        let envelope = match read_line::<Envelope<Op>>(&mut reader, LINE_BYTES_MAX) {
             Ok(Some(envelope)) => envelope,
             Ok(None) => return Ok(()),
             Err(error) => {

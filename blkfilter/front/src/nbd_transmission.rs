@@ -224,6 +224,9 @@ impl Transmission {
             let inside = offset
                 .checked_add(length.into())
                 .is_some_and(|end| end <= self.served.geometry.bytes);
+            // The smallest block was told; a part of one is not served.
+            let sector = u64::from(self.served.geometry.sector_bytes);
+            let inside = inside && (offset | u64::from(length)).is_multiple_of(sector);
             if kind == COMMAND_BLOCK_STATUS {
                 let one = flags & FLAG_REQUEST_ONE != 0;
                 self.block_status(cookie, offset, length, inside, one)?;
@@ -372,7 +375,8 @@ impl Transmission {
 
 #[cfg(test)]
 mod tests {
-    use super::{READERS, ReadBytes, ReadJob, Readers, Replies};
+    use super::{READERS, REQUEST_MAGIC, ReadBytes, ReadJob, Readers, Replies, Transmission};
+    use crate::nbd::Served;
     use std::io::Read;
     use std::os::unix::net::UnixStream;
     use std::sync::{Arc, Barrier, Mutex};
@@ -409,6 +413,50 @@ mod tests {
         client
             .read_exact(&mut vec![0; READERS * (16 + 512)])
             .unwrap();
+    }
+
+    /// What lies at the beginning of a sector is not the answer to who asks for its middle.
+    #[test]
+    fn a_part_of_a_sector_is_refused() {
+        let (mut client, server) = UnixStream::pair().unwrap();
+        let (jobs, _taken) = crate::channel::jobs(&crate::Waker::new().unwrap());
+        let served = Served {
+            geometry: crate::Geometry {
+                bytes: 1 << 20,
+                sector_bytes: 512,
+                physical_bytes: 4096,
+                discard_granularity: 0,
+                read_only: true,
+            },
+            jobs,
+            read: Some(Arc::new(|_, _| Ok(()))),
+            contexts: Arc::default(),
+        };
+        let transmission = Transmission::new(server, served, false, Vec::new()).unwrap();
+        let thread = std::thread::spawn(move || transmission.run());
+        let mut ask = |offset: u64, length: u32| {
+            let head = [&REQUEST_MAGIC.to_be_bytes()[..], &[0; 4], &[0; 8]].concat();
+            let place = [&offset.to_be_bytes()[..], &length.to_be_bytes()].concat();
+            std::io::Write::write_all(&mut client, &[head, place].concat()).unwrap();
+            let mut reply = [0; 16];
+            client.read_exact(&mut reply).unwrap();
+            let errno = u32::from_be_bytes(reply[4..8].try_into().unwrap());
+            if errno == 0 {
+                client.read_exact(&mut vec![0; length as usize]).unwrap();
+            }
+            errno
+        };
+        assert_eq!(ask(512, 1024), 0);
+        for (offset, length) in [(100, 50), (100, 512), (512, 100), (512, 511)] {
+            assert_eq!(
+                ask(offset, length),
+                libc::EINVAL as u32,
+                "{offset} {length}"
+            );
+        }
+        assert_eq!(ask(0, 4096), 0);
+        drop(client);
+        thread.join().unwrap().unwrap_err();
     }
 
     #[test]

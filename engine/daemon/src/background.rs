@@ -25,7 +25,7 @@ const PRUNE_FOR: Duration = Duration::from_millis(300);
 /// Segments that are looked at in one go for whether they are encrypted.
 const LOOKED_AT: usize = 64;
 /// Room that settling leaves on the store's disk beside the segment that it writes: the logs must go on being drained.
-const ROOM_BYTES: u64 = 256 << 20;
+pub(crate) const ROOM_BYTES: u64 = 256 << 20;
 
 /// What decides about what goes.
 #[derive(Clone, PartialEq)]
@@ -247,12 +247,8 @@ impl Background {
             self.retained.insert(id.to_owned(), Instant::now());
             match self.service.retain(id, policy) {
                 Ok(()) => {}
-                // What was struck before can be pruned all the same, and makes room.
-                Err(error @ StoreError::Full(_)) => self.say(format!("{id}: {error}")),
-                Err(error) => {
-                    self.failed(id, None, &error);
-                    return false;
-                }
+                // What was struck before can be pruned all the same, and makes room; compressing does not wait for it.
+                Err(error) => self.say(format!("{id}: what is kept cannot be decided: {error}")),
             }
         }
         let sweep = self.sweeps.remove(id);

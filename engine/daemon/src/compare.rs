@@ -8,7 +8,7 @@ use std::path::Path;
 use std::time::Duration;
 use varve_control::{ControlError, Instant, Reporter, StoreReply};
 use varve_log::open_for_reading;
-use varve_restore::{RestoreError, differences};
+use varve_restore::{RestoreError, differences, differing};
 use varve_store::Check;
 
 impl Service {
@@ -20,14 +20,16 @@ impl Service {
         to: &Instant,
     ) -> Result<StoreReply, ControlError> {
         let (info, behind) = self.refresh_if_possible(volume)?;
-        self.with_store(&info.id, |store| {
+        let changes = self.with_store(&info.id, |store| {
             let resolve = |instant| resolve(store, instant, behind.as_ref());
             let (from, to) = (resolve(from)?, resolve(to)?);
             let (from, to) = (from.min(to), from.max(to));
-            let ranges = store.changed(from, to).map_err(|e| store_error(&e))?;
-            let bytes = ranges.iter().map(|range| range.1).sum();
-            Ok(StoreReply::Ranges { ranges, bytes })
-        })
+            store.changes(from, to).map_err(|e| store_error(&e))
+        })?;
+        // Without the lock: the logs of all volumes must go on being drained.
+        let ranges = changes.ranges().map_err(|e| store_error(&e))?;
+        let bytes = ranges.iter().map(|range| range.1).sum();
+        Ok(StoreReply::Ranges { ranges, bytes })
     }
 
     /// Origin against image. Blocks that are written meanwhile differ for a moment, so whatever differs is looked at again, with a newer image.
@@ -61,14 +63,9 @@ impl Service {
             let (image, _) = self.image(volume, &Instant::Now)?;
             let mut still = Vec::new();
             for (offset, length) in suspects {
-                let (mut ours, theirs) = (
-                    vec![0u8; length as usize],
-                    read_aligned(&origin, offset, length)?,
-                );
-                image.read(offset, &mut ours).map_err(|e| store_error(&e))?;
-                if ours != theirs {
-                    still.push((offset, length));
-                }
+                let theirs = read_aligned(&origin, offset, length)?;
+                let differing = differing(&image, offset, &theirs);
+                still.extend(differing.map_err(|e| store_error(&e))?);
             }
             suspects = still;
         }

@@ -1,7 +1,8 @@
 //! Images that are shown: as block devices or over NBD. Each has a thread; ending one ends its thread.
 
+use crate::background::ROOM_BYTES;
 use crate::image_device::{ImageDevice, read_or_say};
-use crate::overlay::Overlay;
+use crate::overlay::{Overlay, Scratch};
 use crossbeam_channel::bounded;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -17,6 +18,8 @@ use varve_front::{
 };
 use varve_store::{Image, RangeKind};
 
+/// Memory that an overlay in /run leaves.
+const MEMORY_LEFT_BYTES: u64 = 16 << 20;
 const SHOW_WAIT: Duration = Duration::from_secs(30);
 /// How long the device of a client that has gone may still be in use: its mounts end with it, a moment later.
 const LET_GO_WAIT: Duration = Duration::from_secs(10);
@@ -126,9 +129,25 @@ impl Exports {
             read_only: !writable,
         };
         let overlay = if writable {
-            let directory = paths.store().join("scratch");
-            Some(Overlay::new(&directory, image.bytes()).map_err(|e| {
-                ControlError::new("X001-overlay", format!("{}: {e}", directory.display()))
+            let (beside, memory) = (paths.store().join("scratch"), paths.run().join("scratch"));
+            let places = [
+                Scratch {
+                    directory: &beside,
+                    leaves: ROOM_BYTES,
+                },
+                Scratch {
+                    directory: &memory,
+                    leaves: MEMORY_LEFT_BYTES,
+                },
+            ];
+            Some(Overlay::new(&places, image.bytes()).map_err(|e| {
+                let message = format!(
+                    "there is no place for what is written to the image, neither in {} nor in {}: {e}. `varve export INSTANT` shows it read-only, without any; mount that with `-o ro,noload` (ext4) or \
+                     `-o ro,norecovery` (xfs)",
+                    beside.display(),
+                    memory.display()
+                );
+                ControlError::new("X001-overlay", message)
             })?)
         } else {
             None

@@ -33,7 +33,12 @@ impl ImageDevice {
     }
 
     fn serve(&mut self, request: &Request) -> Result<(), Errno> {
-        if request.offset + request.length > self.image.bytes() {
+        // A part of a sector would be answered with what lies at its beginning.
+        let sector = u64::from(self.image.sector_bytes());
+        let end = request.offset.checked_add(request.length);
+        if end.is_none_or(|end| end > self.image.bytes())
+            || !(request.offset | request.length).is_multiple_of(sector)
+        {
             return Err(libc::EINVAL);
         }
         match (request.kind, &request.buffer) {
@@ -54,18 +59,7 @@ impl ImageDevice {
                     (RequestKind::Write, Some(buffer)) => buffer
                         .read_with(|bytes| overlay.write(request.offset, bytes))
                         .map_err(errno),
-                    _ => {
-                        let zeroes = vec![0u8; 1 << 20];
-                        let mut at = 0;
-                        while at < request.length {
-                            let part = (request.length - at).min(zeroes.len() as u64);
-                            overlay
-                                .write(request.offset + at, &zeroes[..part as usize])
-                                .map_err(errno)?;
-                            at += part;
-                        }
-                        Ok(())
-                    }
+                    _ => overlay.zero(request.offset, request.length).map_err(errno),
                 }
             }
         }

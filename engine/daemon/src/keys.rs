@@ -4,13 +4,12 @@ use crate::service::{Service, error, store_error};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-use varve_control::{ControlError, KeysAsk, KeysStatus, StorePolicy, StoreReply};
+use varve_control::{
+    ControlError, KEY_FILE_BYTES_MAX, KeysAsk, KeysStatus, StorePolicy, StoreReply,
+};
 use varve_format::{SecretKind, VolumeId};
 use varve_store::{KeysInfo, Secret, StoreKeys, VolumeKeys};
 use zeroize::Zeroizing;
-
-/// A key file of more than this is none.
-const KEY_FILE_BYTES_MAX: u64 = 64 << 10;
 
 /// The keys, once they are read.
 #[derive(Default)]

@@ -2,7 +2,7 @@
 
 use crate::points::every;
 use crate::resolve::resolve;
-use crate::service::{Service, error, store_error};
+use crate::service::{Service, error, now_ns, store_error};
 use varve_control::{
     ControlError, Instant, PolicyChange, PolicyInfo, Reporter, StorePolicy, StoreReply, space_bytes,
 };
@@ -33,7 +33,8 @@ impl Service {
         if self.if_open(id, |store| store.waits_for_key()) == Some(true) {
             return Ok(());
         }
-        let Some(job) = self.if_open(id, |store| store.plan(policy, now)) else {
+        let Some(job) = self.if_open(id, |store| store.plan_by(policy, now, WallTime(now_ns())))
+        else {
             return Ok(());
         };
         let Some(plan) = job.run()? else {
@@ -60,7 +61,9 @@ impl Service {
         let policy = policy_of(&stored).map_err(wrong)?;
         let id = self.id_of(volume)?;
         let now = WallTime(self.clock_ns());
-        let job = self.with_store(&id, |store| Ok(store.plan(&policy, now)))?;
+        let job = self.with_store(&id, |store| {
+            Ok(store.plan_by(&policy, now, WallTime(now_ns())))
+        })?;
         let plan = job.run().map_err(|e| store_error(&e))?;
         drop(job);
         let mut info = self.with_store(&id, |store| told(store, &policy, plan.as_ref(), now))?;
@@ -96,9 +99,9 @@ impl Service {
         instant: &Instant,
         pinned: bool,
     ) -> Result<StoreReply, ControlError> {
-        let info = self.refresh(volume)?;
-        self.with_store(&info.id, |store| {
-            let lsn = resolve(store, instant, None)?;
+        let (id, behind) = self.refreshed_for(volume, instant)?;
+        self.with_store(&id, |store| {
+            let lsn = resolve(store, instant, behind.as_ref())?;
             let changed = match pinned {
                 true => store.pin(lsn).map(|()| true),
                 false => store.unpin(lsn),

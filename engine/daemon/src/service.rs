@@ -613,7 +613,7 @@ impl Service {
     }
 
     /// The ID of a volume whose history reaches up to an instant, or why it may not. What was taken long ago needs no new segment.
-    fn refreshed_for(
+    pub(crate) fn refreshed_for(
         &self,
         volume: &str,
         instant: &Instant,

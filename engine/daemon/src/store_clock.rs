@@ -1,7 +1,8 @@
 //! The store's own clock, by which history ages. It never goes faster than the machine runs: whoever sets the wall clock ahead ages nothing.
 //!
 //! Within one boot it advances by the lesser of what the wall clock and the boot clock (which goes on in suspend) have advanced; over a reboot, when
-//! there is no boot clock, by what the wall clock says, but seven days at most. A wall clock that is set back stops it for that moment. What it lags
+//! there is no boot clock, by what the wall clock says, but seven days at most, and not before the machine has run for ten minutes: a clock that was ahead
+//! when it started is set back by then, and by so much less time has passed. A wall clock that is set back stops it for that moment. What it lags
 //! behind it never catches up: history is kept longer, and `varve policy` says so.
 
 use nix::time::{ClockId, clock_gettime};
@@ -9,6 +10,8 @@ use std::path::{Path, PathBuf};
 
 /// How much time a machine that was off is believed to have been off.
 const OFF_MAX_NS: i64 = 7 * 86_400_000_000_000;
+/// For how long the time that a machine was off is not believed yet.
+const DOUBT_NS: i64 = 600_000_000_000;
 /// How often it is written down.
 const NOTE_EVERY_NS: i64 = 60_000_000_000;
 
@@ -24,19 +27,29 @@ struct Reading {
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct State {
     time_ns: i64,
+    /// What the machine was off, as far as it is not believed yet.
+    off_ns: i64,
     then: Reading,
 }
 
 impl State {
     fn advance(&self, now: Reading) -> State {
         let wall = now.wall_ns.saturating_sub(self.then.wall_ns);
-        let passed = if now.boot_id == self.then.boot_id {
-            wall.min(now.boot_ns.saturating_sub(self.then.boot_ns))
+        let (mut passed, mut off) = (0, self.off_ns);
+        if now.boot_id == self.then.boot_id {
+            let boot = now.boot_ns.saturating_sub(self.then.boot_ns);
+            passed = wall.min(boot).max(0);
+            let set_back = boot.saturating_sub(wall).max(0);
+            off = off.saturating_sub(set_back).max(0);
         } else {
-            wall.min(OFF_MAX_NS)
-        };
+            off = off.saturating_add(wall.max(0)).min(OFF_MAX_NS);
+        }
+        if now.boot_ns >= DOUBT_NS {
+            passed = passed.saturating_add(std::mem::take(&mut off));
+        }
         State {
-            time_ns: self.time_ns.saturating_add(passed.max(0)),
+            time_ns: self.time_ns.saturating_add(passed),
+            off_ns: off,
             then: now,
         }
     }
@@ -46,8 +59,10 @@ impl State {
         let mut number = || words.next()?.parse().ok();
         let (time_ns, wall_ns, boot_ns) = (number()?, number()?, number()?);
         let boot_id = words.next()?.to_owned();
+        let off_ns = words.next().map_or(Some(0), |off| off.parse().ok())?;
         Some(State {
             time_ns,
+            off_ns,
             then: Reading {
                 wall_ns,
                 boot_ns,
@@ -59,8 +74,8 @@ impl State {
     fn text(&self) -> String {
         let then = &self.then;
         format!(
-            "{} {} {} {}\n",
-            self.time_ns, then.wall_ns, then.boot_ns, then.boot_id
+            "{} {} {} {} {}\n",
+            self.time_ns, then.wall_ns, then.boot_ns, then.boot_id, self.off_ns
         )
     }
 }
@@ -92,6 +107,7 @@ impl StoreClock {
             || State {
                 // One that is damaged was right when it was written.
                 time_ns: written_ns(&path).map_or(now.wall_ns, |then| then.min(now.wall_ns)),
+                off_ns: 0,
                 then: now.clone(),
             },
             |state| state.advance(now.clone()),
@@ -132,7 +148,7 @@ fn written_ns(path: &Path) -> Option<i64> {
 
 #[cfg(test)]
 mod tests {
-    use super::{OFF_MAX_NS, Reading, State};
+    use super::{DOUBT_NS, OFF_MAX_NS, Reading, State};
 
     fn reading(wall_ns: i64, boot_ns: i64, boot_id: &str) -> Reading {
         Reading {
@@ -146,6 +162,7 @@ mod tests {
     fn no_jump_of_the_wall_clock_ages_anything() {
         let start = State {
             time_ns: 1000,
+            off_ns: 0,
             then: reading(1000, 10, "a"),
         };
         let later = start.advance(reading(1100, 110, "a"));
@@ -155,21 +172,31 @@ mod tests {
         let back = ahead.advance(reading(1130, 130, "a"));
         assert_eq!(back.time_ns, 1110);
         assert_eq!(back.advance(reading(1140, 140, "a")).time_ns, 1120);
-        // Off for a while, and off for longer than is believed.
+        // Off for a while, and off for longer than is believed; neither at once.
         let off = back.advance(reading(1630, 5, "b"));
-        assert_eq!(off.time_ns, 1610);
-        let far = back.advance(reading(i64::MAX, 5, "b"));
+        assert_eq!(off.time_ns, 1110);
+        let believed = off.advance(reading(1625 + DOUBT_NS, DOUBT_NS, "b"));
+        assert_eq!(believed.time_ns, 1110 + 500 + DOUBT_NS - 5);
+        let far = back.advance(reading(i64::MAX, DOUBT_NS, "b"));
         assert_eq!(far.time_ns, 1110 + OFF_MAX_NS);
+        // It was ahead when the machine started, and is set back.
+        let corrected = off.advance(reading(1240, 15, "b"));
+        assert_eq!((corrected.time_ns, corrected.off_ns), (1110, 100));
+        // Another reboot within that time forgets nothing.
+        let again = off.advance(reading(1730, 5, "c"));
+        assert_eq!((again.time_ns, again.off_ns), (1110, 600));
     }
 
     #[test]
     fn it_is_read_as_it_was_written() {
         let state = State {
             time_ns: 7,
+            off_ns: 3,
             then: reading(8, 9, "boot"),
         };
         assert_eq!(State::parse(&state.text()), Some(state));
-        for bad in ["", "1 2 3", "1 2 x boot"] {
+        assert_eq!(State::parse("1 2 3 boot").unwrap().off_ns, 0);
+        for bad in ["", "1 2 3", "1 2 x boot", "1 2 3 boot x"] {
             assert_eq!(State::parse(bad), None);
         }
     }

@@ -149,7 +149,10 @@ impl RunHeader {
                 found: file_bytes,
             });
         }
-        if header.data_bytes.get() == 0 || header.lsn_end.get() < header.lsn_start.get() {
+        if header.data_bytes.get() == 0
+            || !header.data_bytes.get().is_multiple_of(BLOCK_BYTES)
+            || header.lsn_end.get() < header.lsn_start.get()
+        {
             return Err(FormatError::Field("run.data_bytes"));
         }
         Ok(header)

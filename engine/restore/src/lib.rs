@@ -76,6 +76,27 @@ pub fn differences(
     Ok(different)
 }
 
+/// Runs of blocks (first byte, length) in which `theirs`, the device's bytes from `offset`, are not what `image` is. Undefined ranges are skipped.
+pub fn differing(image: &Image, offset: u64, theirs: &[u8]) -> Result<Vec<(u64, u64)>, StoreError> {
+    let mut runs = Vec::new();
+    for range in image.ranges(offset, theirs.len() as u64)? {
+        if range.kind == RangeKind::Undefined {
+            continue;
+        }
+        let mut ours = vec![0u8; range.length as usize];
+        image.read(range.offset, &mut ours)?;
+        let from = (range.offset - offset) as usize;
+        let theirs = &theirs[from..from + ours.len()];
+        let note = &mut |at, bytes: &[u8]| {
+            runs.push((at, bytes.len() as u64));
+            Ok(())
+        };
+        // It says nothing that could go wrong.
+        let _ = each_run(range.offset, &ours, theirs, note);
+    }
+    Ok(runs)
+}
+
 /// Calls `step` with (end, ranges below it that equal the image) for every MiB of a device of `bytes`, in whole blocks; it says whether to go on. What
 /// is undefined in the image, or lies behind its end, counts as different.
 pub fn equal_blocks(

@@ -9,9 +9,26 @@ use varve_format::Lsn;
 /// Ranges that are kept before neighbours are merged: bounds memory at about twice what the answer needs, and 16 MiB.
 const RANGES_BEFORE_MERGING: usize = 1 << 20;
 
+/// What was written between two instants. It needs no lock of the store.
+pub struct Changes {
+    layers: Vec<Layer>,
+    /// While it is there, nobody deletes the history.
+    _lease: Arc<()>,
+}
+
 impl VolumeStore {
-    /// Ranges (first byte, length) that records of `[from, to)` changed; in order, neighbours merged.
-    pub fn changed(&self, from: Lsn, to: Lsn) -> Result<Vec<(u64, u64)>, StoreError> {
+    /// What records of `[from, to)` changed.
+    pub fn changes(&self, from: Lsn, to: Lsn) -> Result<Changes, StoreError> {
+        Ok(Changes {
+            layers: self.layers(from, to)?,
+            _lease: self.lease(),
+        })
+    }
+}
+
+impl Changes {
+    /// Ranges (first byte, length), in order, neighbours merged. All of the interval's maps are read for it.
+    pub fn ranges(self) -> Result<Vec<(u64, u64)>, StoreError> {
         let mut ranges = Vec::new();
         let mut limit = RANGES_BEFORE_MERGING;
         let mut note = |start: u64, end: u64| {
@@ -21,7 +38,7 @@ impl VolumeStore {
                 limit = RANGES_BEFORE_MERGING.max(ranges.len() * 2);
             }
         };
-        for layer in self.layers(from, to)? {
+        for layer in self.layers {
             match layer {
                 Layer::Replayed(replay) => replay
                     .extents()

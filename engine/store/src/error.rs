@@ -163,7 +163,7 @@ impl fmt::Display for StoreError {
             ),
             StoreError::LogDamaged(sequence, why) => write!(
                 f,
-                "segment {sequence} of the log is damaged: {why}. It is kept; the volume goes on"
+                "segment {sequence} of the log is damaged: {why}. Nothing of it is in the history; the volume goes on, and the device is compared with what there is"
             ),
             StoreError::Payload {
                 segment,

@@ -40,6 +40,7 @@ mod timeline;
 mod used_keys;
 mod volume;
 
+pub use changed::Changes;
 pub use check::Check;
 pub use compression::Compression;
 pub use drill::Drill;

@@ -207,7 +207,7 @@ impl VolumeStore {
     /// The same for another list of instants: to say what it would prune.
     #[must_use]
     pub fn sweep_for(&self, kept: &KeptInstants, compression: Compression) -> Option<Sweep> {
-        if kept.below == Lsn(0) {
+        if kept.below == Lsn(0) || self.lists_differ {
             return None;
         }
         let mut instants: Vec<Lsn> = kept
@@ -265,8 +265,7 @@ impl VolumeStore {
             let _ = std::fs::remove_file(&pruned.new);
             return Err(StoreError::Missing(sequence));
         }
-        self.note_key_of(&pruned.new)?;
-        durable::name(&pruned.new, &pruned.before.path())?;
+        self.name_proved(&pruned.new, &pruned.before.path())?;
         run_file::write(
             &pruned.before.run_path(),
             &pruned.head,
@@ -361,7 +360,10 @@ impl Sweep {
         let Some((segment, is_dirty)) = self.next() else {
             return Ok(None);
         };
-        let entries = segment.entries()?;
+        let entries = match segment.entries() {
+            Err(StoreError::Damaged(..)) => return Ok(Some(Verdict::default())),
+            entries => entries?,
+        };
         let needed = self.strike(&entries);
         let verdict = verdict_of(&entries, &needed);
         Ok(Some(if is_dirty {

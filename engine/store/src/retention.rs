@@ -30,6 +30,7 @@ pub struct RetentionJob {
     timeline: Timeline,
     policy: Policy,
     now: WallTime,
+    machine: WallTime,
     _lease: Arc<()>,
 }
 
@@ -50,11 +51,18 @@ impl VolumeStore {
     /// A plan of what `policy` keeps at `now`, by the store's clock.
     #[must_use]
     pub fn plan(&self, policy: &Policy, now: WallTime) -> RetentionJob {
+        self.plan_by(policy, now, now)
+    }
+
+    /// The same where the machine's clock, whose time records carry, may say otherwise: if the store's is ahead of it, they are no older for that.
+    #[must_use]
+    pub fn plan_by(&self, policy: &Policy, now: WallTime, machine: WallTime) -> RetentionJob {
         RetentionJob {
             segments: self.shared_segments(),
             timeline: self.timeline().clone(),
             policy: policy.clone(),
             now,
+            machine: machine.min(now),
             _lease: self.lease(),
         }
     }
@@ -215,7 +223,7 @@ impl RetentionJob {
         let mut automatic: Option<((usize, i64), u8, KeptEntry)> = None;
         for point in &self.timeline.points {
             if point.lsn >= below
-                || point.time.0 <= now.saturating_sub(oldest)
+                || point.time.0 <= self.machine.0.saturating_sub(oldest)
                 || self.timeline.check(point.lsn).is_err()
             {
                 continue;
@@ -280,7 +288,12 @@ impl RetentionJob {
             if segment.lsn_end <= old.below || segment.lsn_start >= below {
                 continue;
             }
-            for entry in segment.entries()? {
+            // A segment of which nothing can be read has no instants to choose from; it holds up nothing.
+            let entries = match segment.entries() {
+                Err(StoreError::Damaged(..)) => continue,
+                entries => entries?,
+            };
+            for entry in entries {
                 if let Some(time) = before
                     && bucket(time.0, step) != bucket(entry.wall_time.get(), step)
                 {
@@ -295,7 +308,7 @@ impl RetentionJob {
     /// The rung and the step of it that an instant of this time belongs to; none: it is too old for all of them.
     fn place(&self, time: WallTime) -> Option<(usize, i64)> {
         let rungs = &self.policy.ladder.rungs;
-        let now = self.now.0;
+        let now = self.machine.0;
         let rung = rungs.iter().enumerate().position(|(index, rung)| {
             // Where the next rung takes over, in whole steps of that: then a segment is not written anew for each instant that goes.
             let next = rungs.get(index + 1).map_or(rung.step, |next| next.step);

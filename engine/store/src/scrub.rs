@@ -70,10 +70,10 @@ impl Damage {
     }
 
     /// What was found when the store was opened. The hole that a lost segment leaves is told by itself.
-    pub(crate) fn known(what: &String) -> Damage {
+    pub(crate) fn known(what: impl AsRef<str>) -> Damage {
         Damage {
             unplaced: true,
-            ..Damage::without_place(what)
+            ..Damage::without_place(what.as_ref())
         }
     }
 }
@@ -143,7 +143,8 @@ impl ScrubJob {
         self
     }
 
-    /// The same scrub, to make indexes anew: runs that are not what their segments say, and all maps ([`VolumeStore::discard_maps`] gives those up).
+    /// The same scrub, to make indexes anew: runs that are not what their segments say, and, if nothing is lost, all maps ([`VolumeStore::discard_maps`] gives
+    /// those up).
     #[must_use]
     pub fn for_indexes(mut self) -> ScrubJob {
         self.reading = Reading::ForIndexes;
@@ -188,8 +189,10 @@ impl ScrubJob {
                 return found;
             }
         }
+        // Where a segment has lost records, a map may be the last to know what they were.
+        let is_whole = found.damage.iter().all(|damage| damage.blocks.is_empty());
         for map in &self.maps {
-            if self.reading == Reading::ForIndexes {
+            if self.reading == Reading::ForIndexes && is_whole {
                 found.maps.push(map.path.clone());
                 continue;
             }
@@ -415,9 +418,9 @@ impl ScrubJob {
             segment.sequence, segment.previous_lsn_end
         );
         // What was in it may have been written anywhere: nothing resolves until all of the device was read again.
-        let closed = self.closed.iter();
-        let closed = closed.filter(|closed| closed.from <= end && segment.lsn_end <= closed.to);
-        let again = closed.last().filter(|closed| !closed.open);
+        let mut closed = self.closed.iter();
+        let again = closed.rfind(|closed| closed.from <= end && segment.lsn_end <= closed.to);
+        let again = again.filter(|closed| !closed.open);
         Some(Damage {
             blocks: vec![(0, segment.volume_bytes)],
             from: Some((end.plus(1), before.time_end)),

@@ -116,8 +116,7 @@ impl VolumeStore {
                 None => Err(StoreError::Missing(sequence)),
             };
         }
-        self.note_key_of(&proved.new)?;
-        durable::name(&proved.new, &proved.segment.path())?;
+        self.name_proved(&proved.new, &proved.segment.path())?;
         self.replaced(sequence, proved.stored_bytes);
         Ok(())
     }

@@ -66,6 +66,8 @@ pub struct VolumeStore {
     pub(crate) now: Option<WallTime>,
     /// Segments that pruning has looked at, and left as they are.
     pub(crate) looked: Looked,
+    /// The two lists of kept instants may not say the same: nothing is pruned by one that the other would take back.
+    pub(crate) lists_differ: bool,
     _lock: Flock<File>,
 }
 
@@ -136,6 +138,7 @@ impl VolumeStore {
             open: OpenInstants::default(),
             now: None,
             looked: Looked::new(),
+            lists_differ: false,
             _lock: lock,
         };
         store.load()?;
@@ -243,6 +246,7 @@ impl VolumeStore {
         if let Some(kept) = kept.as_ref().filter(|_| !problems.is_empty())
             && let Err(error) = kept.write(&self.directory, self.volume)
         {
+            self.lists_differ = true;
             problems.push(error.to_string());
         }
         // What the segments were pruned for: behind the last of these everything resolves, whatever the lists say.
@@ -284,8 +288,12 @@ impl VolumeStore {
                 }
                 found
             }
-            // Lost, damaged or another one's: the segment itself has everything.
-            _ => {
+            // Lost, damaged or another one's: the segment itself has everything. What a newer version wrote stays as it is.
+            found => {
+                let is_newer = matches!(
+                    &found,
+                    Err(StoreError::Damaged(_, FormatError::Newer { .. }))
+                );
                 let file = SegmentFile::open_path(&path, &self.keys)?;
                 let footer = *file.footer();
                 if footer.volume != self.volume.0 || file.sequence() != sequence {
@@ -297,7 +305,12 @@ impl VolumeStore {
                     // When it was written last: it may seem younger than it is, not older.
                     head.stored_at = modified_ns(&path).into();
                 }
-                if let Err(error) = run_file::write(&run, &head, &entries, &events) {
+                if is_newer {
+                    self.healed.push(format!(
+                        "{}: a newer version wrote it. It is done without",
+                        run.display()
+                    ));
+                } else if let Err(error) = run_file::write(&run, &head, &entries, &events) {
                     self.healed.push(format!("{error}. It is done without"));
                 }
                 (head, events)
@@ -309,6 +322,16 @@ impl VolumeStore {
             events,
             stored_bytes.unwrap_or(0),
         ))
+    }
+
+    /// Gives a proved segment file its place, once its key is listed. If that fails, what has no name yet does not stay: on a full disk it would keep it full.
+    pub(crate) fn name_proved(&mut self, new: &Path, path: &Path) -> Result<(), StoreError> {
+        let named = self
+            .note_key_of(new)
+            .and_then(|()| durable::name(new, path));
+        named.inspect_err(|_| {
+            let _ = std::fs::remove_file(new);
+        })
     }
 
     pub(crate) fn add(&mut self, segment: StoredSegment) {
@@ -446,6 +469,7 @@ impl VolumeStore {
     /// Puts another list into its place, durably.
     pub(crate) fn set_kept(&mut self, kept: KeptInstants) -> Result<(), StoreError> {
         kept.write(&self.directory, self.volume)?;
+        self.lists_differ = false;
         self.timeline.kept = Arc::new(kept);
         Ok(())
     }

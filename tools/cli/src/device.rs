@@ -74,15 +74,11 @@ pub fn mounted_on(device: &Path) -> Vec<String> {
         return Vec::new();
     };
     let directory = sysfs(metadata.rdev());
-    let number = directory
-        .file_name()
-        .map_or_else(String::new, |name| name.to_string_lossy().into_owned());
-    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    mounts
-        .lines()
-        .filter(|line| line.split(' ').nth(2) == Some(&number))
-        .filter_map(|line| line.split(' ').nth(4).map(str::to_owned))
-        .collect()
+    let number = directory.file_name().map(|name| name.to_string_lossy());
+    let mounts = varve_control::mounts().into_iter();
+    let ours =
+        mounts.filter(|mount| mount.device() == number.as_ref().map(|name| name.to_string()));
+    ours.map(|mount| mount.on.display().to_string()).collect()
 }
 
 /// For a device that may be mounted itself: refuses it if a part of it, or something that is built on it, is in use, or if it is swap.

@@ -106,14 +106,15 @@ impl Output {
     }
 }
 
-/// The exit code of an error: 1 failed, 3 partial, 4 not found, 5 locked or busy, 6 not authorised, 7 integrity.
+/// The exit code of an error: 1 failed, 2 wrong usage, 3 partial, 4 not found, 5 locked or busy, 6 not authorised, 7 integrity.
 #[must_use]
 pub fn exit_code(error: &ControlError) -> u8 {
     match error.code.split('-').next().unwrap_or_default() {
         "V019" | "V027" | "I002" | "I003" | "I004" | "I006" | "I007" | "X003" | "H001" => 4,
-        "V010" | "V012" | "V023" | "S003" | "H003" => 5,
+        "I005" | "V031" | "X006" => 2,
+        "V010" | "V012" | "V023" | "S003" | "S013" | "H003" => 5,
         "S002" | "S004" | "S005" | "S006" | "H006" | "H019" => 7,
-        "H021" => 3,
+        "H021" | "X017" => 3,
         "C006" | "S015" | "S018" | "S021" => 6,
         _ => 1,
     }

@@ -9,14 +9,13 @@ use std::io::{BufRead, IsTerminal, Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use varve_control::{
-    ControlError, KeysAsk, KeysStatus, StoreOp, StorePolicy, StoreReply, keep_memory_secret,
+    ControlError, KEY_FILE_BYTES_MAX, KeysAsk, KeysStatus, StoreOp, StorePolicy, StoreReply,
+    keep_memory_secret,
 };
 use zeroize::Zeroizing;
 
 /// Bytes of a key file that is made here.
 const KEY_FILE_BYTES: usize = 64;
-/// A key file or a file of keys of more than this is none.
-const FILE_BYTES_MAX: u64 = 512 << 10;
 
 #[derive(Args)]
 pub struct By {
@@ -175,10 +174,10 @@ fn read_bounded(path: &Path) -> Result<Zeroizing<Vec<u8>>, ControlError> {
     let wrong = |why: String| refused(format!("{}: {why}", path.display()));
     let file = File::open(path).map_err(|e| wrong(e.to_string()))?;
     let mut bytes = Zeroizing::new(Vec::new());
-    file.take(FILE_BYTES_MAX + 1)
+    file.take(KEY_FILE_BYTES_MAX + 1)
         .read_to_end(&mut bytes)
         .map_err(|e| wrong(e.to_string()))?;
-    if bytes.len() as u64 > FILE_BYTES_MAX {
+    if bytes.len() as u64 > KEY_FILE_BYTES_MAX {
         return Err(wrong("it is too long".to_owned()));
     }
     Ok(bytes)
@@ -300,7 +299,7 @@ fn passphrase(question: &str) -> Result<Zeroizing<Vec<u8>>, ControlError> {
     let mut line = Zeroizing::new(Vec::new());
     let read = stdin
         .lock()
-        .take(FILE_BYTES_MAX)
+        .take(KEY_FILE_BYTES_MAX)
         .read_until(b'\n', &mut line);
     if let Some(shown) = &shown {
         let _ = tcsetattr(&stdin, SetArg::TCSAFLUSH, shown);

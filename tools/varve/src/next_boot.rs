@@ -35,7 +35,15 @@ pub fn protect(
     dry_run: bool,
 ) -> Result<(), ControlError> {
     refuse_used_parts(device)?;
+    let text = std::fs::read_to_string(table(context)).unwrap_or_default();
+    let entries = fstab::entries(&text, |source| fstab::means(source, device));
     let mounted = mounted_on(device);
+    // Where it is mounted now, and where it would be.
+    let places = || {
+        mounted
+            .iter()
+            .chain(entries.iter().map(|entry| &entry.place))
+    };
     let system = [
         "/",
         "/usr",
@@ -45,10 +53,7 @@ pub fn protect(
         "/var",
         "/var/lib",
     ];
-    if let Some(place) = mounted
-        .iter()
-        .find(|place| system.contains(&place.as_str()))
-    {
+    if let Some(place) = places().find(|place| system.contains(&place.as_str())) {
         return Err(ControlError::new(
             "V035-system",
             format!(
@@ -60,7 +65,7 @@ pub fn protect(
     let store = context.paths.store();
     let refuse_own = [&spec.log, &spec.state, &store]
         .into_iter()
-        .find(|path| mounted.iter().any(|place| path.starts_with(place)));
+        .find(|path| places().any(|place| path.starts_with(place)));
     if let Some(path) = refuse_own {
         return Err(ControlError::new(
             "V034-loop",
@@ -71,8 +76,6 @@ pub fn protect(
             ),
         ));
     }
-    let text = std::fs::read_to_string(table(context)).unwrap_or_default();
-    let entries = fstab::entries(&text, |source| fstab::means(source, device));
     let mapped = context.paths.devices().join(&spec.name);
     let answer = Prepared {
         volume: spec.name.clone(),

@@ -53,6 +53,15 @@ pub fn mark(
     label: &str,
     freeze: bool,
 ) -> Result<(), ControlError> {
+    let means = parse_instant(label, &jiff::Zoned::now());
+    if !means.is_ok_and(|means| matches!(&means, Instant::Point(name) if name == label)) {
+        return Err(ControlError::new(
+            "V021-label",
+            format!(
+                "`{label}` would be read as a time, or as another instant, where an instant is asked for. Choose a name like `at-{label}`"
+            ),
+        ));
+    }
     let name = daemons::volume(context, volume)?;
     let op = FilterOp::Mark {
         name: name.clone(),

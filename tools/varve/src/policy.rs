@@ -176,6 +176,12 @@ fn show(volume: &str, policy: &PolicyInfo, simulated: bool) {
         );
     }
     let behind = jiff::Timestamp::now().as_nanosecond() as i64 - policy.now_ns;
+    if behind < -3_600_000_000_000 {
+        println!(
+            "  the store's clock is {} hours ahead of this machine's (that was ahead once): what every write is kept of ends that much earlier",
+            -behind / 3_600_000_000_000
+        );
+    }
     if behind > 3_600_000_000_000 {
         println!(
             "  the store's clock is {} hours behind this machine's: history ages by the store's, which takes no jump",

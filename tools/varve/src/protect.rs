@@ -273,6 +273,9 @@ pub fn unprotect(
     forget: bool,
     offline: bool,
 ) -> Result<(), ControlError> {
+    if forget && !offline {
+        refuse_open_images(context, name)?;
+    }
     let ended = if offline {
         next_boot::take_away(context, name).map(|device| (device, None))
     } else {
@@ -318,6 +321,24 @@ pub fn unprotect(
 }
 
 /// Closes the volume; gives its device, and its ID if it has a history.
+/// A history of which an instant is shown cannot be deleted: that is said before anything is ended.
+fn refuse_open_images(context: &Context, name: &str) -> Result<(), ControlError> {
+    let reply = daemons::store(context)?.call(&StoreOp::Exports)?;
+    let StoreReply::Exports { exports } = reply else {
+        return Ok(());
+    };
+    let ours = |what: &str| what.starts_with(&format!("{name} at LSN "));
+    match exports.iter().find(|(_, what)| ours(what)) {
+        Some((device, what)) => Err(ControlError::new(
+            "S013-in-use",
+            format!(
+                "{device} shows {what}: while it does, the history cannot be deleted. Nothing was changed. `varve umount DIRECTORY`, or `varve unexport {device}`, first"
+            ),
+        )),
+        None => Ok(()),
+    }
+}
+
 fn end_protection(context: &Context, name: &str) -> Result<(String, Option<String>), ControlError> {
     let volumes = daemons::volumes(context)?;
     let volume = volumes.into_iter().find(|volume| volume.name == name);

@@ -127,6 +127,7 @@ pub fn umount(context: &Context, directory: &Path) -> Result<(), ControlError> {
         "findmnt",
         &[
             "-n",
+            "-v", // Without the directory of it that is mounted (`[/@]`).
             "-o",
             "SOURCE",
             "--mountpoint",

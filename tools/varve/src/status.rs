@@ -192,6 +192,14 @@ fn advise(volume: &VolumeInfo, history: &Result<VolumeHistory, ControlError>) ->
             "its key lies in this store only: if that is lost, nothing of its history can be read",
             "varve key export FILE, and keep FILE somewhere else".to_owned(),
         ),
+        _ if says(|history| history.last_check.is_some_and(|check| check.differing_bytes > 0)) => to(
+            "the device was not what its history says when they were compared last",
+            format!("varve compare --volume {}", volume.name),
+        ),
+        _ if says(|history| history.last_drill.as_ref().is_some_and(|drill| !drill.proven)) => to(
+            "the last drill did not prove its instant",
+            format!("varve drill --volume {} (varve bisect finds the last good instant)", volume.name),
+        ),
         _ if volume.copies_lost > 0 => to(
             "hot copies of it are valid no more (the device itself is as safe as before)",
             "hcp -l".to_owned(),

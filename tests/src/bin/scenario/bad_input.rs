@@ -1,6 +1,7 @@
 //! What people do wrong, and what disks do: each gets a named error, nothing is lost, the origin is not touched.
 
 use crate::encrypted::restart;
+use crate::rewinds::begin;
 use crate::{Outcome, export};
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -230,12 +231,15 @@ fn instants_and_clients(varve: &Installation, files: &Path) -> Outcome {
     ] {
         refused(varve, code, &["export", instant])?;
     }
+    // What would be read as a time, or as another instant, is no name for a point.
+    for label in ["2026-11-22", "14:00", "now", "lsn:5", "5 minutes ago"] {
+        refused(varve, "V021-label", &["mark", label])?;
+    }
     // The terminal goes away in the middle of a rewind: it is finished all the same.
     let program = varve.program("varve").display().to_string();
     let root = varve.root().display().to_string();
-    let _ = sh(&format!(
-        "timeout -s KILL 0.15 {program} --root {root} rewind full --yes"
-    ));
+    let mut terminal = begin(varve, "full")?;
+    let _ = terminal.kill().and_then(|()| terminal.wait());
     until("the rewind is finished", || {
         varve.varve(&["status"]).is_ok() && varve.device("i").is_ok()
     })?;
@@ -272,6 +276,8 @@ fn instants_and_clients(varve: &Installation, files: &Path) -> Outcome {
     if now.split(' ').next() != then.split(' ').next() {
         return Err("after the rewind the device is not what it was".to_owned());
     }
+    refused(varve, "S013-in-use", &["unprotect", "i", "--forget"])?;
+    varve.device("i")?;
     for line in varve.varve(&["exports"])?.lines() {
         if let Some(device) = line
             .split_whitespace()
@@ -339,10 +345,19 @@ fn full_and_read_only(varve: &Installation, root: &Path, files: &Path) -> Outcom
         refused(varve, "S008-read-only", &["export", "now"])?;
         refused(varve, "S008-read-only", &["export", "no-such-point"])?;
         refused(varve, "S008-read-only", &["rewind", "before", "--yes"])?;
-        let image = export(varve, "before", false)?;
-        let same = run("cmp", &[&image, &content.display().to_string()]);
-        varve.varve(&["unexport", &image])?;
-        same?;
+        // Writable, too: a mount has to replay its journal somewhere.
+        for writable in [false, true] {
+            let image = export(varve, "before", writable)?;
+            let same = run("cmp", &[&image, &content.display().to_string()]);
+            let written = sh(&format!(
+                "dd if=/dev/zero of={image} bs=4k count=1 oflag=direct"
+            ));
+            varve.varve(&["unexport", &image])?;
+            same?;
+            if written.is_ok() != writable {
+                return Err(format!("writable: {writable}, but: {written:?}"));
+            }
+        }
         let status = varve.varve(&["--json", "status"]);
         let told = status.unwrap_or_else(|told| told);
         if !told.contains("the log will fill up") {

@@ -37,7 +37,7 @@ fn two_instants(varve: &Installation, device: &str) -> Result<(String, String), 
 }
 
 /// Starts a rewind that may be interrupted.
-fn begin(varve: &Installation, instant: &str) -> Result<std::process::Child, String> {
+pub fn begin(varve: &Installation, instant: &str) -> Result<std::process::Child, String> {
     let child = Command::new(varve.program("varve"))
         .arg("--root")
         .arg(varve.root())

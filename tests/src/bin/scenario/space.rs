@@ -106,7 +106,7 @@ fn life(varve: &Installation) -> Outcome {
         ),
     );
     // What waits to be looked at, and a segment, may be too much for a moment.
-    if written < 2 * SPACE || most > SPACE * 3 / 2 || most < SPACE / 2 {
+    if written < 2 * SPACE || !(SPACE / 2..=SPACE * 3 / 2).contains(&most) {
         return Err(format!(
             "{most} bytes were stored of {written}\n{}",
             varve.messages()

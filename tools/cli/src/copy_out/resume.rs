@@ -40,14 +40,21 @@ fn target_of(path: &Path) -> String {
     };
     match metadata.file_type().is_block_device() {
         true => {
-            let number = std::fs::read_to_string(sysfs(metadata.rdev()).join("diskseq"));
-            format!(
-                "device:{}:{}",
-                metadata.rdev(),
-                number.unwrap_or_default().trim()
-            )
+            // A partition's number is its disk's.
+            let place = sysfs(metadata.rdev());
+            let places = ["diskseq", "../diskseq"].into_iter();
+            let mut numbers =
+                places.filter_map(|name| std::fs::read_to_string(place.join(name)).ok());
+            let number = numbers.next().unwrap_or_default();
+            format!("device:{}:{}", metadata.rdev(), number.trim())
         }
-        false => format!("file:{}:{}", metadata.dev(), metadata.ino()),
+        false => {
+            // A number may be used again once its file is gone.
+            let born = metadata.created().ok();
+            let born = born.and_then(|time| time.duration_since(std::time::UNIX_EPOCH).ok());
+            let born = born.map_or(0, |born| born.as_nanos());
+            format!("file:{}:{}:{born}", metadata.dev(), metadata.ino())
+        }
     }
 }
 
@@ -74,7 +81,7 @@ impl Resume {
         };
         // Another one may have its name by now: what that holds is not ours.
         let now = target_of(target);
-        if *is != now {
+        if *is != now || now.ends_with(':') {
             return None;
         }
         Some(Resume {

@@ -1,6 +1,7 @@
 //! Where a copy goes, and whether it may go there.
 
 use crate::daemons;
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -213,6 +214,7 @@ pub(super) fn qcow2(source: &Path, target: &Path, verify: bool) -> Result<(), Co
         .truncate(true)
         .mode(0o600)
         .open(target)?;
+    let path = target;
     let (source, target) = (source.display().to_string(), target.display().to_string());
     run_tool(
         "qemu-img",
@@ -221,6 +223,14 @@ pub(super) fn qcow2(source: &Path, target: &Path, verify: bool) -> Result<(), Co
             "convert", "-f", "raw", "-O", "qcow2", "-W", "-T", "none", &source, &target,
         ],
     )?;
+    // qemu-img flushes nothing. What is compared then is read from the disk.
+    let file = std::fs::File::open(path)?;
+    file.sync_all()?;
+    let parent = path
+        .parent()
+        .filter(|parent| !parent.as_os_str().is_empty());
+    std::fs::File::open(parent.unwrap_or(Path::new(".")))?.sync_all()?;
+    let _ = posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
     if !verify {
         return Ok(());
     }

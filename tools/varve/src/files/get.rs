@@ -28,10 +28,12 @@ struct Got {
     volume: String,
     lsn: u64,
     time_ns: i64,
-    path: PathBuf,
-    to: PathBuf,
+    path: String,
+    to: String,
     kind: &'static str,
     bytes: u64,
+    /// What `cp` said of what could not be read, or kept.
+    incomplete: Vec<String>,
 }
 
 fn refused(why: String) -> ControlError {
@@ -63,17 +65,19 @@ pub fn run(
     }
     let directory = beside(&to)?;
     let part = directory.join("part");
-    let copied = copy(&tree, place, &part).and_then(|()| put(&part, &to, target.overwrite));
+    let copied = copy(&tree, place, &part, metadata.is_dir())
+        .and_then(|incomplete| put(&part, &to, target.overwrite).map(|()| incomplete));
     let _ = std::fs::remove_dir_all(&directory);
-    copied?;
+    let incomplete = copied?;
     let got = Got {
         volume: place.volume.clone(),
         lsn: tree.image.lsn,
         time_ns: tree.image.time_ns,
-        path: place.named.clone(),
-        to,
+        path: place.named.display().to_string(),
+        to: to.display().to_string(),
         kind: kind_of(&metadata),
         bytes: metadata.len(),
+        incomplete,
     };
     drop(found);
     tree.close()?;
@@ -84,13 +88,26 @@ pub fn run(
         };
         context.output.say(format!(
             "{} as it was {} (lsn:{}) is {}{size}",
-            got.path.display(),
+            got.path,
             show_time(got.time_ns),
             got.lsn,
-            got.to.display()
+            got.to
         ));
+        got.incomplete
+            .iter()
+            .for_each(|what| eprintln!("INCOMPLETE  {what}"));
     });
-    Ok(())
+    match got.incomplete.len() {
+        0 => Ok(()),
+        count => Err(ControlError::new(
+            "X017-partly",
+            format!(
+                "all of {} is there but for {count} things that are named above: what is said to be unreadable is not whole. `varve scrub` says which instants have it whole; where the target \
+                 cannot hold owners or attributes, get the tree onto a file system that can",
+                got.path
+            ),
+        )),
+    }
 }
 
 /// Where it goes, looked at before anything is opened.
@@ -141,7 +158,13 @@ fn beside(to: &Path) -> Result<PathBuf, ControlError> {
     Ok(directory)
 }
 
-fn copy(tree: &Tree, place: &Place, part: &Path) -> Result<(), ControlError> {
+/// Copies; gives what was said of parts of a tree that could not be copied. The rest of it is there.
+fn copy(
+    tree: &Tree,
+    place: &Place,
+    part: &Path,
+    is_tree: bool,
+) -> Result<Vec<String>, ControlError> {
     // The name is resolved by us, within the image; `cp` gets a directory that is open, and a name that it does not follow.
     let (parent, name) = match (place.inside.parent(), place.inside.file_name()) {
         (Some(parent), Some(name)) => (tree.find_directory(parent)?, PathBuf::from(name)),
@@ -162,9 +185,16 @@ fn copy(tree: &Tree, place: &Place, part: &Path) -> Result<(), ControlError> {
         .output()
         .map_err(|error| ControlError::new("H014-tool", format!("cp: {error}")))?;
     if outcome.status.success() {
-        return Ok(());
+        return Ok(Vec::new());
     }
     let why = String::from_utf8_lossy(&outcome.stderr).trim().to_owned();
+    // A disk that is full ends it; one file that cannot be read does not take the others with it.
+    let is_full = ["No space left", "quota exceeded"]
+        .iter()
+        .any(|full| why.contains(full));
+    if is_tree && part.is_dir() && !is_full {
+        return Ok(why.lines().map(str::to_owned).collect());
+    }
     Err(ControlError::new(
         "H017-write",
         format!("{why}. Nothing was left in the target"),

@@ -1,0 +1,123 @@
+//! Where history takes more space than it may.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "in tests a surprise should end the test"
+)]
+
+use varve_format::{KeptEntry, Lsn};
+use varve_store::{Image, VolumeStore};
+use varve_tests::retained::{check, end_time, keep, length, policy, sweep};
+use varve_tests::sample::{Sample, VOLUME, scrub};
+
+const VOLUME_BYTES: u64 = 4 << 20;
+const SEGMENT_BYTES: u64 = 96 << 10;
+
+/// Where there is too little space the oldest instants go, a part at a time, until nothing is left that may.
+#[test]
+fn the_oldest_go_first_and_what_must_stay_stays() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut sample = Sample::new(directory.path(), VOLUME_BYTES, SEGMENT_BYTES, true);
+    sample.mixed(3000);
+    sample.map_all();
+    let span = length(&sample.store);
+    let now = end_time(&sample.store);
+    assert!(keep(&mut sample.store, &policy(span, 40, &[(100, 100)])));
+    sweep(&mut sample.store);
+    let listed: Vec<Lsn> = sample
+        .store
+        .kept()
+        .entries
+        .iter()
+        .map(KeptEntry::lsn)
+        .collect();
+    assert!(listed.len() > 20, "{} instants", listed.len());
+    let (pinned, open) = (listed[3], listed[listed.len() / 2]);
+    sample.store.pin(pinned).unwrap();
+    let image = Image::open(&sample.store, open).unwrap();
+    // The whole history is younger than that.
+    assert!(sample.store.next_to_thin(2 * span, now).is_none());
+    let leave = span / 10;
+    let young = now.0 - leave;
+    let (mut steps, mut moved) = (0, 0);
+    while let Some(thinning) = sample.store.next_to_thin(leave, now) {
+        let before = (**sample.store.kept()).clone();
+        let stored = sample.store.stored_bytes();
+        let lasting = |entry: &&KeptEntry| entry.lsn() == pinned || entry.lsn() == open;
+        let first = before.entries.iter().find(|entry| !lasting(entry));
+        assert_eq!(
+            thinning.oldest,
+            first.map_or(before.below_time, |first| first.time())
+        );
+        assert!(sample.store.thin(&thinning).unwrap(), "nothing has changed");
+        sweep(&mut sample.store);
+        let after = (**sample.store.kept()).clone();
+        assert!(sample.store.stored_bytes() <= stored);
+        assert!([pinned, open].iter().all(|lsn| after.get(*lsn).is_some()));
+        assert!(after.get(pinned).unwrap().is_pinned());
+        let gone = before
+            .entries
+            .iter()
+            .filter(|entry| after.get(entry.lsn()).is_none());
+        let gone: Vec<Lsn> = gone.map(KeptEntry::lsn).collect();
+        // Those that went are the first of those that may, and not many; only when none is left the limit moves.
+        let may: Vec<Lsn> = before
+            .entries
+            .iter()
+            .filter(|e| !lasting(e))
+            .map(KeptEntry::lsn)
+            .collect();
+        assert_eq!(gone, may[..gone.len()]);
+        assert_eq!(gone.len(), may.len().div_ceil(16));
+        assert_eq!(after.below > before.below, may.is_empty());
+        moved += u64::from(after.below > before.below);
+        assert!(after.below_time.0 <= young);
+        assert_eq!(
+            after.first().map(|lsn| sample.store.time_of(lsn).unwrap()),
+            Some(thinning.begins)
+        );
+        steps += 1;
+        if steps % 8 == 0 {
+            check(&mut sample, 10);
+        }
+    }
+    assert!(moved > 5 && steps > moved + 10, "{moved} of {steps}");
+    let left: Vec<Lsn> = sample
+        .store
+        .kept()
+        .entries
+        .iter()
+        .map(KeptEntry::lsn)
+        .collect();
+    assert_eq!(left, [pinned, open]);
+    let mut bytes = vec![0; VOLUME_BYTES as usize];
+    image.read(0, &mut bytes).unwrap();
+    assert!(
+        bytes == sample.image(open),
+        "an image that is open has changed"
+    );
+    // What is young was left alone; the limit stops a segment before it, or where a span begins.
+    let below = sample.store.kept().below;
+    let younger = sample
+        .store
+        .segments()
+        .filter(|s| s.lsn_start >= below && s.time_end.0 <= young);
+    assert!(younger.count() <= 3);
+    drop(image);
+    let thinning = sample.store.next_to_thin(leave, now).unwrap();
+    assert!(sample.store.thin(&thinning).unwrap());
+    sweep(&mut sample.store);
+    let elsewhere = tempfile::tempdir().unwrap();
+    sample.store = VolumeStore::open(elsewhere.path(), VOLUME).unwrap();
+    sample.store = VolumeStore::open(directory.path(), VOLUME).unwrap();
+    let left: Vec<Lsn> = sample
+        .store
+        .kept()
+        .entries
+        .iter()
+        .map(KeptEntry::lsn)
+        .collect();
+    assert_eq!(left, [pinned]);
+    check(&mut sample, 40);
+    assert_eq!(scrub(&sample.store).damage, []);
+}
