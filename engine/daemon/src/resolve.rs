@@ -4,7 +4,7 @@ use crate::describe::{PRUNED, clock, describe, span_name};
 use crate::service::{error, now_ns, store_error};
 use varve_control::{ControlError, Instant};
 use varve_format::{Lsn, WallTime};
-use varve_store::VolumeStore;
+use varve_store::{Event, VolumeStore};
 
 /// Clocks of a moment ago may be a little ahead of ours.
 const FUTURE_SLACK_NS: i64 = 2_000_000_000;
@@ -64,18 +64,21 @@ pub(crate) fn resolve(
         Instant::Point(name) => {
             // Names are encrypted with the rest.
             let mut locked = None;
-            let point = timeline
-                .points
-                .iter()
-                .rev()
-                .find(|point| match store.point_name(point) {
-                    Ok(found) => found == *name,
-                    Err(failed) if failed.wants_key() => {
-                        locked = Some(failed);
-                        false
-                    }
-                    Err(_) => false,
-                });
+            let mut is_named = |point: &&Event| match store.point_name(point) {
+                Ok(found) => found == *name,
+                Err(failed) if failed.wants_key() => {
+                    locked = Some(failed);
+                    false
+                }
+                Err(_) => false,
+            };
+            // One that was pruned is found last: it cannot be gone back to, but that can be said.
+            let resolves = |point: &&Event| timeline.check(point.lsn).is_ok();
+            let points = || timeline.points.iter().rev();
+            let point = points()
+                .filter(resolves)
+                .find(&mut is_named)
+                .or_else(|| points().find(&mut is_named));
             if let Some(locked) = locked.filter(|_| point.is_none()) {
                 return Err(store_error(&locked));
             }

@@ -50,6 +50,8 @@ pub struct VolumeStore {
     pub(crate) used_keys: KeyNames,
     /// Names of points that were asked for.
     point_names: Mutex<BTreeMap<Lsn, String>>,
+    /// The segment that a name was read from last: the next one is likely to lie in it, too.
+    named_in: Mutex<Option<(Arc<StoredSegment>, SegmentFile)>>,
     /// A segment whose run is lost cannot be read before its key is there.
     waits_for_key: bool,
     volume: VolumeId,
@@ -127,6 +129,7 @@ impl VolumeStore {
             used_keys: KeyNames::new(),
             waits_for_key: false,
             point_names: Mutex::default(),
+            named_in: Mutex::default(),
             directory,
             keys,
             volume,
@@ -628,7 +631,13 @@ impl VolumeStore {
             .segments
             .get(&point.segment)
             .ok_or(StoreError::Missing(point.segment))?;
-        let file = SegmentFile::open(segment)?;
+        let mut named_in = self.named_in.lock().unwrap_or_else(PoisonError::into_inner);
+        let file = match named_in.take() {
+            // Not one that was replaced since.
+            Some((of, file)) if Arc::ptr_eq(&of, segment) => file,
+            _ => SegmentFile::open(segment)?,
+        };
+        let (_, file) = named_in.insert((Arc::clone(segment), file));
         let bytes = point.entry.length.get();
         let mut name = vec![0u8; bytes.min(varve_format::RECORD_PAYLOAD_BYTES_MAX) as usize];
         let cache = crate::cache::Cache::new(1);

@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 use varve_tests::scenario::{Installation, digest, pause, run, say};
 
-const MIB: u64 = 192;
+const MIB: u64 = 96;
 
 fn fill(mapped: &str) -> Result<String, String> {
     run(
