@@ -100,13 +100,17 @@ pub fn copy(context: &Context, cli: &Cli) -> Result<(), ControlError> {
     let unmounted = made.iter().any(|made| !made.mount_note.is_empty());
     context.output.result(&made, || {});
     if unmounted && cli.mount_point.is_some() {
-        // Whoever goes on as if it were mounted there works on an empty directory.
-        return Err(ControlError::new(
-            "H021-unmounted",
-            "the copy is there, but it is not mounted where it should be (see above)",
-        ));
+        return Err(unmounted_error());
     }
     Ok(())
+}
+
+/// Whoever goes on as if it were mounted there works on an empty directory.
+pub fn unmounted_error() -> ControlError {
+    ControlError::new(
+        "H021-unmounted",
+        "the copy is there, but it is not mounted where it should be (see above)",
+    )
 }
 
 /// When, and which instant of the history that is, if it is one.

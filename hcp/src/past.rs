@@ -1,6 +1,6 @@
 //! `hcp --at INSTANT`: a copy of the past, which the store's daemon shows.
 
-use crate::create::mount;
+use crate::create::{mount, unmounted_error};
 use crate::source::find;
 use crate::{Cli, Context};
 use serde::Serialize;
@@ -69,6 +69,10 @@ pub fn copy(context: &Context, cli: &Cli, device: &str, text: &str) -> Result<()
         mounted,
         mount_note,
     };
+    let unmounted = !shown.mount_note.is_empty();
     context.output.result(&shown, || {});
-    Ok(())
+    match unmounted && cli.mount_point.is_some() {
+        true => Err(unmounted_error()),
+        false => Ok(()),
+    }
 }

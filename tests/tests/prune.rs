@@ -7,7 +7,7 @@
 
 use std::path::{Path, PathBuf};
 use varve_format::{KeptEntry, Lsn, PointDetail, RunEntry, RunHeader, WallTime};
-use varve_store::{Compression, Image, Swept, VolumeStore, volume_directory};
+use varve_store::{Compression, Event, Image, Swept, VolumeStore, volume_directory};
 use varve_tests::retained::{check, end_time, keep, length, policy, sweep};
 use varve_tests::sample::{Sample, VOLUME, files, read, scrub};
 
@@ -381,7 +381,7 @@ fn pins_points_and_open_images_stay() {
 fn automatic_points_thin_out_by_the_ladder() {
     let directory = tempfile::tempdir().unwrap();
     let mut sample = Sample::new(directory.path(), VOLUME_BYTES, SEGMENT_BYTES, true);
-    let (mut automatic, mut by_hand) = (Vec::new(), Vec::new());
+    let (mut automatic, mut by_hand, mut best) = (Vec::new(), Vec::new(), Vec::new());
     for number in 0..60 {
         sample.mixed(40);
         let better = if number % 10 == 3 {
@@ -391,6 +391,7 @@ fn automatic_points_thin_out_by_the_ladder() {
         };
         let detail = PointDetail::AUTOMATIC | better;
         automatic.push(sample.point_with(&format!("auto-{number}"), detail));
+        best.extend(automatic.last().filter(|_| better != 0).copied());
         sample.mixed(3);
         if number % 20 == 5 {
             by_hand.push(sample.point(&format!("mine-{number}")));
@@ -418,20 +419,20 @@ fn automatic_points_thin_out_by_the_ladder() {
         old.len() > 40 && (8..=22).contains(&left.len()),
         "{left:?} of {old:?}"
     );
+    // Those that went are remembered nowhere.
+    let is_old = |point: &&Event| point.lsn < below && automatic.contains(&point.lsn);
+    assert_eq!(timeline.points.iter().filter(is_old).count(), left.len());
     for lsn in &left {
         let point = timeline
             .points
             .iter()
             .find(|point| point.lsn == *lsn)
             .unwrap();
-        let name = sample.store.point_name(point).unwrap();
+        let name = sample.store.point_names().of(point).unwrap();
         assert!(name.starts_with("auto-"), "{name}");
     }
     // A better one is not given up for one that merely came later.
-    let better = |lsn: &&Lsn| {
-        let point = timeline.points.iter().find(|point| point.lsn == **lsn);
-        point.is_some_and(|point| point.entry.detail & PointDetail::APPLICATION != 0)
-    };
+    let better = |lsn: &&Lsn| best.contains(lsn);
     let (were, are) = (
         old.iter().filter(better).count(),
         left.iter().filter(better).count(),

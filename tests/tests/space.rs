@@ -5,7 +5,7 @@
     reason = "in tests a surprise should end the test"
 )]
 
-use varve_format::{KeptEntry, Lsn};
+use varve_format::{KeptEntry, Lsn, WallTime};
 use varve_store::{Image, VolumeStore};
 use varve_tests::retained::{check, end_time, keep, length, policy, sweep};
 use varve_tests::sample::{Sample, VOLUME, scrub};
@@ -120,4 +120,34 @@ fn the_oldest_go_first_and_what_must_stay_stays() {
     assert_eq!(left, [pinned]);
     check(&mut sample, 40);
     assert_eq!(scrub(&sample.store).damage, []);
+}
+
+/// After a while without the daemon much is taken in one go: it is of one age, and goes bit by bit all the same.
+#[test]
+fn what_was_taken_at_once_goes_bit_by_bit() {
+    const HOUR: i64 = 3_600_000_000_000;
+    let directory = tempfile::tempdir().unwrap();
+    let mut sample = Sample::new(directory.path(), VOLUME_BYTES, SEGMENT_BYTES, true);
+    let taken = WallTime(500_000 * HOUR);
+    sample.store.set_now(taken);
+    sample.mixed(1500);
+    let end = sample.store.timeline().end();
+    let at = |hours: i64| WallTime(taken.0 + hours * HOUR);
+    assert!(sample.store.next_to_thin(2 * HOUR, at(1)).is_none());
+    let (mut steps, mut below) = (0, Lsn(0));
+    while let Some(thinning) = sample.store.next_to_thin(2 * HOUR, at(3)) {
+        assert!(sample.store.thin(&thinning).unwrap());
+        let now = sample.store.kept().below;
+        assert!(
+            now > below && now.0 - below.0 < end.0 / 4,
+            "from {below} to {now} of {end}"
+        );
+        (steps, below) = (steps + 1, now);
+    }
+    assert!(
+        steps > 8 && below.0 > end.0 / 2,
+        "{steps} steps to {below} of {end}"
+    );
+    sweep(&mut sample.store);
+    check(&mut sample, 15);
 }

@@ -124,7 +124,7 @@ fn times_resolve_to_the_record_that_was_the_last() {
         assert_eq!(before, between.map_or(Lsn(0), |(_, lsn)| *lsn));
     }
     let point = store.timeline().points.first().unwrap();
-    assert_eq!(store.point_name(point).unwrap(), "before");
+    assert_eq!(store.point_names().of(point).unwrap(), "before");
 }
 
 #[test]

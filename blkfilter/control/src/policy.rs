@@ -169,8 +169,9 @@ pub fn space_bytes(text: &str, disk: u64) -> Result<Option<u64>, String> {
     let short = text.strip_suffix("iB").unwrap_or(text);
     let unit = UNITS.iter().find(|(unit, _)| short.ends_with(unit));
     unit.and_then(|(unit, shift)| {
-        let number = positive(short.strip_suffix(unit)?)?;
-        Some(Some((number * (1u64 << shift) as f64) as u64))
+        let bytes = positive(short.strip_suffix(unit)?)? * (1u64 << shift) as f64;
+        // No disk has more.
+        (bytes < (1u64 << 62) as f64).then_some(Some(bytes as u64))
     })
     .ok_or_else(wrong)
 }
@@ -192,7 +193,7 @@ mod tests {
             assert_eq!(space_bytes(text, 1000), Ok(bytes), "{text}");
         }
         for text in [
-            "0G", "-1G", "5", "5k", "G", "%", "0%", "101%", "nanG", "infT", "1e400P",
+            "0G", "-1G", "5", "5k", "G", "%", "0%", "101%", "nanG", "infT", "1e400P", "99999P",
         ] {
             let said = space_bytes(text, 1000).unwrap_err();
             assert!(said.contains("500G"), "{text}: {said}");

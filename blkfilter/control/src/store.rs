@@ -333,7 +333,9 @@ pub struct SpaceInfo {
     pub free_bytes: u64,
     /// Bytes that were added a day, lately.
     pub bytes_per_day: u64,
-    /// Nothing that is there may go, and it is too much.
+    /// For how long the oldest history has been recorded, ns.
+    pub history_ns: i64,
+    /// It is too much, and nothing may go now.
     pub stuck: bool,
 }
 
@@ -345,7 +347,8 @@ impl SpaceInfo {
             return 0;
         }
         let passing = self.unsettled_bytes.min(self.limit_bytes / 10);
-        self.stored_bytes.saturating_sub(self.limit_bytes + passing)
+        self.stored_bytes
+            .saturating_sub(self.limit_bytes.saturating_add(passing))
     }
 
     /// Whether the disk is full before the limit is reached: then nothing more is recorded, whereas at the limit the oldest instants go.

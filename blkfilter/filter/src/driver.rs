@@ -52,11 +52,15 @@ pub struct CopyAlert {
     pub why: Lost,
 }
 
+/// The end of a rewind finds its place within this, or not: a little less than it is waited for.
+const END_REWIND_WITHIN: Duration = Duration::from_secs(50);
+
 enum Waiting {
     /// The point until there is room for it, its LSN then.
     Mark(Result<Lsn, PointLabel>, Sender<u8>, Sender<Option<Lsn>>),
     Seal(SegmentSequence, Lsn, Sender<(SegmentSequence, Lsn)>),
-    EndRewind(Option<Lsn>, Sender<bool>),
+    /// Its end, once it has a place; until when (monotonic, ns) somebody waits for it.
+    EndRewind(Option<Lsn>, u64, Sender<bool>),
     /// What was admitted before the cut must land; a copy that must last waits for a flush, too.
     Settle(u64, bool, Option<u64>, Sender<()>),
 }
@@ -107,6 +111,7 @@ impl VolumeDevice {
         let volume = &mut self.volume;
         let durable = volume.durable_lsn();
         let bypassed = volume.state() == VolumeState::Bypass;
+        let now = medium.now().monotonic_ns;
         self.waiting.retain_mut(|waiting| match waiting {
             Waiting::Mark(point, placed, reply) => {
                 if let Err(label) = point {
@@ -131,17 +136,23 @@ impl VolumeDevice {
                 }
                 true
             }
-            Waiting::EndRewind(end, reply) => {
+            Waiting::EndRewind(end, until, reply) => {
                 if end.is_none() && volume.end_rewind(medium) {
                     *end = Some(volume.next_lsn());
                 }
-                match end {
-                    Some(lsn) if durable >= *lsn || bypassed => {
-                        let _ = reply.send(!bypassed);
-                        false
-                    }
-                    _ => true,
+                // It had its place before, and whoever asked then did not wait for it.
+                let ended = !volume.in_span() && volume.state() == VolumeState::Protected;
+                let answer = match end {
+                    Some(lsn) if durable >= *lsn || bypassed => Some(!bypassed),
+                    None if ended => Some(true),
+                    // Later it would end what somebody writes by then.
+                    None if bypassed || now >= *until => Some(false),
+                    _ => None,
+                };
+                if let Some(ended) = answer {
+                    let _ = reply.send(ended);
                 }
+                answer.is_none()
             }
             Waiting::Settle(cut, lasting, flush, reply) => {
                 if !volume.is_settled(*cut) {
@@ -209,7 +220,10 @@ impl Device for VolumeDevice {
                     let now = medium.now().monotonic_ns;
                     let _ = reply.send(self.volume.verified(now, number, below, &equal));
                 }
-                Message::EndRewind(reply) => self.waiting.push(Waiting::EndRewind(None, reply)),
+                Message::EndRewind(reply) => {
+                    let until = medium.now().monotonic_ns + END_REWIND_WITHIN.as_nanos() as u64;
+                    self.waiting.push(Waiting::EndRewind(None, until, reply));
+                }
                 Message::AttachCopies(files, reply) => {
                     let attached = if self.volume.detach_copies() {
                         let attached = files.attach_empty(&mut self.volume, medium);

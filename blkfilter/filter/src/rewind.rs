@@ -86,7 +86,7 @@ impl Manager {
         if !self.ask(name, START_WAIT, Message::EndRewind)? {
             return Err(error(
                 "V026-bypass",
-                "the log is in bypass: the rewind's end could not be recorded. Try again once `varve status` says healing or protected",
+                "the log is in bypass, or what it missed is still being copied: the rewind's end could not be recorded. It is tried again, once the log records",
             ));
         }
         let spec = self.stop(name)?;

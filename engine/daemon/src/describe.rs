@@ -36,6 +36,7 @@ pub(crate) fn history(store: &VolumeStore) -> Result<VolumeHistory, StoreError> 
         .iter()
         .map(|gap| (gap.entry.offset.get() as i64, gap.time.0))
         .collect();
+    let mut names = store.point_names();
     answer.points = timeline
         .points
         .iter()
@@ -43,7 +44,7 @@ pub(crate) fn history(store: &VolumeStore) -> Result<VolumeHistory, StoreError> 
         .filter(|point| timeline.check(point.lsn).is_ok())
         .map(|point| PointInfo {
             // A name that cannot be read does not hide the others.
-            name: store.point_name(point).unwrap_or_default(),
+            name: names.of(point).unwrap_or_default(),
             lsn: point.lsn.0,
             time_ns: point.time.0,
             file_system_consistent: point.entry.detail & PointDetail::FILE_SYSTEM != 0,

@@ -64,7 +64,8 @@ pub(crate) fn resolve(
         Instant::Point(name) => {
             // Names are encrypted with the rest.
             let mut locked = None;
-            let mut is_named = |point: &&Event| match store.point_name(point) {
+            let mut names = store.point_names();
+            let mut is_named = |point: &&Event| match names.of(point) {
                 Ok(found) => found == *name,
                 Err(failed) if failed.wants_key() => {
                     locked = Some(failed);

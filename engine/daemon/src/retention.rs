@@ -156,11 +156,11 @@ pub(crate) fn per_day(store: &VolumeStore, now: WallTime) -> u64 {
     let since = now.0.saturating_sub(DAY_NS);
     let lately = store
         .segments()
-        .filter(|segment| segment.time_end.0 > since);
+        .filter(|segment| segment.stored_at.0 > since);
     let (mut bytes, mut first) = (0u64, now.0);
     for segment in lately {
         bytes += segment.stored_bytes;
-        first = first.min(segment.time_start.0);
+        first = first.min(segment.stored_at.0);
     }
     let span = (now.0 - first).clamp(60_000_000_000, DAY_NS);
     (u128::from(bytes) * DAY_NS as u128 / span as u128) as u64

@@ -21,6 +21,12 @@ use varve_store::{Drill, Image, StoreError, VolumeStore, ingest, volume_director
 /// How often the logs are looked at.
 const FOLLOW_EVERY: Duration = Duration::from_millis(500);
 
+/// Where a rewind goes that has begun, and after which the device was not shown again.
+pub(crate) fn open_rewind(volume: &VolumeInfo) -> Option<u64> {
+    let runs = !matches!(volume.state.as_str(), "failed" | "waiting");
+    volume.rewind_target.filter(|_| runs)
+}
+
 /// The log could not seal its open segment in time.
 const LATE: &str = "V020-late";
 
@@ -69,14 +75,6 @@ pub(crate) fn store_error(failed: &StoreError) -> ControlError {
 pub(crate) fn now_ns() -> i64 {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     since.map_or(0, |time| time.as_nanos() as i64)
-}
-
-/// A full store takes nothing, and must be pruned all the same, or it stays full. What the log holds then cannot need an instant of the past: the data path
-/// has read it, and knows of no rewind.
-fn makes_room(volume: &VolumeInfo, outcome: &Result<(), ControlError>) -> bool {
-    let runs = matches!(volume.state.as_str(), "protected" | "bypass" | "healing");
-    let full = outcome.as_ref().is_err_and(|why| why.code == "S007-full");
-    runs && full && volume.rewind_target.is_none()
 }
 
 impl Service {
@@ -151,7 +149,7 @@ impl Service {
         })
     }
 
-    fn specs(&self) -> Vec<VolumeSpec> {
+    pub(crate) fn specs(&self) -> Vec<VolumeSpec> {
         load_specs(&self.paths.volumes())
             .into_iter()
             .filter_map(Result::ok)
@@ -186,6 +184,21 @@ impl Service {
         }
     }
 
+    /// A full store takes nothing, and must be pruned all the same, or it stays full. What the log holds then cannot need an instant of the past that is not
+    /// known here: the data path has read it, and knows of no rewind, or of one that the history knows, too.
+    fn makes_room(&self, volume: &VolumeInfo, outcome: &Result<(), ControlError>) -> bool {
+        let runs = matches!(
+            volume.state.as_str(),
+            "protected" | "bypass" | "healing" | "rewinding"
+        );
+        let full = outcome.as_ref().is_err_and(|why| why.code == "S007-full");
+        let known = |target: u64| {
+            let known = self.if_open(&volume.id, |store| store.rewind_target());
+            known.flatten() == Some(Lsn(target))
+        };
+        runs && full && volume.rewind_target.is_none_or(known)
+    }
+
     /// Takes history out of the logs as it is sealed, and finishes rewinds that were interrupted. Never returns.
     pub fn follow(self: &Arc<Self>) {
         let mut told: BTreeMap<String, String> = BTreeMap::new();
@@ -198,13 +211,14 @@ impl Service {
                 continue;
             };
             for volume in volumes {
-                if let (Some(target), "rewinding") = (volume.rewind_target, volume.state.as_str())
+                if open_rewind(&volume).is_some()
+                    && volume.state != "bypass"
                     && let Some(claim) = self.claim(&volume.name)
                 {
                     // On a thread of its own: the log must go on being drained.
-                    let (service, volume) = (Arc::clone(self), volume.clone());
+                    let (service, name) = (Arc::clone(self), volume.name.clone());
                     std::thread::spawn(move || {
-                        service.finish_rewind(&volume, Lsn(target));
+                        service.finish_rewind(&name);
                         drop(claim);
                     });
                 }
@@ -236,9 +250,11 @@ impl Service {
                 } else {
                     Ok(())
                 };
-                if volume.state == "rewinding" {
+                if self.makes_room(&volume, &outcome) {
+                    self.note_taken(&volume.id, true);
+                } else if open_rewind(&volume).is_some() {
                     self.note_taken(&volume.id, false);
-                } else if outcome.is_ok() || makes_room(&volume, &outcome) {
+                } else if outcome.is_ok() {
                     self.note_taken(&volume.id, true);
                 }
                 // Said once, not twice a second.
@@ -287,9 +303,11 @@ impl Service {
         }
     }
 
-    /// Histories that are open, by ID.
+    /// Histories that are open, by ID; not those of volumes that are protected no more.
     pub(crate) fn open_ids(&self) -> Vec<String> {
-        self.stores().keys().cloned().collect()
+        let known: BTreeSet<String> = self.specs().into_iter().map(|spec| spec.id).collect();
+        let open = self.stores().keys().cloned().collect::<Vec<_>>();
+        open.into_iter().filter(|id| known.contains(id)).collect()
     }
 
     /// Closes a history that nobody uses. What uses it for a moment (a comparison that has just lost its volume, a map being made) is waited for.
@@ -469,9 +487,9 @@ impl Service {
                 history.keys_not_exported = self.keys_not_exported(volume);
                 let policy = StorePolicy::load(&self.paths.store_policy()).unwrap_or_default();
                 history.space = self.space(&policy.space);
-                history.behind = match info.state.as_str() {
-                    "rewinding" => self.why_unfinished(&info.id).or(behind),
-                    _ => behind,
+                history.behind = match open_rewind(&info) {
+                    Some(_) => self.why_unfinished(&info.id).or(behind),
+                    None => behind,
                 };
                 Ok(StoreReply::History {
                     history: Box::new(history),

@@ -9,7 +9,7 @@ use nix::sys::statvfs::statvfs;
 use std::sync::atomic::Ordering::Relaxed;
 use varve_control::{SpaceInfo, space_bytes};
 use varve_format::WallTime;
-use varve_store::{Nanoseconds, StoreError};
+use varve_store::{Nanoseconds, StoreError, Thinning};
 
 /// What is younger than this does not go for space, unless the policy has an immutable window of its own.
 const LEAVE_NS: Nanoseconds = 3_600_000_000_000;
@@ -27,7 +27,6 @@ impl Service {
             policy: policy.to_owned(),
             limit_bytes: limit.ok().flatten().unwrap_or(0),
             free_bytes: bytes(|disk| disk.blocks_available()),
-            stuck: self.space_is_stuck.load(Relaxed),
             ..SpaceInfo::default()
         };
         let now = WallTime(self.clock_ns());
@@ -36,12 +35,17 @@ impl Service {
                 space.stored_bytes += store.stored_bytes();
                 space.unsettled_bytes += store.unsettled_bytes();
                 space.bytes_per_day += per_day(store, now);
+                let first = store.segments().next().map(|first| first.stored_at.0);
+                let since = first.map_or(0, |first| now.0.saturating_sub(first));
+                space.history_ns = space.history_ns.max(since);
             });
         }
+        space.stuck = self.space_is_stuck.load(Relaxed) && space.excess_bytes() > 0;
         space
     }
 
-    /// Lets the oldest instants go if there is too much; says so, in words. `ready`: histories of which nothing waits to be pruned.
+    /// Lets the oldest instants go if there is too much; says so, in words. `ready`: whether anything may go of a history now. If not, and it has the oldest
+    /// instants, it is waited for: the others do not pay for it.
     pub(crate) fn make_room(
         &self,
         policy: &str,
@@ -55,34 +59,38 @@ impl Service {
         }
         let leave = if immutable > 0 { immutable } else { LEAVE_NS };
         let now = WallTime(self.clock_ns());
-        let ids = self.open_ids();
-        let next = |id: &String| {
+        let next = |id: String| {
             // What is not known is not decided about.
-            let thinning = self.if_open(id, |store| match store.waits_for_key() {
+            let thinning = self.if_open(&id, |store| match store.waits_for_key() {
                 true => None,
                 false => store.next_to_thin(leave, now),
             });
-            Some((thinning.flatten()?, id.clone()))
+            Some((thinning.flatten()?, id))
         };
-        let all_ready = ids.iter().all(|id| ready(id));
-        let first = ids.iter().filter(|id| ready(id)).filter_map(next);
-        let Some((thinning, id)) = first.min_by_key(|(thinning, _)| thinning.oldest) else {
-            self.space_is_stuck.store(all_ready, Relaxed);
-            return Ok(None);
-        };
-        self.space_is_stuck.store(false, Relaxed);
-        let thinned = self.if_open(&id, |store| store.thin(&thinning));
-        let thinned = thinned.unwrap_or(Ok(false));
-        let name = self.name_of(&id);
-        match thinned {
-            Err(error) => Err((id, error)),
-            Ok(false) => Ok(None),
-            Ok(true) => Ok(Some(format!(
-                "{name}: histories take {} MiB, {} MiB are theirs (space = \"{policy}\"): the oldest instants go, {name} begins at {} now",
-                space.stored_bytes >> 20,
-                space.limit_bytes >> 20,
-                clock(thinning.begins.0)
-            ))),
+        let mut nexts: Vec<(Thinning, String)> =
+            self.open_ids().into_iter().filter_map(next).collect();
+        nexts.sort_by_key(|(thinning, _)| thinning.oldest);
+        for (thinning, id) in nexts {
+            if !ready(&id) {
+                break;
+            }
+            let thinned = self.if_open(&id, |store| store.thin(&thinning));
+            let name = self.name_of(&id);
+            match thinned.unwrap_or(Ok(false)) {
+                Err(error) => return Err((id, error)),
+                Ok(false) => {} // Its limit does not resolve any more.
+                Ok(true) => {
+                    self.space_is_stuck.store(false, Relaxed);
+                    return Ok(Some(format!(
+                        "{name}: histories take {} MiB, {} MiB are theirs (space = \"{policy}\"): the oldest instants go, {name} begins at {} now",
+                        space.stored_bytes >> 20,
+                        space.limit_bytes >> 20,
+                        clock(thinning.begins.0)
+                    )));
+                }
+            }
         }
+        self.space_is_stuck.store(true, Relaxed);
+        Ok(None)
     }
 }

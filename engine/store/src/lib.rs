@@ -59,7 +59,7 @@ pub use segment::StoredSegment;
 pub use settle::{Proved, SettleJob, Settling};
 pub use space::Thinning;
 pub use timeline::{Closed, Event, Nearest, Outside, Timeline};
-pub use volume::{VolumeStore, volume_directory};
+pub use volume::{PointNames, VolumeStore, volume_directory};
 
 #[cfg(test)]
 mod tests;

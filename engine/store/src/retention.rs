@@ -7,7 +7,7 @@
 use crate::kept::KeptInstants;
 use crate::ladder::{Ladder, Nanoseconds};
 use crate::volume::Segments;
-use crate::{StoreError, Timeline, VolumeStore};
+use crate::{StoreError, StoredSegment, Timeline, VolumeStore};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use varve_format::{KeptEntry, Lsn, PointDetail, RecordKind, RunEntry, SpanKind, WallTime};
@@ -101,15 +101,20 @@ impl VolumeStore {
         Ok(true)
     }
 
-    /// Instants that are in use: images are open at them, or a rewind that was interrupted goes on to them.
+    /// Instants that are in use: images are open at them, or a rewind that was interrupted goes on to them, or is taken back to them.
     pub(crate) fn needed_instants(&self) -> Vec<Lsn> {
         let mut needed = self.open_instants();
-        needed.extend(self.rewind_target());
+        if let Some(target) = self.rewind_target() {
+            needed.push(target);
+            // What it is taken back to, if it cannot be finished.
+            needed.extend(self.timeline().closed().last().map(|span| span.from));
+        }
         needed
     }
 
     /// Where the rewind goes that has not ended.
-    fn rewind_target(&self) -> Option<Lsn> {
+    #[must_use]
+    pub fn rewind_target(&self) -> Option<Lsn> {
         let closed = self.timeline().closed().last();
         closed.filter(|span| span.open && span.kind == SpanKind::Rewind)?;
         let begins = |entry: &&RunEntry| {
@@ -173,14 +178,17 @@ impl RetentionJob {
         let Some(all) = ladder.all else {
             return Ok(None);
         };
-        let old = &self.timeline.kept;
+        let old = self.timeline.kept();
         let now = self.now.0;
         let step = ladder
             .rungs
             .first()
             .map_or(STEP_WITHOUT_RUNGS.min(all), |rung| rung.step);
         let young = floor(now.saturating_sub(all.max(self.policy.immutable)), step);
-        let (below, below_time) = match limit_at(&self.segments, &self.timeline, WallTime(young)) {
+        let (below, below_time) = match limit_behind(&self.segments, &self.timeline, |segment| {
+            // By when the store took it, whatever its records say.
+            segment.stored_at.0 <= young
+        }) {
             Some((lsn, time)) if lsn > old.below => {
                 // Between the last limit and what is young, whatever a record says: times are compared with it.
                 let most = young.max(old.below_time.0);
@@ -272,7 +280,7 @@ impl RetentionJob {
 
     /// Instants below `below` that may be kept, in order: what is listed, and behind the last limit the last one of each `step`.
     fn candidates(&self, below: Lsn, step: Nanoseconds) -> Result<Vec<KeptEntry>, StoreError> {
-        let old = &self.timeline.kept;
+        let old = self.timeline.kept();
         let listed = old.entries.iter().filter(|entry| entry.lsn() < old.below);
         let mut candidates: Vec<KeptEntry> = listed.copied().collect();
         let mut push = |lsn: Lsn, time: WallTime| {
@@ -318,15 +326,15 @@ impl RetentionJob {
     }
 }
 
-/// The first LSN of what the store took after `young`, or of the span around it; and the time of the last record before it.
-pub(crate) fn limit_at(
+/// The first LSN behind the first segments that are `old`, or of the span around it; and the time of the last record before it.
+pub(crate) fn limit_behind(
     segments: &Segments,
     timeline: &Timeline,
-    young: WallTime,
+    old: impl Fn(&StoredSegment) -> bool,
 ) -> Option<(Lsn, WallTime)> {
     let mut limit = None;
     for segment in segments.values() {
-        if segment.stored_at > young {
+        if !old(segment) {
             break;
         }
         let before = limit.map_or(segment.time_start, |(_, time)| time);

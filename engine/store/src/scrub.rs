@@ -419,7 +419,7 @@ impl ScrubJob {
         );
         // What was in it may have been written anywhere: nothing resolves until all of the device was read again.
         let mut closed = self.closed.iter();
-        let again = closed.rfind(|closed| closed.from <= end && segment.lsn_end <= closed.to);
+        let again = closed.rfind(|closed| closed.from <= end && segment.lsn_start <= closed.to);
         let again = again.filter(|closed| !closed.open);
         Some(Damage {
             blocks: vec![(0, segment.volume_bytes)],

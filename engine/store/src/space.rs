@@ -8,7 +8,7 @@
 //! is durable before anything is deleted.
 
 use crate::kept::KeptInstants;
-use crate::retention::limit_at;
+use crate::retention::limit_behind;
 use crate::{Nanoseconds, StoreError, StoredSegment, VolumeStore};
 use varve_format::{KeptEntry, Lsn, WallTime};
 
@@ -66,16 +66,22 @@ impl VolumeStore {
                 break;
             }
             passed += segment.stored_bytes;
-            if passed < every / SHARE as u64 {
+            let resolves = self.timeline().check(segment.lsn_end).is_ok();
+            if passed < every / SHARE as u64 || !resolves {
                 continue;
             }
-            let moved = limit_at(&self.shared_segments(), self.timeline(), segment.stored_at);
+            // By the segment, not by when it was taken: after a while without the daemon many were taken at once.
+            let moved = limit_behind(&self.shared_segments(), self.timeline(), |passed| {
+                passed.sequence <= segment.sequence
+            });
             let Some((below, time)) = moved.filter(|(lsn, _)| *lsn > kept.below) else {
-                continue; // No instant resolves here.
+                continue;
             };
+            // Whatever a record says: times are compared with it.
+            let (oldest, most) = (kept.below_time.0, young.0.max(kept.below_time.0));
             let mut left = KeptInstants {
                 below,
-                below_time: WallTime(time.0.max(kept.below_time.0)),
+                below_time: WallTime(time.0.clamp(oldest, most)),
                 entries: kept.entries.clone(),
             };
             let stays = |entry: &KeptEntry| {

@@ -5,7 +5,7 @@
 use crate::StoredSegment;
 use crate::kept::KeptInstants;
 use std::sync::Arc;
-use varve_format::{Lsn, RecordKind, RunEntry, SegmentSequence, SpanKind, WallTime};
+use varve_format::{Lsn, PointDetail, RecordKind, RunEntry, SegmentSequence, SpanKind, WallTime};
 
 /// Something that happened, at an LSN and a time.
 #[derive(Clone, Debug)]
@@ -81,7 +81,7 @@ pub struct Timeline {
     /// A segment is missing, and no full copy has made up for it since.
     hole: bool,
     /// What retention has left.
-    pub(crate) kept: Arc<KeptInstants>,
+    kept: Arc<KeptInstants>,
 }
 
 impl Timeline {
@@ -91,6 +91,14 @@ impl Timeline {
         let mut timeline = Timeline::default();
         segments.for_each(|segment| timeline.add(segment));
         timeline
+    }
+
+    /// What retention has left now. An automatic point that it has struck is none any more: with one a second they would fill memory.
+    pub(crate) fn set_kept(&mut self, kept: Arc<KeptInstants>) {
+        self.points.retain(|point| {
+            point.entry.detail & PointDetail::AUTOMATIC == 0 || kept.resolves(point.lsn)
+        });
+        self.kept = kept;
     }
 
     /// Goes on with the next segment.
@@ -193,7 +201,7 @@ impl Timeline {
 
     /// What retention has left.
     #[must_use]
-    pub fn kept(&self) -> &KeptInstants {
+    pub fn kept(&self) -> &Arc<KeptInstants> {
         &self.kept
     }
 

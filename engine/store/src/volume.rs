@@ -16,7 +16,9 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use varve_format::{EpochId, FormatError, Lsn, SegmentSequence, VolumeId, WallTime, payload_crc};
+use varve_format::{
+    EpochId, FormatError, Lsn, RunHeader, SegmentSequence, VolumeId, WallTime, payload_crc,
+};
 
 /// Segments by number. Images that are open share it; it is copied when it changes while they do.
 pub(crate) type Segments = Arc<BTreeMap<SegmentSequence, Arc<StoredSegment>>>;
@@ -50,8 +52,6 @@ pub struct VolumeStore {
     pub(crate) used_keys: KeyNames,
     /// Names of points that were asked for.
     point_names: Mutex<BTreeMap<Lsn, String>>,
-    /// The segment that a name was read from last: the next one is likely to lie in it, too.
-    named_in: Mutex<Option<(Arc<StoredSegment>, SegmentFile)>>,
     /// A segment whose run is lost cannot be read before its key is there.
     waits_for_key: bool,
     volume: VolumeId,
@@ -129,7 +129,6 @@ impl VolumeStore {
             used_keys: KeyNames::new(),
             waits_for_key: false,
             point_names: Mutex::default(),
-            named_in: Mutex::default(),
             directory,
             keys,
             volume,
@@ -168,12 +167,14 @@ impl VolumeStore {
             }
         }
         // A run behind the newest segment: its segment was lost. If it is still in the log, it is taken again.
-        let mut segments = BTreeMap::new();
+        let (mut segments, mut lost_runs) = (BTreeMap::new(), BTreeSet::new());
         for sequence in sequences {
             if Some(sequence) > newest {
                 // Under its name it would later stand for a segment that maps were made without.
                 let run = run_path(&self.directory, sequence);
-                let _ = std::fs::rename(&run, run.with_extension(LOST_RUN));
+                let lost = run.with_extension(LOST_RUN);
+                let renamed = std::fs::rename(&run, &lost);
+                lost_runs.insert(renamed.map_or(run, |()| lost));
                 continue;
             }
             match self.load_segment(sequence) {
@@ -194,7 +195,12 @@ impl VolumeStore {
             ));
         }
         self.segments = Arc::new(segments);
-        self.load_lost_runs();
+        for path in durable::list(&self.directory.join("runs"))? {
+            if sequence_of(&path, LOST_RUN).is_some() {
+                lost_runs.insert(path);
+            }
+        }
+        lost_runs.iter().for_each(|path| self.load_lost_run(path));
         self.load_used_keys();
         let there = Arc::clone(&self.segments);
         let count = |places: std::ops::Range<u64>| {
@@ -213,34 +219,31 @@ impl VolumeStore {
         Ok(())
     }
 
-    /// Runs whose segments were lost at the end of the history: what they held is said, until the log has given it again.
-    fn load_lost_runs(&mut self) {
-        for path in durable::list(&self.directory.join("runs")).unwrap_or_default() {
-            let Some(sequence) = sequence_of(&path, LOST_RUN) else {
-                continue;
-            };
-            let head = run_file::read_head(&path).ok();
-            let told = head
-                .as_ref()
-                .map(|(head, _)| (Lsn(head.lsn_start.get()), Lsn(head.lsn_end.get())));
-            let again = |(start, end): (Lsn, Lsn)| {
-                self.segment(sequence)
-                    .is_some_and(|segment| segment.lsn_start == start && segment.lsn_end == end)
-            };
-            if told.is_some_and(again) {
-                let _ = std::fs::remove_file(&path);
-                continue;
-            }
-            let held = told.map_or_else(
-                || "what it held is not known".to_owned(),
-                |(start, end)| format!("the history from LSN {start} to {end} was in it"),
-            );
-            self.damaged.push(format!(
-                "{} is lost, the last one there was then: {held} ({} says which blocks)",
-                segment_path(&self.directory, sequence).display(),
-                path.display()
-            ));
+    /// The run of a segment that was lost when it was the newest: what that held is said, until the log has given it again.
+    fn load_lost_run(&mut self, path: &Path) {
+        let Some(sequence) = sequence_of(path, LOST_RUN).or_else(|| sequence_of(path, "run"))
+        else {
+            return;
+        };
+        let head = run_file::read_head(path).ok();
+        let told = head.map(|(head, _)| (head.lsn_start(), Lsn(head.lsn_end.get())));
+        let again = |(start, end): (Lsn, Lsn)| {
+            self.segment(sequence)
+                .is_some_and(|segment| segment.lsn_start == start && segment.lsn_end == end)
+        };
+        if told.is_some_and(again) {
+            let _ = std::fs::remove_file(path);
+            return;
         }
+        let held = told.map_or_else(
+            || "what it held is not known".to_owned(),
+            |(start, end)| format!("the history from LSN {start} to {end} was in it"),
+        );
+        self.damaged.push(format!(
+            "{}, the last one there was then: {held} ({} says which blocks)",
+            is_lost(&segment_path(&self.directory, sequence)),
+            path.display()
+        ));
     }
 
     fn load_kept(&mut self) {
@@ -275,7 +278,7 @@ impl VolumeStore {
             kept.below_time = self.time_of(until).unwrap_or(WallTime(i64::MIN));
             kept.entries.clear();
         }
-        self.timeline.kept = Arc::new(kept);
+        self.timeline.set_kept(Arc::new(kept));
     }
 
     fn load_segment(&mut self, sequence: SegmentSequence) -> Result<StoredSegment, StoreError> {
@@ -338,6 +341,15 @@ impl VolumeStore {
     }
 
     pub(crate) fn add(&mut self, segment: StoredSegment) {
+        // One that was lost, and that the log has given again.
+        let lost = segment.run_path().with_extension(LOST_RUN);
+        let same = |(head, _): (RunHeader, _)| {
+            head.lsn_start() == segment.lsn_start && head.lsn_end.get() == segment.lsn_end.0
+        };
+        if run_file::read_head(&lost).is_ok_and(same) && std::fs::remove_file(lost).is_ok() {
+            let told = is_lost(&segment.path());
+            self.damaged.retain(|what| !what.starts_with(&told));
+        }
         self.timeline.add(&segment);
         Arc::make_mut(&mut self.segments).insert(segment.sequence, Arc::new(segment));
     }
@@ -466,14 +478,18 @@ impl VolumeStore {
     /// What retention has left.
     #[must_use]
     pub fn kept(&self) -> &Arc<KeptInstants> {
-        &self.timeline.kept
+        self.timeline.kept()
     }
 
     /// Puts another list into its place, durably.
     pub(crate) fn set_kept(&mut self, kept: KeptInstants) -> Result<(), StoreError> {
         kept.write(&self.directory, self.volume)?;
         self.lists_differ = false;
-        self.timeline.kept = Arc::new(kept);
+        self.point_names
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner)
+            .retain(|lsn, _| kept.resolves(*lsn));
+        self.timeline.set_kept(Arc::new(kept));
         Ok(())
     }
 
@@ -611,33 +627,44 @@ impl VolumeStore {
         &self.keys
     }
 
-    /// A point's name. It is read out of its segment once.
-    pub fn point_name(&self, point: &crate::Event) -> Result<String, StoreError> {
-        let names = || {
-            self.point_names
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-        };
-        if let Some(name) = names().get(&point.lsn) {
+    /// Reads the names of recovery points.
+    #[must_use]
+    pub fn point_names(&self) -> PointNames<'_> {
+        PointNames {
+            store: self,
+            file: None,
+        }
+    }
+}
+
+/// Reads names of recovery points, each once. The segment that one was read from is likely to have the next one, too, and stays open until then; no longer:
+/// it may be replaced.
+pub struct PointNames<'a> {
+    store: &'a VolumeStore,
+    file: Option<(SegmentSequence, SegmentFile)>,
+}
+
+impl PointNames<'_> {
+    /// The name of a point.
+    pub fn of(&mut self, point: &crate::Event) -> Result<String, StoreError> {
+        let known = &self.store.point_names;
+        let known = || known.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(name) = known().get(&point.lsn) {
             return Ok(name.clone());
         }
-        let name = self.read_point_name(point)?;
-        names().insert(point.lsn, name.clone());
+        let name = self.read(point)?;
+        known().insert(point.lsn, name.clone());
         Ok(name)
     }
 
-    fn read_point_name(&self, point: &crate::Event) -> Result<String, StoreError> {
-        let segment = self
-            .segments
-            .get(&point.segment)
-            .ok_or(StoreError::Missing(point.segment))?;
-        let mut named_in = self.named_in.lock().unwrap_or_else(PoisonError::into_inner);
-        let file = match named_in.take() {
-            // Not one that was replaced since.
-            Some((of, file)) if Arc::ptr_eq(&of, segment) => file,
+    fn read(&mut self, point: &crate::Event) -> Result<String, StoreError> {
+        let segment = self.store.segment(point.segment);
+        let segment = segment.ok_or(StoreError::Missing(point.segment))?;
+        let file = match self.file.take() {
+            Some((sequence, file)) if sequence == point.segment => file,
             _ => SegmentFile::open(segment)?,
         };
-        let (_, file) = named_in.insert((Arc::clone(segment), file));
+        let (_, file) = self.file.insert((point.segment, file));
         let bytes = point.entry.length.get();
         let mut name = vec![0u8; bytes.min(varve_format::RECORD_PAYLOAD_BYTES_MAX) as usize];
         let cache = crate::cache::Cache::new(1);
@@ -658,6 +685,10 @@ fn modified_ns(path: &Path) -> i64 {
         .ok()
         .and_then(|time| time.duration_since(std::time::UNIX_EPOCH).ok());
     since.map_or(i64::MAX, |since| since.as_nanos() as i64)
+}
+
+fn is_lost(path: &Path) -> String {
+    format!("{} is lost", path.display())
 }
 
 /// What a run is called whose segment, the newest one, was lost.

@@ -31,6 +31,8 @@ struct VolumeStatus {
     next_command: String,
 }
 
+const DAY_NS: i64 = 86_400_000_000_000;
+
 fn now_ns() -> i64 {
     jiff::Timestamp::now().as_nanosecond() as i64
 }
@@ -215,9 +217,9 @@ fn advise(volume: &VolumeInfo, history: &Result<VolumeHistory, ControlError>) ->
     }
 }
 
-/// At a limit the oldest instants go, as was wanted; a full disk ends recording.
+/// At a limit the oldest instants go, as was wanted; a full disk ends recording. A first day, with its full copy, says nothing of the next.
 fn fills_soon(space: &SpaceInfo) -> bool {
-    space.ends_with_disk() && space.room_bytes() < space.bytes_per_day
+    space.ends_with_disk() && space.room_bytes() < space.bytes_per_day && space.history_ns > DAY_NS
 }
 
 fn print(status: &VolumeStatus) {

@@ -84,7 +84,9 @@ impl Story<'_> {
         loop {
             let json = self.varve.varve(&["--json", "key", "status"])?;
             let settled = self.varve.varve(&["--json", "history"])?;
-            let waits = fields(&settled, "unsettled_bytes") != ["0"];
+            let waits = fields(&settled, "unsettled_bytes")
+                .first()
+                .is_none_or(|bytes| bytes != "0");
             let counts: Vec<u64> = json
                 .split("plain_and_encrypted")
                 .nth(1)

@@ -153,6 +153,24 @@ fn trees(story: &Story<'_>) -> Outcome {
             "the holes came back full: {found_blocks} blocks, there were {blocks}"
         ));
     }
+    // Where attributes cannot be kept the rest is kept, and it is said (exit code 3).
+    let poor = story.out("poor");
+    sh(&format!("mkdir {poor} && mount -t ramfs none {poor}"))?;
+    let tree = format!("{poor}/www");
+    let partly = varve.varve(&[
+        "files", "get", "/www", "--at", "whole", "--all", "--to", &tree,
+    ]);
+    let sums = |tree: &str| {
+        sh(&format!(
+            "cd {tree} && find . -type f -exec sha256sum {{}} + | sort"
+        ))
+    };
+    let (whole, part) = (sums(&got), sums(&tree));
+    sh(&format!("umount {poor} && rmdir {poor}"))?;
+    expect_refused(partly, "X017-partly")?;
+    if whole? != part? {
+        return Err("what could be kept of the tree is not what it was".to_owned());
+    }
     // A tree is not mixed into another; a file is not overwritten unasked.
     expect_refused(
         varve.varve(&[

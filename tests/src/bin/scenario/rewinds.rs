@@ -90,9 +90,8 @@ pub fn killed(varve: &Installation, device: &str) -> Outcome {
     let start = Instant::now();
     let (first, second) = two_instants(varve, device)?;
     for (program, instant, expected) in [
-        ("varved", "first", &first),
-        ("blkfilter", "second", &second),
-        ("varved", "first", &first),
+        ("blkfilter", "first", &first),
+        ("varved", "second", &second),
     ] {
         let mut client = begin(varve, instant)?;
         pause(250);
@@ -112,13 +111,13 @@ pub fn killed(varve: &Installation, device: &str) -> Outcome {
     if !varve.messages().contains("the interrupted rewind") {
         return Err(format!("no rewind was interrupted:\n{}", varve.messages()));
     }
-    unreadable(varve, &first)?;
+    unreadable(varve, &second)?;
     say(start, "what cannot be read keeps nobody from the device");
     varve.varve(&["down"]).map(|_| ())
 }
 
-/// An instant lacks a block; the device holds `first`, and `second` can be read.
-fn unreadable(varve: &Installation, first: &str) -> Outcome {
+/// An instant lacks a block; the device holds `second`.
+fn unreadable(varve: &Installation, second: &str) -> Outcome {
     let store = format!("{}/var/lib/varve/store/volumes", varve.root().display());
     let list = || run("sh", &["-c", &format!("ls {store}/*/segments/*.seg")]);
     let mapped = varve.device("disk")?;
@@ -128,13 +127,12 @@ fn unreadable(varve: &Installation, first: &str) -> Outcome {
     varve.varve(&["history"])?;
     let all = list()?;
     let new: Vec<&str> = all.lines().filter(|file| !before.contains(file)).collect();
-    varve.varve(&["rewind", "first", "--yes"])?;
+    varve.varve(&["rewind", "second", "--yes"])?;
     varve.varve(&["history"])?;
     let damage = || {
         let file = new[new.len() / 2];
-        // In each 4 KiB of it, wherever its blocks lie now.
         let script = format!(
-            "size=$(stat -c %s {file}); for at in $(seq 100000 4096 $((size / 2))); do printf x | dd of={file} bs=1 seek=$at conv=notrunc status=none; done"
+            "dd if=/dev/zero of={file} bs=4k seek=32 count=$(($(stat -c %s {file}) / 8192)) conv=notrunc status=none"
         );
         run("sh", &["-c", &script]).map(|_| ())
     };
@@ -169,17 +167,36 @@ fn unreadable(varve: &Installation, first: &str) -> Outcome {
         .nth(1)
         .and_then(|rest| rest.split(" --yes").next());
     let undo = undo.ok_or_else(|| format!("it is not said how to undo it: {told}"))?;
-    varve.varve(&["rewind", undo, "--yes"])?;
-    holds(
-        varve,
-        first,
-        "a rewind that could not be finished is undone",
-    )?;
+    // That is interrupted in its turn: it goes on to where it was taken back to.
+    let mut client = Command::new(varve.program("varve"))
+        .arg("--root")
+        .arg(varve.root())
+        .args(["rewind", undo, "--yes"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .map_err(|e| e.to_string())?;
+    let noted = format!("ls {}/var/lib/varve/store/rewind-*", varve.root().display());
+    let begun = Instant::now();
+    while run("sh", &["-c", &noted]).is_err() {
+        if begun.elapsed() > Duration::from_secs(60) {
+            return Err("the rewind is not taken back".to_owned());
+        }
+        pause(20);
+    }
+    run("pkill", &["-KILL", "varved"])?;
+    let _ = client.wait();
+    varve.varve(&["up"])?;
+    let what = "a rewind that could not be finished is undone";
+    holds(varve, second, what)?;
+    if run("sh", &["-c", &noted]).is_ok() {
+        return Err("where it went is noted for ever".to_owned());
+    }
     expect(
         &["rewind", "third", "--yes"],
         &["S006", "nothing was changed"],
     )?;
-    holds(varve, first, "a rewind that was refused")
+    holds(varve, second, "a rewind that was refused")
 }
 
 /// A rewind until the power goes.

@@ -171,6 +171,7 @@ fn copy(
         _ => (tree.find_directory(Path::new("/"))?, PathBuf::from(".")),
     };
     let outcome = Command::new("cp")
+        .env("LC_ALL", "C") // What it says is looked at.
         .current_dir(name_of(&parent))
         .args([
             "--recursive",
@@ -192,7 +193,8 @@ fn copy(
     let is_full = ["No space left", "quota exceeded"]
         .iter()
         .any(|full| why.contains(full));
-    if is_tree && part.is_dir() && !is_full {
+    let went_on = outcome.status.code() == Some(1) && !why.is_empty();
+    if is_tree && part.is_dir() && went_on && !is_full {
         return Ok(why.lines().map(str::to_owned).collect());
     }
     Err(ControlError::new(
