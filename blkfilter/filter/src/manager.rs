@@ -273,13 +273,29 @@ impl Manager {
         self.open_with(spec, rewind, How::Known)
     }
 
-    /// Opens a volume.
+    /// Opens a volume. A rewind whose end had its place in memory only, when its daemon was killed, has ended once that is in the log: then the device is
+    /// shown.
     fn open_with(
         &self,
         spec: VolumeSpec,
         rewind: Option<Lsn>,
         how: How,
     ) -> Result<(), ControlError> {
+        let name = spec.name.clone();
+        if self.open_once(spec, rewind, how)? {
+            let spec = self.stop(&name)?;
+            self.open_once(spec, None, How::Known)?;
+        }
+        Ok(())
+    }
+
+    /// Opens it; says whether it takes writes of a rewind of which it then knows nothing.
+    fn open_once(
+        &self,
+        spec: VolumeSpec,
+        rewind: Option<Lsn>,
+        how: How,
+    ) -> Result<bool, ControlError> {
         let strict = how == How::New;
         let recover = self.recorded_ublk(&spec.name);
         let origin = origin::claim_origin(
@@ -325,11 +341,13 @@ impl Manager {
         }
         let (spec, attached) = (running.spec.clone(), running.attached.clone());
         let history_end = running.history_end;
+        let has_ended =
+            matches!(running.mode, Mode::Rewinding(None)) && running.rewind_target.is_none();
         self.slots()
             .insert(running.spec.name.clone(), Slot::Running(Box::new(running)));
         let (gone, newest) = attached.unwrap_or_default();
         self.copies_started(&spec, &gone, newest, history_end);
-        Ok(())
+        Ok(has_ended)
     }
 
     fn memory_path(&self, spec: &VolumeSpec) -> PathBuf {

@@ -86,7 +86,7 @@ impl Manager {
         if !self.ask(name, START_WAIT, Message::EndRewind)? {
             return Err(error(
                 "V026-bypass",
-                "the log is in bypass, or what it missed is still being copied: the rewind's end could not be recorded. It is tried again, once the log records",
+                "the log is in bypass, or what it missed is still being copied: the rewind's end could not be recorded. Nothing of it is lost",
             ));
         }
         let spec = self.stop(name)?;

@@ -3,8 +3,10 @@
 //! A crash leaves the span open: the data path does not offer the device, and whoever follows the logs finishes the rewind.
 
 use crate::compare::{open_origin, restore_error};
-use crate::service::{Claim, Service, error, open_rewind, store_error};
-use std::path::PathBuf;
+use crate::service::{Claim, LATE, Service, error, open_rewind, store_error};
+use nix::sys::statvfs::statvfs;
+use std::fs::File;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use varve_control::{
@@ -14,13 +16,27 @@ use varve_format::Lsn;
 use varve_restore::differences;
 use varve_store::Image;
 
-/// A rewind that cannot be finished is tried again after this, or after ten times as long as it was tried: in between another instant can be asked for.
+/// A rewind that cannot be written is tried again after this, or after ten times as long as it was tried: in between another instant can be asked for.
 const REST: Duration = Duration::from_secs(60);
+/// One of which only the end is not recorded, after this.
+const END_REST: Duration = Duration::from_secs(2);
 
 /// Why a rewind could not be finished, and until when it rests.
 pub(crate) struct Unfinished {
     why: ControlError,
     until: std::time::Instant,
+    /// All is written, of this instant; only that it has ended is not recorded.
+    written: Option<Lsn>,
+}
+
+/// What the data path answers then.
+const UNRECORDED: &str = "V026-bypass";
+
+/// What became of a rewind that was written.
+enum Ended {
+    Shown(u64),
+    /// All is written, and its end is not recorded yet.
+    Unrecorded(ControlError),
 }
 
 impl Service {
@@ -31,7 +47,7 @@ impl Service {
         dry_run: bool,
         reporter: &mut Reporter<'_>,
     ) -> Result<StoreReply, ControlError> {
-        let info = self.info(volume)?;
+        let info = self.shown_if_ended(volume, dry_run)?;
         let (image, time_ns) = self.image(volume, instant)?;
         let target = image.lsn();
         if image.bytes() != info.bytes {
@@ -51,23 +67,8 @@ impl Service {
             true => Some(self.claim_rewind(volume)?),
             false => None,
         };
-        if !dry_run && !is_open && info.state != "protected" {
-            return Err(error(
-                "V030-state",
-                format!(
-                    "{volume} is {}: a rewind could not be undone from here. Wait until `varve status` says protected",
-                    info.state
-                ),
-            ));
-        }
-        if !dry_run && is_open && info.state == "bypass" {
-            return Err(error(
-                "V026-bypass",
-                format!(
-                    "{volume} is being rewound, and in bypass ({}): its end could not be recorded. Make room, or mend the log (`varve doctor`); once it records again, say this again",
-                    info.bypass_reason
-                ),
-            ));
+        if !dry_run {
+            refuse_in_state(&info, is_open)?;
         }
         // Before the device is taken away it is known that all of the image can be read.
         let parts = if dry_run { 1 } else { 2 };
@@ -88,6 +89,9 @@ impl Service {
                 ),
             )
         })?;
+        if !is_open {
+            self.refuse_without_room(&info, differing)?;
+        }
         if dry_run {
             return Ok(StoreReply::Rewound {
                 lsn: target.0,
@@ -97,7 +101,6 @@ impl Service {
             });
         }
         if !is_open {
-            self.refuse_without_room(&info, differing)?;
             // A store that takes nothing more could not take what undoes it either, nor end it.
             self.refresh(volume)?;
         }
@@ -119,7 +122,7 @@ impl Service {
         self.unfinished_rewinds().remove(&info.id);
         match info.rewind_target {
             // From now on it goes here, also if that is interrupted in its turn.
-            Some(old) if is_open => self.note_redirected(&info.id, Lsn(old), target),
+            Some(old) if is_open => self.note_redirected(&info.id, Lsn(old), target)?,
             _ => {
                 self.forget_redirected(&info.id);
                 self.filter()?
@@ -136,10 +139,17 @@ impl Service {
             let _ = reporter.report(total + done, total * 2);
         };
         let began = std::time::Instant::now();
-        let written_bytes = self
+        let written = self
             .write_back(&begun, target, &mut report)
             .map_err(|why| self.note_unfinished(&begun, target, &why, began))?;
-        self.forget_redirected(&begun.id);
+        let written_bytes = match self.end(&begun, written) {
+            Ok(Ended::Shown(bytes)) => bytes,
+            Ok(Ended::Unrecorded(why)) => return Err(self.note_unrecorded(&begun, target, &why)),
+            Err(lost) if lost.code == "V025-write" => {
+                return Err(self.note_unfinished(&begun, target, &lost, began));
+            }
+            Err(why) => return Err(why),
+        };
         drop((held, claim));
         Ok(StoreReply::Rewound {
             lsn: target.0,
@@ -147,6 +157,31 @@ impl Service {
             written_bytes,
             undo_lsn,
         })
+    }
+
+    /// A volume. If a rewind of it was written, and only its end was not recorded by then, that is done first: what comes then is another one.
+    fn shown_if_ended(
+        self: &Arc<Self>,
+        volume: &str,
+        dry_run: bool,
+    ) -> Result<VolumeInfo, ControlError> {
+        let info = self.info(volume)?;
+        let is_written = |known: &Unfinished| known.written.is_some();
+        let written = self
+            .unfinished_rewinds()
+            .get(&info.id)
+            .is_some_and(is_written);
+        let ended = !matches!(info.state.as_str(), "rewinding" | "bypass");
+        if dry_run || open_rewind(&info).is_none() || !(written || ended) {
+            return Ok(info);
+        }
+        let _claim = self.claim_rewind(volume)?;
+        match self.end(&info, 0)? {
+            Ended::Shown(_) => self.info(volume),
+            // Nothing of it waits to be recorded any more: what is written from now on belongs to it.
+            Ended::Unrecorded(why) if why.code == UNRECORDED => Ok(info),
+            Ended::Unrecorded(why) => Err(unrecorded(&info, &why)),
+        }
     }
 
     fn claim_rewind(self: &Arc<Self>, volume: &str) -> Result<Claim, ControlError> {
@@ -165,7 +200,11 @@ impl Service {
         let spec = self.specs().into_iter().find(|spec| spec.id == info.id);
         let free = info.segment_count.saturating_sub(info.segments_held + 2);
         let log = spec.map_or(0, |spec| spec.segment_bytes.saturating_mul(free));
-        let room = self.space("").free_bytes.saturating_add(log);
+        let disk = statvfs(&self.paths().store());
+        let free = disk.map_or(u64::MAX, |disk| {
+            disk.blocks_available() * disk.fragment_size()
+        });
+        let room = free.saturating_add(log);
         if differing <= room {
             return Ok(());
         }
@@ -240,43 +279,101 @@ impl Service {
             report(done, total);
             true
         };
-        let written = differences(&image, &origin, write, go_on).map_err(|e| restore_error(&e))?;
-        self.filter()?
-            .call::<_, FilterReply>(&FilterOp::RewindEnd {
-                name: info.name.clone(),
-            })?;
-        Ok(written)
+        differences(&image, &origin, write, go_on).map_err(|e| restore_error(&e))
+    }
+
+    /// All is written: the span ends, and the device is shown.
+    fn end(&self, info: &VolumeInfo, written: u64) -> Result<Ended, ControlError> {
+        let name = info.name.clone();
+        let ended = self
+            .filter()?
+            .call::<_, FilterReply>(&FilterOp::RewindEnd { name });
+        match ended {
+            Err(why) if why.code == UNRECORDED || why.code == LATE || why.code.starts_with('C') => {
+                return Ok(Ended::Unrecorded(why));
+            }
+            // What was written may not be there.
+            Err(lost) if lost.code == "V025-write" => return Err(lost),
+            // It has ended; that the device cannot be shown is another matter.
+            Err(other) => {
+                self.unfinished_rewinds().remove(&info.id);
+                return Err(other);
+            }
+            Ok(_) => {}
+        }
+        self.unfinished_rewinds().remove(&info.id);
+        self.forget_redirected(&info.id);
+        Ok(Ended::Shown(written))
+    }
+
+    /// All is written, and the log does not take yet that it has ended.
+    fn note_unrecorded(&self, info: &VolumeInfo, target: Lsn, why: &ControlError) -> ControlError {
+        let why = unrecorded(info, why);
+        let known = Unfinished {
+            why: why.clone(),
+            until: std::time::Instant::now() + END_REST,
+            written: Some(target),
+        };
+        self.unfinished_rewinds().insert(info.id.clone(), known);
+        why
     }
 
     /// A daemon died in a rewind: it is finished before the device is offered again. A store that takes nothing more may still have what it goes to.
     pub(crate) fn finish_rewind(&self, name: &str) {
         // What was known before the claim may be of a rewind that has ended since.
         let Ok(info) = self.info(name) else { return };
-        let rests = |known: &Unfinished| known.until > std::time::Instant::now();
         let Some(target) = open_rewind(&info).filter(|_| info.state != "bypass") else {
             return;
         };
-        if self.unfinished_rewinds().get(&info.id).is_some_and(rests) {
-            return;
-        }
         let target = self.redirected(&info.id, Lsn(target));
         let began = std::time::Instant::now();
-        let written = self
-            .refresh_if_possible(name)
-            .and_then(|_| self.write_back(&info, target, &mut |_, _| {}));
-        match written {
-            Ok(written) => {
-                self.unfinished_rewinds().remove(&info.id);
-                self.forget_redirected(&info.id);
-                eprintln!(
-                    "varved: {name}: the interrupted rewind to LSN {target} is finished ({written} bytes were still to be written)"
-                );
+        let is_written = |known: &Unfinished| known.written == Some(target);
+        // Where no span is open any more, or all is written, only its end is missing.
+        let ended = info.state != "rewinding"
+            || self
+                .unfinished_rewinds()
+                .get(&info.id)
+                .is_some_and(is_written);
+        let written = match ended {
+            true => Ok(0),
+            false => self
+                .refresh_if_possible(name)
+                .and_then(|_| self.write_back(&info, target, &mut |_, _| {})),
+        };
+        let written = match written {
+            Ok(written) => written,
+            Err(why) => {
+                let why = self.note_unfinished(&info, target, &why, began);
+                eprintln!("varved: {why}");
+                return;
             }
-            Err(why) => eprintln!(
-                "varved: {}",
-                self.note_unfinished(&info, target, &why, began)
+        };
+        match self.end(&info, written) {
+            Ok(Ended::Shown(written)) => eprintln!(
+                "varved: {name}: the interrupted rewind to LSN {target} is finished ({written} bytes were still to be written)"
             ),
+            Ok(Ended::Unrecorded(why)) => {
+                let first = !self
+                    .unfinished_rewinds()
+                    .get(&info.id)
+                    .is_some_and(is_written);
+                let why = self.note_unrecorded(&info, target, &why);
+                if first {
+                    eprintln!("varved: {why}");
+                }
+            }
+            Err(lost) if lost.code == "V025-write" => {
+                let why = self.note_unfinished(&info, target, &lost, began);
+                eprintln!("varved: {why}");
+            }
+            Err(why) => eprintln!("varved: {name}: {why}"),
         }
+    }
+
+    /// Whether a rewind that could not be finished is left alone for now.
+    pub(crate) fn rewind_rests(&self, id: &str) -> bool {
+        let rests = |known: &Unfinished| known.until > std::time::Instant::now();
+        self.unfinished_rewinds().get(id).is_some_and(rests)
     }
 
     /// Notes that it could not be finished, and gives what is to be said of that.
@@ -292,6 +389,7 @@ impl Service {
         let known = Unfinished {
             why: why.clone(),
             until,
+            written: None,
         };
         self.unfinished_rewinds().insert(info.id.clone(), known);
         why
@@ -304,36 +402,86 @@ impl Service {
             .map(|known| known.why.clone())
     }
 
-    /// Where it is noted that a rewind goes somewhere else than it began to: the log says only the latter.
-    fn redirection(&self, id: &str) -> PathBuf {
-        self.paths().store().join(format!("rewind-{id}"))
+    /// Where it is noted that a rewind goes somewhere else than it began to: the log says only the latter. On a disk that takes no note, in memory.
+    fn redirections(&self, id: &str) -> [PathBuf; 2] {
+        let name = format!("rewind-{id}");
+        [
+            self.paths().run().join(&name),
+            self.paths().store().join(name),
+        ]
     }
 
-    /// Where a full disk does not take it, the rewind goes on all the same; interrupted, it would go where it began to.
-    fn note_redirected(&self, id: &str, from: Lsn, to: Lsn) {
-        let path = self.redirection(id);
-        let new = path.with_extension("new");
-        let write = || {
-            let mut file = std::fs::File::create(&new)?;
-            std::io::Write::write_all(&mut file, format!("{from} {to} end\n").as_bytes())?;
-            file.sync_all()?;
-            std::fs::rename(&new, &path)
+    fn note_redirected(&self, id: &str, from: Lsn, to: Lsn) -> Result<(), ControlError> {
+        self.forget_redirected(id);
+        let [in_memory, on_disk] = self.redirections(id);
+        let write = |path: &Path| {
+            let new = path.with_extension("new");
+            let mut file = File::create(&new)?;
+            let written =
+                std::io::Write::write_all(&mut file, format!("{from} {to} end\n").as_bytes())
+                    .and_then(|()| file.sync_all())
+                    .and_then(|()| std::fs::rename(&new, path))
+                    .and_then(|()| flush_directory_of(path));
+            written.inspect_err(|_| drop(std::fs::remove_file(&new)))
         };
-        if let Err(failed) = write() {
-            eprintln!("varved: {}: {failed}", path.display());
-        }
+        let noted = write(&on_disk).or_else(|_| write(&in_memory));
+        noted.map_err(|failed| {
+            let message = format!("{}: {failed}. Nothing was written", in_memory.display());
+            error("R001-restore", message)
+        })
     }
 
-    fn redirected(&self, id: &str, target: Lsn) -> Lsn {
-        let text = std::fs::read_to_string(self.redirection(id)).unwrap_or_default();
-        let words: Vec<&str> = text.split_whitespace().collect();
-        match words.as_slice() {
-            [from, to, "end"] if from.parse() == Ok(target.0) => to.parse().map_or(target, Lsn),
-            _ => target,
-        }
+    /// Where a rewind that began to `target` goes now.
+    pub(crate) fn redirected(&self, id: &str, target: Lsn) -> Lsn {
+        let to = |path: PathBuf| {
+            let text = std::fs::read_to_string(path).ok()?;
+            let words: Vec<&str> = text.split_whitespace().collect();
+            match words.as_slice() {
+                [from, to, "end"] if from.parse() == Ok(target.0) => to.parse().ok().map(Lsn),
+                _ => None,
+            }
+        };
+        let mut noted = self.redirections(id).into_iter().filter_map(to);
+        noted.next().unwrap_or(target)
     }
 
     fn forget_redirected(&self, id: &str) {
-        let _ = std::fs::remove_file(self.redirection(id));
+        for path in self.redirections(id) {
+            if std::fs::remove_file(&path).is_ok() {
+                let _ = flush_directory_of(&path);
+            }
+        }
     }
+}
+
+fn refuse_in_state(info: &VolumeInfo, is_open: bool) -> Result<(), ControlError> {
+    let (name, state) = (&info.name, info.state.as_str());
+    match state {
+        "bypass" if is_open => Err(error(
+            UNRECORDED,
+            format!(
+                "{name} is being rewound, and in bypass ({}): its end could not be recorded. Make room, or mend the log (`varve doctor`); once it records again, say this again",
+                info.bypass_reason
+            ),
+        )),
+        state if !is_open && state != "protected" => Err(error(
+            "V030-state",
+            format!(
+                "{name} is {state}: a rewind could not be undone from here. Wait until `varve status` says protected"
+            ),
+        )),
+        _ => Ok(()),
+    }
+}
+
+fn unrecorded(info: &VolumeInfo, why: &ControlError) -> ControlError {
+    let message = format!(
+        "{}: all of the rewind is written, but that it has ended is not recorded yet: {} [{}]. It is tried again until it is; then the device is shown: `varve status --wait 600`",
+        info.name, why.message, why.code
+    );
+    error("R005-end", message)
+}
+
+fn flush_directory_of(path: &Path) -> std::io::Result<()> {
+    File::open(path.parent().unwrap_or(path))?.sync_all()
 }

@@ -28,7 +28,7 @@ pub(crate) fn open_rewind(volume: &VolumeInfo) -> Option<u64> {
 }
 
 /// The log could not seal its open segment in time.
-const LATE: &str = "V020-late";
+pub(crate) const LATE: &str = "V020-late";
 
 /// The service.
 pub struct Service {
@@ -194,7 +194,9 @@ impl Service {
         let full = outcome.as_ref().is_err_and(|why| why.code == "S007-full");
         let known = |target: u64| {
             let known = self.if_open(&volume.id, |store| store.rewind_target());
+            // One that goes somewhere else by now needs that, too.
             known.flatten() == Some(Lsn(target))
+                && self.redirected(&volume.id, Lsn(target)) == Lsn(target)
         };
         runs && full && volume.rewind_target.is_none_or(known)
     }
@@ -213,6 +215,7 @@ impl Service {
             for volume in volumes {
                 if open_rewind(&volume).is_some()
                     && volume.state != "bypass"
+                    && !self.rewind_rests(&volume.id)
                     && let Some(claim) = self.claim(&volume.name)
                 {
                     // On a thread of its own: the log must go on being drained.
@@ -252,7 +255,7 @@ impl Service {
                 };
                 if self.makes_room(&volume, &outcome) {
                     self.note_taken(&volume.id, true);
-                } else if open_rewind(&volume).is_some() {
+                } else if open_rewind(&volume).is_some() || volume.state == "failed" {
                     self.note_taken(&volume.id, false);
                 } else if outcome.is_ok() {
                     self.note_taken(&volume.id, true);

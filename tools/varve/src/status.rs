@@ -124,7 +124,13 @@ fn advise(volume: &VolumeInfo, history: &Result<VolumeHistory, ControlError>) ->
     };
     let says = |what: fn(&VolumeHistory) -> bool| history.as_ref().is_ok_and(what);
     let to = |risk: &str, command: String| (risk.to_owned(), command);
+    let unfinished =
+        store.filter(|error| matches!(error.code.as_str(), "R003-unfinished" | "R005-end"));
     match volume.state.as_str() {
+        _ if unfinished.is_some() => to(
+            unfinished.map_or("", |error| error.message.as_str()),
+            "varve status --wait 600, or what is said above; varve scrub".to_owned(),
+        ),
         "failed" => to(
             "the volume does not run",
             "correct what the note says, then: varve down; varve up".to_owned(),
@@ -140,10 +146,6 @@ fn advise(volume: &VolumeInfo, history: &Result<VolumeHistory, ControlError>) ->
         "waiting" => to(
             "nothing is recorded before the next boot",
             "reboot".to_owned(),
-        ),
-        "rewinding" if store.is_some_and(|error| error.code == "R003-unfinished") => to(
-            store.map_or("", |error| error.message.as_str()),
-            "varve rewind INSTANT --yes (as it says); varve scrub".to_owned(),
         ),
         "rewinding" => to(
             "a rewind is running; the device is not offered until it is done",
