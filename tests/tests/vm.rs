@@ -60,6 +60,7 @@ in_guests! {
     bad_input_is_refused_by_name: |kernel| everywhere(kernel, &["bad-input"]);
     sectors_sizes_and_partitions: |kernel| everywhere(kernel, &["shapes"]);
     killed_in_a_rewind_finishes_it: |kernel| everywhere(kernel, &["rewind-killed"]);
+    unreadable_instant_takes_no_device_away: |kernel| everywhere(kernel, &["rewind-unreadable"]);
     lost_history_is_said_and_made_whole: |kernel| everywhere(kernel, &["holes"]);
     resized_device_is_followed: |kernel| everywhere(kernel, &["resize"]);
     history_thins_out_as_the_policy_says: |kernel| everywhere(kernel, &["retention"]);
@@ -81,12 +82,12 @@ fn fallback_ext4_images_at_many_instants() {
 
 #[test]
 fn fallback_xfs_images_at_many_instants() {
-    fallback(&["instants", "xfs", &sized(7, 34).to_string()]);
+    fallback(&["instants", "xfs", &sized(5, 34).to_string()]);
 }
 
 #[test]
 fn fallback_btrfs_images_at_many_instants() {
-    fallback(&["instants", "btrfs", &sized(7, 34).to_string()]);
+    fallback(&["instants", "btrfs", &sized(5, 34).to_string()]);
 }
 
 #[test]
@@ -112,6 +113,11 @@ fn fallback_bad_input_is_refused_by_name() {
 #[test]
 fn fallback_sectors_sizes_and_partitions() {
     fallback(&["shapes"]);
+}
+
+#[test]
+fn fallback_unreadable_instant_takes_no_device_away() {
+    fallback(&["rewind-unreadable"]);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use crate::driver::Message;
 use crate::manager::{Manager, START_WAIT, Slot, error};
-use crate::running::Mode;
+use crate::running::{Mode, Running};
 use varve_control::ControlError;
 use varve_format::Lsn;
 use varve_front::RequestKind;
@@ -31,10 +31,24 @@ impl Manager {
             }
         }
         let spec = self.stop(name)?;
-        self.open(spec.clone(), Some(target)).inspect_err(|failed| {
-            eprintln!("blkfilter: {name}: rewind: {failed}");
-            let _ = self.reopen(spec.clone());
-        })
+        self.open(spec.clone(), Some(target))
+            .inspect_err(|failed| {
+                eprintln!("blkfilter: {name}: rewind: {failed}");
+                let _ = self.reopen(spec.clone());
+            })?;
+        let begun = |running: &Running| running.rewind_target == Some(target);
+        if matches!(self.slots().get(name), Some(Slot::Running(running)) if begun(running)) {
+            return Ok(());
+        }
+        // Another span had begun in that moment (something is to be copied): a rewind does not begin within it.
+        let spec = self.stop(name)?;
+        self.reopen(spec)?;
+        Err(error(
+            "V030-state",
+            format!(
+                "{name} has something to copy first; nothing was changed. Wait until `varve status` says protected, and say it again"
+            ),
+        ))
     }
 
     /// The way to a volume that is being rewound.
@@ -74,7 +88,6 @@ impl Manager {
 
     /// Ends the rewind and shows the device again.
     pub fn rewind_end(&self, name: &str) -> Result<(), ControlError> {
-        let _changing = self.changing();
         let jobs = self.rewind_jobs(name)?;
         jobs.call(RequestKind::Flush, 0, 0, Vec::new(), false)
             .map_err(|errno| {
@@ -89,6 +102,9 @@ impl Manager {
                 "the log is in bypass, or what it missed is still being copied: the rewind's end could not be recorded. Nothing of it is lost",
             ));
         }
+        // What was waited for may have taken a while: other volumes were free to change.
+        let _changing = self.changing();
+        self.rewind_jobs(name)?;
         let spec = self.stop(name)?;
         self.reopen(spec)
     }

@@ -1,6 +1,18 @@
 //! Rewinds: the device becomes what it was; only blocks that differ are written, through the data path, which records them.
 //!
-//! A crash leaves the span open: the data path does not offer the device, and whoever follows the logs finishes the rewind.
+//! Order: the image is read once as a whole; then the span begins in the log and the device is away; what differs is written, recorded; the device is flushed,
+//! the span ends, durably; the device is shown.
+//!
+//! Crash, by where it comes:
+//! - before the span: nothing has happened.
+//! - in the span, either daemon or the machine: the log says where it goes; the data path does not show the device, and whoever follows the logs computes the
+//!   difference anew and finishes it.
+//! - after it was taken back, or sent elsewhere: the log knows only where it began to go. A note beside the store (`rewind-ID`, before the first block) says
+//!   where it goes now; it is removed before the next span begins.
+//! - while its end waits for a place or for the disk: all is written. Whoever asks again ends it, or hears that it has ended; nothing is written again.
+//! - with its end in surviving memory only: the data path knows once that is in the log, and shows the device.
+//!
+//! What cannot be written (a block of the image is lost, the store is full) is said with a way back, and rests: another instant can be named meanwhile.
 
 use crate::compare::{open_origin, restore_error};
 use crate::service::{Claim, LATE, Service, error, open_rewind, store_error};
@@ -16,8 +28,10 @@ use varve_format::Lsn;
 use varve_restore::differences;
 use varve_store::Image;
 
-/// A rewind that cannot be written is tried again after this, or after ten times as long as it was tried: in between another instant can be asked for.
+/// A rewind whose instant cannot be read is tried again after this, or after ten times as long as it was tried: in between another one can be asked for.
 const REST: Duration = Duration::from_secs(60);
+/// One that anything else has stopped (the data path was restarted), after this.
+const STOPPED_REST: Duration = Duration::from_secs(5);
 /// One of which only the end is not recorded, after this.
 const END_REST: Duration = Duration::from_secs(2);
 
@@ -31,6 +45,8 @@ pub(crate) struct Unfinished {
 
 /// What the data path answers then.
 const UNRECORDED: &str = "V026-bypass";
+/// What it answers if what was written may not be on the device.
+const LOST: &str = "V025-write";
 
 /// What became of a rewind that was written.
 enum Ended {
@@ -145,7 +161,7 @@ impl Service {
         let written_bytes = match self.end(&begun, written) {
             Ok(Ended::Shown(bytes)) => bytes,
             Ok(Ended::Unrecorded(why)) => return Err(self.note_unrecorded(&begun, target, &why)),
-            Err(lost) if lost.code == "V025-write" => {
+            Err(lost) if lost.code == LOST => {
                 return Err(self.note_unfinished(&begun, target, &lost, began));
             }
             Err(why) => return Err(why),
@@ -176,11 +192,16 @@ impl Service {
             return Ok(info);
         }
         let _claim = self.claim_rewind(volume)?;
-        match self.end(&info, 0)? {
-            Ended::Shown(_) => self.info(volume),
-            // Nothing of it waits to be recorded any more: what is written from now on belongs to it.
-            Ended::Unrecorded(why) if why.code == UNRECORDED => Ok(info),
-            Ended::Unrecorded(why) => Err(unrecorded(&info, &why)),
+        match self.end(&info, 0) {
+            Ok(Ended::Shown(_)) => self.info(volume),
+            // Its span is open, and nothing of it waits to be recorded: what is written from now on belongs to it.
+            Ok(Ended::Unrecorded(why)) if why.code == UNRECORDED && !ended => Ok(info),
+            Ok(Ended::Unrecorded(why)) => Err(unrecorded(&info, &why)),
+            Err(lost) if lost.code == LOST => {
+                let target = self.redirected(&info.id, Lsn(info.rewind_target.unwrap_or(0)));
+                Err(self.note_unfinished(&info, target, &lost, std::time::Instant::now()))
+            }
+            Err(other) => Err(other),
         }
     }
 
@@ -240,7 +261,7 @@ impl Service {
         error(
             "R003-unfinished",
             format!(
-                "{name} could not become what it was at LSN {target}: {} [{}]. It is partly written, and not offered until it is whole: {back}",
+                "{name} could not become what it was at LSN {target}: {} [{}]. It is partly written, and not offered until it is whole. It is tried again; {back}",
                 why.message, why.code
             ),
         )
@@ -262,6 +283,7 @@ impl Service {
             Image::open(store, target).map_err(|e| store_error(&e))
         })?;
         let origin = open_origin(&info.device)?;
+        let errors = self.info(&info.name)?.origin_errors;
         let mut filter = self.filter()?;
         let name = info.name.clone();
         let write = |offset: u64, bytes: &[u8]| {
@@ -279,7 +301,12 @@ impl Service {
             report(done, total);
             true
         };
-        differences(&image, &origin, write, go_on).map_err(|e| restore_error(&e))
+        let written = differences(&image, &origin, write, go_on).map_err(|e| restore_error(&e))?;
+        // A flush of its own that has failed tells nobody else: what was written before it may not be there.
+        match self.info(&info.name)?.origin_errors == errors {
+            true => Ok(written),
+            false => Err(error(LOST, "the device has reported errors meanwhile")),
+        }
     }
 
     /// All is written: the span ends, and the device is shown.
@@ -293,7 +320,7 @@ impl Service {
                 return Ok(Ended::Unrecorded(why));
             }
             // What was written may not be there.
-            Err(lost) if lost.code == "V025-write" => return Err(lost),
+            Err(lost) if lost.code == LOST => return Err(lost),
             // It has ended; that the device cannot be shown is another matter.
             Err(other) => {
                 self.unfinished_rewinds().remove(&info.id);
@@ -362,7 +389,7 @@ impl Service {
                     eprintln!("varved: {why}");
                 }
             }
-            Err(lost) if lost.code == "V025-write" => {
+            Err(lost) if lost.code == LOST => {
                 let why = self.note_unfinished(&info, target, &lost, began);
                 eprintln!("varved: {why}");
             }
@@ -384,8 +411,12 @@ impl Service {
         why: &ControlError,
         began: std::time::Instant,
     ) -> ControlError {
+        let rest = match why.code.starts_with('S') {
+            true => REST.max(began.elapsed() * 10),
+            false => STOPPED_REST,
+        };
         let why = self.unfinished(info, target, why);
-        let until = std::time::Instant::now() + REST.max(began.elapsed() * 10);
+        let until = std::time::Instant::now() + rest;
         let known = Unfinished {
             why: why.clone(),
             until,
@@ -464,7 +495,8 @@ fn refuse_in_state(info: &VolumeInfo, is_open: bool) -> Result<(), ControlError>
                 info.bypass_reason
             ),
         )),
-        state if !is_open && state != "protected" => Err(error(
+        // Nothing is written outside a span: where it has ended, it is shown first.
+        state if state != if is_open { "rewinding" } else { "protected" } => Err(error(
             "V030-state",
             format!(
                 "{name} is {state}: a rewind could not be undone from here. Wait until `varve status` says protected"

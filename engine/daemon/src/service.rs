@@ -432,10 +432,14 @@ impl Service {
         if matches!(volume.state.as_str(), "failed" | "bypass") {
             return Ok(volume); // The log may not answer; history up to now can still be read.
         }
-        let name = name.to_owned();
-        match self.filter()?.call(&FilterOp::Seal { name }) {
+        let seal = FilterOp::Seal {
+            name: name.to_owned(),
+        };
+        match self.filter()?.call(&seal) {
             Ok(FilterReply::Sealed { sealed }) => {
                 self.take(&volume, SegmentSequence(sealed.below))?;
+                // A bypass that has begun meanwhile seals nothing: then it must not seem that all is here.
+                return self.info(name);
             }
             // A log without a free place seals nothing: why it has none is what is to be said.
             Err(late) if late.code == LATE => {

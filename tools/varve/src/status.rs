@@ -127,7 +127,7 @@ fn advise(volume: &VolumeInfo, history: &Result<VolumeHistory, ControlError>) ->
     let unfinished =
         store.filter(|error| matches!(error.code.as_str(), "R003-unfinished" | "R005-end"));
     match volume.state.as_str() {
-        _ if unfinished.is_some() => to(
+        state if unfinished.is_some() && state != "bypass" => to(
             unfinished.map_or("", |error| error.message.as_str()),
             "varve status --wait 600, or what is said above; varve scrub".to_owned(),
         ),

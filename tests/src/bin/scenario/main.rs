@@ -62,6 +62,7 @@ fn main() -> ExitCode {
         "bad-input" => bad_input::bad_input(&installation, Path::new(root)),
         "shapes" => shapes::shapes(&installation, Path::new(root)),
         "rewind-killed" => rewinds::killed(&installation, device),
+        "rewind-unreadable" => rewinds::unreadable(&installation, device),
         "rewind-load" => rewinds::load(&installation, device),
         "after-rewind-cut" => rewinds::after_cut(&installation),
         "holes" => holes::holes(&installation, device),

@@ -111,13 +111,13 @@ pub fn killed(varve: &Installation, device: &str) -> Outcome {
     if !varve.messages().contains("the interrupted rewind") {
         return Err(format!("no rewind was interrupted:\n{}", varve.messages()));
     }
-    unreadable(varve, &second)?;
-    say(start, "what cannot be read keeps nobody from the device");
     varve.varve(&["down"]).map(|_| ())
 }
 
-/// An instant lacks a block; the device holds `second`.
-fn unreadable(varve: &Installation, second: &str) -> Outcome {
+/// An instant lacks a block: that keeps nobody from the device.
+pub fn unreadable(varve: &Installation, device: &str) -> Outcome {
+    let (_, second) = two_instants(varve, device)?;
+    let second = second.as_str();
     let store = format!("{}/var/lib/varve/store/volumes", varve.root().display());
     let list = || run("sh", &["-c", &format!("ls {store}/*/segments/*.seg")]);
     let mapped = varve.device("disk")?;
@@ -196,7 +196,8 @@ fn unreadable(varve: &Installation, second: &str) -> Outcome {
         &["rewind", "third", "--yes"],
         &["S006", "nothing was changed"],
     )?;
-    holds(varve, second, "a rewind that was refused")
+    holds(varve, second, "a rewind that was refused")?;
+    varve.varve(&["down"]).map(|_| ())
 }
 
 /// A rewind until the power goes.
