@@ -13,6 +13,10 @@ use varve_tests::sample::{Sample, VOLUME, scrub};
 const VOLUME_BYTES: u64 = 4 << 20;
 const SEGMENT_BYTES: u64 = 96 << 10;
 
+fn instants_of(store: &VolumeStore) -> Vec<Lsn> {
+    store.kept().entries.iter().map(KeptEntry::lsn).collect()
+}
+
 /// Where there is too little space the oldest instants go, a part at a time, until nothing is left that may.
 #[test]
 fn the_oldest_go_first_and_what_must_stay_stays() {
@@ -24,13 +28,7 @@ fn the_oldest_go_first_and_what_must_stay_stays() {
     let now = end_time(&sample.store);
     assert!(keep(&mut sample.store, &policy(span, 40, &[(100, 100)])));
     sweep(&mut sample.store);
-    let listed: Vec<Lsn> = sample
-        .store
-        .kept()
-        .entries
-        .iter()
-        .map(KeptEntry::lsn)
-        .collect();
+    let listed = instants_of(&sample.store);
     assert!(listed.len() > 20, "{} instants", listed.len());
     let (pinned, open) = (listed[3], listed[listed.len() / 2]);
     sample.store.pin(pinned).unwrap();
@@ -82,13 +80,7 @@ fn the_oldest_go_first_and_what_must_stay_stays() {
         }
     }
     assert!(moved > 5 && steps > moved + 10, "{moved} of {steps}");
-    let left: Vec<Lsn> = sample
-        .store
-        .kept()
-        .entries
-        .iter()
-        .map(KeptEntry::lsn)
-        .collect();
+    let left = instants_of(&sample.store);
     assert_eq!(left, [pinned, open]);
     let mut bytes = vec![0; VOLUME_BYTES as usize];
     image.read(0, &mut bytes).unwrap();
@@ -110,13 +102,7 @@ fn the_oldest_go_first_and_what_must_stay_stays() {
     let elsewhere = tempfile::tempdir().unwrap();
     sample.store = VolumeStore::open(elsewhere.path(), VOLUME).unwrap();
     sample.store = VolumeStore::open(directory.path(), VOLUME).unwrap();
-    let left: Vec<Lsn> = sample
-        .store
-        .kept()
-        .entries
-        .iter()
-        .map(KeptEntry::lsn)
-        .collect();
+    let left = instants_of(&sample.store);
     assert_eq!(left, [pinned]);
     check(&mut sample, 40);
     assert_eq!(scrub(&sample.store).damage, []);
