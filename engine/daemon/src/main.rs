@@ -9,6 +9,7 @@ mod image_device;
 mod keys;
 mod overlay;
 mod points;
+mod redirection;
 mod resolve;
 mod retention;
 mod rewind;

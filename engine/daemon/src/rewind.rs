@@ -7,7 +7,7 @@
 //! - before the span: nothing has happened.
 //! - in the span, either daemon or the machine: the log says where it goes; the data path does not show the device, and whoever follows the logs computes the
 //!   difference anew and finishes it.
-//! - after it was taken back, or sent elsewhere: the log knows only where it began to go. A note beside the store (`rewind-ID`, before the first block) says
+//! - after it was taken back, or sent elsewhere: the log knows only where it began to go. A note (`redirection.rs`, before the first block) says
 //!   where it goes now; it is removed before the next span begins.
 //! - while its end waits for a place or for the disk: all is written. Whoever asks again ends it, or hears that it has ended; nothing is written again.
 //! - with its end in surviving memory only: the data path knows once that is in the log, and shows the device.
@@ -17,8 +17,6 @@
 use crate::compare::{open_origin, restore_error};
 use crate::service::{Claim, LATE, Service, error, open_rewind, store_error};
 use nix::sys::statvfs::statvfs;
-use std::fs::File;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use varve_control::{
@@ -432,57 +430,6 @@ impl Service {
             .get(id)
             .map(|known| known.why.clone())
     }
-
-    /// Where it is noted that a rewind goes somewhere else than it began to: the log says only the latter. On a disk that takes no note, in memory.
-    fn redirections(&self, id: &str) -> [PathBuf; 2] {
-        let name = format!("rewind-{id}");
-        [
-            self.paths().run().join(&name),
-            self.paths().store().join(name),
-        ]
-    }
-
-    fn note_redirected(&self, id: &str, from: Lsn, to: Lsn) -> Result<(), ControlError> {
-        self.forget_redirected(id);
-        let [in_memory, on_disk] = self.redirections(id);
-        let write = |path: &Path| {
-            let new = path.with_extension("new");
-            let mut file = File::create(&new)?;
-            let written =
-                std::io::Write::write_all(&mut file, format!("{from} {to} end\n").as_bytes())
-                    .and_then(|()| file.sync_all())
-                    .and_then(|()| std::fs::rename(&new, path))
-                    .and_then(|()| flush_directory_of(path));
-            written.inspect_err(|_| drop(std::fs::remove_file(&new)))
-        };
-        let noted = write(&on_disk).or_else(|_| write(&in_memory));
-        noted.map_err(|failed| {
-            let message = format!("{}: {failed}. Nothing was written", in_memory.display());
-            error("R001-restore", message)
-        })
-    }
-
-    /// Where a rewind that began to `target` goes now.
-    pub(crate) fn redirected(&self, id: &str, target: Lsn) -> Lsn {
-        let to = |path: PathBuf| {
-            let text = std::fs::read_to_string(path).ok()?;
-            let words: Vec<&str> = text.split_whitespace().collect();
-            match words.as_slice() {
-                [from, to, "end"] if from.parse() == Ok(target.0) => to.parse().ok().map(Lsn),
-                _ => None,
-            }
-        };
-        let mut noted = self.redirections(id).into_iter().filter_map(to);
-        noted.next().unwrap_or(target)
-    }
-
-    fn forget_redirected(&self, id: &str) {
-        for path in self.redirections(id) {
-            if std::fs::remove_file(&path).is_ok() {
-                let _ = flush_directory_of(&path);
-            }
-        }
-    }
 }
 
 fn refuse_in_state(info: &VolumeInfo, is_open: bool) -> Result<(), ControlError> {
@@ -512,8 +459,4 @@ fn unrecorded(info: &VolumeInfo, why: &ControlError) -> ControlError {
         info.name, why.message, why.code
     );
     error("R005-end", message)
-}
-
-fn flush_directory_of(path: &Path) -> std::io::Result<()> {
-    File::open(path.parent().unwrap_or(path))?.sync_all()
 }

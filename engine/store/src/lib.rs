@@ -24,6 +24,7 @@ mod ladder;
 mod map_file;
 mod map_merge;
 mod maps;
+mod point_names;
 mod prune;
 mod replay;
 mod retention;
@@ -51,6 +52,7 @@ pub use kept::KeptInstants;
 pub use keys::{KeysInfo, Secret, SecretKey, StoreKeys, VolumeKeys};
 pub use ladder::{Ladder, Nanoseconds, Rung, parse_span, show_span};
 pub use maps::MapJob;
+pub use point_names::PointNames;
 pub use prune::{PrunedSegment, Sweep, Swept, Verdict};
 pub use retention::{Plan, Policy, RetentionJob};
 pub use salvage::{Salvaged, salvage};
@@ -59,7 +61,7 @@ pub use segment::StoredSegment;
 pub use settle::{Proved, SettleJob, Settling};
 pub use space::Thinning;
 pub use timeline::{Closed, Event, Nearest, Outside, Timeline};
-pub use volume::{PointNames, VolumeStore, volume_directory};
+pub use volume::{VolumeStore, volume_directory};
 
 #[cfg(test)]
 mod tests;

@@ -16,9 +16,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use varve_format::{
-    EpochId, FormatError, Lsn, RunHeader, SegmentSequence, VolumeId, WallTime, payload_crc,
-};
+use varve_format::{EpochId, FormatError, Lsn, RunHeader, SegmentSequence, VolumeId, WallTime};
 
 /// Segments by number. Images that are open share it; it is copied when it changes while they do.
 pub(crate) type Segments = Arc<BTreeMap<SegmentSequence, Arc<StoredSegment>>>;
@@ -51,7 +49,7 @@ pub struct VolumeStore {
     keys: Arc<VolumeKeys>,
     pub(crate) used_keys: KeyNames,
     /// Names of points that were asked for.
-    point_names: Mutex<BTreeMap<Lsn, String>>,
+    pub(crate) point_names: Mutex<BTreeMap<Lsn, String>>,
     /// A segment whose run is lost cannot be read before its key is there.
     waits_for_key: bool,
     volume: VolumeId,
@@ -625,54 +623,6 @@ impl VolumeStore {
 
     pub(crate) fn keys(&self) -> &Arc<VolumeKeys> {
         &self.keys
-    }
-
-    /// Reads the names of recovery points.
-    #[must_use]
-    pub fn point_names(&self) -> PointNames<'_> {
-        PointNames {
-            store: self,
-            file: None,
-        }
-    }
-}
-
-/// Reads names of recovery points, each once. The segment that one was read from is likely to have the next one, too, and stays open until then; no longer:
-/// it may be replaced.
-pub struct PointNames<'a> {
-    store: &'a VolumeStore,
-    file: Option<(SegmentSequence, SegmentFile)>,
-}
-
-impl PointNames<'_> {
-    /// The name of a point.
-    pub fn of(&mut self, point: &crate::Event) -> Result<String, StoreError> {
-        let known = &self.store.point_names;
-        let known = || known.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(name) = known().get(&point.lsn) {
-            return Ok(name.clone());
-        }
-        let name = self.read(point)?;
-        known().insert(point.lsn, name.clone());
-        Ok(name)
-    }
-
-    fn read(&mut self, point: &crate::Event) -> Result<String, StoreError> {
-        let segment = self.store.segment(point.segment);
-        let segment = segment.ok_or(StoreError::Missing(point.segment))?;
-        let file = match self.file.take() {
-            Some((sequence, file)) if sequence == point.segment => file,
-            _ => SegmentFile::open(segment)?,
-        };
-        let (_, file) = self.file.insert((point.segment, file));
-        let bytes = point.entry.length.get();
-        let mut name = vec![0u8; bytes.min(varve_format::RECORD_PAYLOAD_BYTES_MAX) as usize];
-        let cache = crate::cache::Cache::new(1);
-        file.read(point.entry.payload.get(), &mut name, &cache)?;
-        if payload_crc(segment.epoch, point.lsn, &name) != point.entry.payload_crc.get() {
-            return Err(StoreError::Damaged(segment.path(), FormatError::Checksum));
-        }
-        Ok(String::from_utf8_lossy(&name).into_owned())
     }
 }
 

@@ -36,16 +36,20 @@ fn two_instants(varve: &Installation, device: &str) -> Result<(String, String), 
     Ok((first, second))
 }
 
-/// Starts a rewind that may be interrupted.
-pub fn begin(varve: &Installation, instant: &str) -> Result<std::process::Child, String> {
-    let child = Command::new(varve.program("varve"))
+fn spawn(varve: &Installation, instant: &str) -> Result<std::process::Child, String> {
+    Command::new(varve.program("varve"))
         .arg("--root")
         .arg(varve.root())
         .args(["rewind", instant, "--yes"])
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()
-        .map_err(|e| e.to_string())?;
+        .map_err(|e| e.to_string())
+}
+
+/// Starts a rewind that may be interrupted.
+pub fn begin(varve: &Installation, instant: &str) -> Result<std::process::Child, String> {
+    let child = spawn(varve, instant)?;
     let start = Instant::now();
     while !status(varve).contains("\"rewinding\"") {
         if start.elapsed() > Duration::from_secs(30) {
@@ -168,14 +172,7 @@ pub fn unreadable(varve: &Installation, device: &str) -> Outcome {
         .and_then(|rest| rest.split(" --yes").next());
     let undo = undo.ok_or_else(|| format!("it is not said how to undo it: {told}"))?;
     // That is interrupted in its turn: it goes on to where it was taken back to.
-    let mut client = Command::new(varve.program("varve"))
-        .arg("--root")
-        .arg(varve.root())
-        .args(["rewind", undo, "--yes"])
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .map_err(|e| e.to_string())?;
+    let mut client = spawn(varve, undo)?;
     let noted = format!("ls {}/var/lib/varve/store/rewind-*", varve.root().display());
     let begun = Instant::now();
     while run("sh", &["-c", &noted]).is_err() {

@@ -1,0 +1,67 @@
+//! Where a rewind goes that was taken back, or sent elsewhere, after it had begun: the log says only where it began to go.
+//!
+//! Order: the note is durable before the first block is written to the new end, and removed before the next rewind begins. Crash before it: the rewind goes
+//! where it began to, and nothing was written for another end.
+
+use crate::service::{Service, error};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use varve_control::ControlError;
+use varve_format::Lsn;
+
+impl Service {
+    /// Where it is noted that a rewind goes somewhere else than it began to: the log says only the latter. On a disk that takes no note, in memory.
+    fn redirections(&self, id: &str) -> [PathBuf; 2] {
+        let name = format!("rewind-{id}");
+        [
+            self.paths().run().join(&name),
+            self.paths().store().join(name),
+        ]
+    }
+
+    pub(crate) fn note_redirected(&self, id: &str, from: Lsn, to: Lsn) -> Result<(), ControlError> {
+        self.forget_redirected(id);
+        let [in_memory, on_disk] = self.redirections(id);
+        let write = |path: &Path| {
+            let new = path.with_extension("new");
+            let mut file = File::create(&new)?;
+            let written =
+                std::io::Write::write_all(&mut file, format!("{from} {to} end\n").as_bytes())
+                    .and_then(|()| file.sync_all())
+                    .and_then(|()| std::fs::rename(&new, path))
+                    .and_then(|()| flush_directory_of(path));
+            written.inspect_err(|_| drop(std::fs::remove_file(&new)))
+        };
+        let noted = write(&on_disk).or_else(|_| write(&in_memory));
+        noted.map_err(|failed| {
+            let message = format!("{}: {failed}. Nothing was written", in_memory.display());
+            error("R001-restore", message)
+        })
+    }
+
+    /// Where a rewind that began to `target` goes now.
+    pub(crate) fn redirected(&self, id: &str, target: Lsn) -> Lsn {
+        let to = |path: PathBuf| {
+            let text = std::fs::read_to_string(path).ok()?;
+            let words: Vec<&str> = text.split_whitespace().collect();
+            match words.as_slice() {
+                [from, to, "end"] if from.parse() == Ok(target.0) => to.parse().ok().map(Lsn),
+                _ => None,
+            }
+        };
+        let mut noted = self.redirections(id).into_iter().filter_map(to);
+        noted.next().unwrap_or(target)
+    }
+
+    pub(crate) fn forget_redirected(&self, id: &str) {
+        for path in self.redirections(id) {
+            if std::fs::remove_file(&path).is_ok() {
+                let _ = flush_directory_of(&path);
+            }
+        }
+    }
+}
+
+fn flush_directory_of(path: &Path) -> std::io::Result<()> {
+    File::open(path.parent().unwrap_or(path))?.sync_all()
+}
