@@ -31,6 +31,12 @@ impl Paths {
         self.at("etc/varve/volumes")
     }
 
+    /// The files of volumes that are protected no more and whose history is there, by ID.
+    #[must_use]
+    pub fn former_volumes(&self) -> PathBuf {
+        self.volumes().join("former")
+    }
+
     /// What the store does by itself.
     #[must_use]
     pub fn store_policy(&self) -> PathBuf {

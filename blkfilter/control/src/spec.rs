@@ -88,6 +88,16 @@ pub enum SpecError {
     Invalid(PathBuf, String),
 }
 
+impl SpecError {
+    /// The file.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        match self {
+            SpecError::Io(path, _) | SpecError::Invalid(path, _) => path,
+        }
+    }
+}
+
 impl fmt::Display for SpecError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -167,6 +177,11 @@ pub fn save_spec(directory: &Path, spec: &VolumeSpec) -> Result<(), SpecError> {
     spec.check()
         .map_err(|why| SpecError::Invalid(path.clone(), why))?;
     save_toml(directory, &spec.name, spec)
+}
+
+/// Notes a volume that is protected no more, so that its history is found: under its ID, because its name is free again.
+pub fn save_former(directory: &Path, spec: &VolumeSpec) -> Result<(), SpecError> {
+    save_toml(directory, &spec.id, spec)
 }
 
 /// Writes a file that lasts, durably: a new file, flushed, renamed over the old one, the directory flushed.

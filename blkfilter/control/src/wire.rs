@@ -9,6 +9,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 /// Protocol version. 1: first version.
 const VERSION: u32 = 1;
@@ -18,6 +19,8 @@ const LINE_BYTES_MAX: u64 = 16 << 20;
 const ANSWER_BYTES_MAX: u64 = 512 << 20;
 /// Most attached bytes: one write of a rewind.
 pub const ATTACH_BYTES_MAX: usize = 1 << 20;
+/// How long a client may leave an answer, or a progress line, unread.
+const WRITE_WAIT: Duration = Duration::from_secs(20);
 /// Connections at once.
 const CONNECTIONS_MAX: usize = 64;
 
@@ -120,7 +123,7 @@ impl Client {
     }
 
     /// Waits for answers no longer than this.
-    pub fn answer_within(self, limit: std::time::Duration) -> io::Result<Client> {
+    pub fn answer_within(self, limit: Duration) -> io::Result<Client> {
         self.reader.get_ref().set_read_timeout(Some(limit))?;
         Ok(self)
     }
@@ -241,6 +244,8 @@ where
     Reply: Serialize,
     Handler: Fn(Op, Vec<u8>, &mut Reporter<'_>) -> Result<Reply, ControlError>,
 {
+    // Who does not read (it was stopped, its terminal hangs) counts as gone: what it asked for must not wait for it.
+    stream.set_write_timeout(Some(WRITE_WAIT))?;
     let mut reader = BufReader::new(stream.try_clone()?);
     let mut at_end = AtEnd::default();
     loop {

@@ -9,9 +9,9 @@ use crate::{AckPolicy, SurvivingMemory, VolumeConfig};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use varve_control::{Ack, ControlError, Paths, VolumeInfo, VolumeSpec};
+use varve_control::{Ack, ControlError, Paths, SpecError, VolumeInfo, VolumeSpec};
 use varve_format::{Lsn, SegmentSequence, VolumeId};
 use varve_front::Geometry;
 
@@ -48,6 +48,8 @@ const DEVICE_BYTES_MIN: u64 = 1 << 20;
 pub struct Manager {
     pub(crate) paths: Paths,
     slots: Mutex<BTreeMap<String, Slot>>,
+    /// Volumes whose files cannot be read, and why: they do not run, and that is said.
+    unread: Mutex<Vec<VolumeInfo>>,
     /// Held by whatever adds, removes or restarts a volume: one at a time.
     changing: Mutex<()>,
     /// Hot copies that are shown, by name.
@@ -78,6 +80,7 @@ impl Manager {
         Manager {
             paths,
             slots: Mutex::new(BTreeMap::new()),
+            unread: Mutex::default(),
             changing: Mutex::new(()),
             shown_copies: Mutex::new(BTreeMap::new()),
             copy_records: Mutex::new(()),
@@ -86,27 +89,23 @@ impl Manager {
     }
 
     pub(crate) fn slots(&self) -> MutexGuard<'_, BTreeMap<String, Slot>> {
-        self.slots
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn shown_copies(&self) -> MutexGuard<'_, BTreeMap<String, ShownCopy>> {
         self.shown_copies
             .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn copy_records(&self) -> MutexGuard<'_, ()> {
         self.copy_records
             .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn changing(&self) -> MutexGuard<'_, ()> {
-        self.changing
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.changing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Opens volumes whose device was not there before: at a boot disks come when they come.
@@ -150,7 +149,11 @@ impl Manager {
                         self.slots().insert(name, Slot::Failed(spec, error));
                     }
                 }
-                Err(error) => eprintln!("blkfilter: {error}"),
+                Err(why) => {
+                    eprintln!("blkfilter: {why}");
+                    let mut unread = self.unread.lock().unwrap_or_else(PoisonError::into_inner);
+                    unread.push(unread_info(&why));
+                }
             }
         }
     }
@@ -380,10 +383,9 @@ impl Manager {
     /// All volumes' figures.
     pub fn infos(&self) -> Vec<VolumeInfo> {
         let names: Vec<String> = self.slots().keys().cloned().collect();
-        names
-            .iter()
-            .filter_map(|name| self.info(name).ok())
-            .collect()
+        let unread = self.unread.lock().unwrap_or_else(PoisonError::into_inner);
+        let infos = names.iter().filter_map(|name| self.info(name).ok());
+        infos.chain(unread.iter().cloned()).collect()
     }
 
     /// Sends a message to a volume's thread.
@@ -537,7 +539,13 @@ impl Manager {
     pub fn unprotect(&self, name: &str) -> Result<(), ControlError> {
         let _changing = self.changing();
         self.refuse_copied(name, "unprotecting")?;
+        let begun = !matches!(self.slots().get(name), Some(Slot::Waiting(_)));
         let spec = self.stop(name)?;
+        if begun {
+            // Its history is found by that.
+            varve_control::save_former(&self.paths.former_volumes(), &spec)
+                .map_err(|e| error("V011-config", e))?;
+        }
         std::fs::remove_file(self.paths.volumes().join(format!("{name}.toml")))?;
         self.slots().remove(name);
         self.wipe_places(&spec, |_| true);
@@ -627,6 +635,17 @@ fn follow_size(
     eprintln!("blkfilter: {}: {message}: following it", spec.name);
     spec.bytes = geometry.bytes;
     Ok(true)
+}
+
+/// What is told of a volume whose file cannot be read.
+fn unread_info(why: &SpecError) -> VolumeInfo {
+    let name = why.path().file_stem().unwrap_or_default();
+    VolumeInfo {
+        name: name.to_string_lossy().into_owned(),
+        state: "failed".to_owned(),
+        note: format!("V011-config: {why}. Mend that file, then restart blkfilter"),
+        ..VolumeInfo::default()
+    }
 }
 
 fn idle_info(spec: &VolumeSpec, state: &str, note: &str) -> VolumeInfo {

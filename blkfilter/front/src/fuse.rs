@@ -11,6 +11,7 @@ use fuser::{
     InitFlags, KernelConfig, LockOwner, MountOption, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty,
     ReplyEntry, ReplyOpen, ReplyWrite, Request as FuseRequest, Session, SessionACL, WriteFlags,
 };
+use nix::mount::{MntFlags, umount2};
 use std::ffi::OsStr;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -239,6 +240,7 @@ pub fn serve(
     stopper: &Stopper,
     started: impl FnOnce(&str) + Send + 'static,
 ) -> io::Result<()> {
+    clear_dead(directory);
     std::fs::create_dir_all(directory)?;
     let (jobs, receiver) = channel::jobs(waker);
     let mut config = Config::default();
@@ -285,6 +287,30 @@ pub fn serve(
     ender
         .join()
         .unwrap_or_else(|_| Err(io::Error::other("the FUSE thread panicked")))
+}
+
+/// Takes away what a daemon that died has left of a device that it showed in `directory`: a mount of which nothing can be asked any more, and its loop device,
+/// which ends when nobody uses it any more. What is served stays.
+pub fn clear_dead(directory: &Path) {
+    let is_dead = || {
+        let asked = std::fs::metadata(directory);
+        asked.is_err_and(|error| error.raw_os_error() == Some(libc::ENOTCONN))
+    };
+    if !is_dead() {
+        return;
+    }
+    let loops = std::fs::read_dir("/sys/block")
+        .into_iter()
+        .flatten()
+        .flatten();
+    for entry in loops {
+        let backing = std::fs::read_to_string(entry.path().join("loop/backing_file"));
+        if backing.is_ok_and(|backing| Path::new(backing.trim_end()) == directory.join(NAME)) {
+            let device = Path::new("/dev").join(entry.file_name());
+            let _ = Command::new("losetup").arg("--detach").arg(device).output();
+        }
+    }
+    while is_dead() && umount2(directory, MntFlags::MNT_DETACH).is_ok() {}
 }
 
 fn attach(file: &Path, geometry: &Geometry) -> io::Result<String> {

@@ -69,12 +69,18 @@ pub(crate) struct Transmission {
 
 impl Replies {
     fn send(&self, head: &[u8], data: &[u8]) -> io::Result<()> {
-        let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
         if data.len() <= ONE_WRITE_BYTES {
-            return stream.write_all(&[head, data].concat());
+            return self.send_all(&[head, data].concat());
         }
+        let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
         stream.write_all(head)?;
         stream.write_all(data)
+    }
+
+    /// Sends whole answers, made elsewhere.
+    fn send_all(&self, answers: &[u8]) -> io::Result<()> {
+        let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
+        stream.write_all(answers)
     }
 
     fn failed(&self, cookie: u64, errno: Errno) -> io::Result<()> {

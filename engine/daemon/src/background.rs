@@ -18,6 +18,10 @@ use varve_store::{Compression, MapJob, Policy, SettleJob, Settling, StoreError, 
 const IDLE: Duration = Duration::from_secs(1);
 /// How long a volume is left alone after something failed.
 const BACK_OFF: Duration = Duration::from_secs(60);
+/// How often it is looked whether the key is there that a history waits for.
+const KEYS_EVERY: Duration = Duration::from_secs(5);
+/// How often segments are tried again that could not be read when their history was opened.
+const UNREAD_EVERY: Duration = Duration::from_secs(600);
 /// How often the policy is asked what it keeps; more often if it keeps everything for moments only.
 const RETAIN_EVERY: Duration = Duration::from_secs(30);
 /// How long pruning has its turn, about.
@@ -70,6 +74,9 @@ struct Background {
     said: String,
     /// How many threads compress.
     threads: usize,
+    /// When it was looked for histories that wait for a key which is there, and for segments that could not be read.
+    asked_keys: Instant,
+    tried_unread: Instant,
 }
 
 /// Works until the process ends.
@@ -104,6 +111,8 @@ pub(crate) fn run(service: Arc<Service>) {
         proved,
         said: String::new(),
         threads: 1,
+        asked_keys: Instant::now(),
+        tried_unread: Instant::now(),
     };
     loop {
         background.turn();
@@ -131,6 +140,7 @@ impl Background {
             (Compression::default(), percent, None)
         });
         self.service.retry_keys();
+        self.reopen_unknown();
         let _ = self.service.clock_ns(); // A jump is noticed between two looks.
         let kept = self.settled_policy(kept);
         // Whole processors: with a part of one more it would only wait for that.
@@ -155,6 +165,19 @@ impl Background {
         } else {
             std::thread::sleep(IDLE);
         }
+    }
+
+    /// What could not be read of a history when it was opened is tried again now and then.
+    fn reopen_unknown(&mut self) {
+        if self.asked_keys.elapsed() < KEYS_EVERY {
+            return;
+        }
+        self.asked_keys = Instant::now();
+        let unread_is_due = self.tried_unread.elapsed() >= UNREAD_EVERY;
+        if unread_is_due {
+            self.tried_unread = Instant::now();
+        }
+        self.service.reopen_unknown(unread_is_due);
     }
 
     /// The policy, once it has said the same for a while: a file that is being written anew may be empty, or away, for a moment.
@@ -340,8 +363,9 @@ impl Background {
         });
         if let Err(error) = made {
             self.failed(id, None, &error);
-            // A smaller map that is damaged is not asked again, but made again; for anything else that does not pass by itself, this one is done without.
-            let smaller_map = job.reads_maps() && matches!(error, StoreError::Damaged(..));
+            // A smaller map that is damaged, or cannot be read, is not asked again, but made again; for anything else that does not pass by itself, this one is done without.
+            let smaller_map =
+                job.reads_maps() && matches!(error, StoreError::Damaged(..) | StoreError::Io(..));
             if !passes(&error) && !smaller_map {
                 self.service.if_open(id, |store| store.give_up_map(job));
             }

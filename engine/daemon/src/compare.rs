@@ -1,7 +1,7 @@
 //! The device against its history, and one instant against another.
 
 use crate::resolve::resolve;
-use crate::service::{Service, error, now_ns, store_error};
+use crate::service::{Service, UNPROTECTED, error, now_ns, store_error};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -38,8 +38,16 @@ impl Service {
         volume: &str,
         reporter: &mut Reporter<'_>,
     ) -> Result<StoreReply, ControlError> {
-        let (image, _) = self.image(volume, &Instant::Now)?;
         let info = self.info(volume)?;
+        if info.state == UNPROTECTED {
+            return Err(error(
+                "V022-unprotected",
+                format!(
+                    "{volume} is protected no more: what was written to its device since is in no history"
+                ),
+            ));
+        }
+        let (image, _) = self.image(volume, &Instant::Now)?;
         let origin = open_origin(&info.device)?;
         let mut suspects: Vec<(u64, u64)> = Vec::new();
         let note = |offset: u64, bytes: &[u8], list: &mut Vec<(u64, u64)>| {
@@ -55,6 +63,7 @@ impl Service {
             |done, total| reporter.report(done, total),
         )
         .map_err(|e| restore_error(&e))?;
+        let mut looked_at = image.lsn();
         for _ in 0..20 {
             if suspects.is_empty() {
                 break;
@@ -68,6 +77,22 @@ impl Service {
                 still.extend(differing.map_err(|e| store_error(&e))?);
             }
             suspects = still;
+            looked_at = image.lsn();
+        }
+        if !suspects.is_empty() {
+            // What is being written all the time never stands still for a look: it is not said to differ.
+            let (newer, _) = self.image(volume, &Instant::Now)?;
+            let changes = self.with_store(&info.id, |store| {
+                let changes = store.changes(looked_at, newer.lsn());
+                changes.map_err(|e| store_error(&e))
+            })?;
+            let written = changes.ranges().map_err(|e| store_error(&e))?;
+            suspects.retain(|(offset, length)| {
+                let overlaps = |(start, bytes): &(u64, u64)| {
+                    *start < offset + length && *offset < start + bytes
+                };
+                !written.iter().any(overlaps)
+            });
         }
         let bytes = suspects.iter().map(|range| range.1).sum();
         let check = Check {

@@ -20,7 +20,11 @@ use varve_store::{Image, RangeKind};
 
 /// Memory that an overlay in /run leaves.
 const MEMORY_LEFT_BYTES: u64 = 16 << 20;
+/// Begins the names of directories that images are shown in, where the kernel has no ublk.
+pub(crate) const IMAGE: &str = "image-";
 const SHOW_WAIT: Duration = Duration::from_secs(30);
+/// How long a device that is to end may seem to be in use: who has just unmounted it is not told to do so.
+const UNUSED_WAIT: Duration = Duration::from_secs(3);
 /// How long the device of a client that has gone may still be in use: its mounts end with it, a moment later.
 const LET_GO_WAIT: Duration = Duration::from_secs(10);
 
@@ -187,7 +191,7 @@ impl Exports {
                 (shown, thread)
             }
             None => {
-                let name = format!("image-{}-{number}", std::process::id());
+                let name = format!("{IMAGE}{}-{number}", std::process::id());
                 let showing = Showing {
                     thread: "export".to_owned(),
                     through_ublk: ublk::is_available(),
@@ -247,6 +251,24 @@ impl Exports {
         {
             eprintln!("varved: {name}: {failed}");
         }
+    }
+
+    /// Ends an export that nobody uses. Who has just unmounted it is waited for: udev may be looking at it.
+    pub fn hide_unused(&self, name: &str) -> Result<(), ControlError> {
+        let is_ours = self.shown().contains_key(name);
+        let since = Instant::now();
+        while is_ours && is_busy(Path::new(name)).unwrap_or(false) {
+            if since.elapsed() > UNUSED_WAIT {
+                return Err(ControlError::new(
+                    "V012-busy",
+                    format!(
+                        "{name} is mounted or in use; unmount it first (`findmnt -S {name}` and `lsblk {name}` show where). Nothing was changed"
+                    ),
+                ));
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        self.hide(name)
     }
 
     /// Ends an export.

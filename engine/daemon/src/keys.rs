@@ -72,6 +72,18 @@ impl Keys {
     }
 }
 
+impl Keys {
+    /// Compares the files of keys on the disk, or those of a copy of the store in `copy`, with what is in use; what is damaged is written anew. In words.
+    pub(crate) fn mend(&self, copy: Option<&Path>) -> Vec<String> {
+        let guard = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let keys = guard.as_ref().map(|loaded| &loaded.keys);
+        keys.map_or_else(Vec::new, |keys| match copy {
+            Some(root) => keys.mend_in(root),
+            None => keys.mend(),
+        })
+    }
+}
+
 impl Loaded {
     /// Said once.
     fn say(&mut self, text: String) {
@@ -173,8 +185,9 @@ impl Service {
         }
         // What waited for its key is opened anew, and known then.
         for id in &open {
+            // One that is in use is opened anew later.
             if self.if_open(id, |store| store.waits_for_key()) == Some(true) {
-                drop(self.stores_without(id)?);
+                drop(self.stores_without(id));
             }
         }
         for id in &open {

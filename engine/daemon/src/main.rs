@@ -20,6 +20,7 @@ mod space;
 mod store_clock;
 mod verify;
 
+use nix::sys::signal::{SigSet, Signal};
 use service::Service;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -55,9 +56,18 @@ fn main() -> ExitCode {
         }
     }
     varve_control::keep_memory_secret("varved");
+    // Threads inherit the mask: only the waiting thread below gets these signals.
+    let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP]);
+    let _ = signals.thread_block();
     let paths = Paths::new(root);
     let socket = paths.store_socket();
     let service = Arc::new(Service::new(paths));
+    let ending = Arc::clone(&service);
+    std::thread::spawn(move || {
+        let _ = signals.wait();
+        ending.shut_down();
+    });
+    service.clear_dead_images();
     let follower = Arc::clone(&service);
     std::thread::spawn(move || follower.follow());
     let worker = Arc::clone(&service);

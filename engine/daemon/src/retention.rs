@@ -30,7 +30,7 @@ impl Service {
     pub(crate) fn retain(&self, id: &str, policy: &Policy) -> Result<(), varve_store::StoreError> {
         let now = WallTime(self.clock_ns());
         // What is not known is not decided about.
-        if self.if_open(id, |store| store.waits_for_key()) == Some(true) {
+        if self.if_open(id, |store| store.is_partly_unknown()) == Some(true) {
             return Ok(());
         }
         let Some(job) = self.if_open(id, |store| store.plan_by(policy, now, WallTime(now_ns())))

@@ -28,7 +28,7 @@ pub(crate) struct ScheduledPoint {
 }
 
 impl ScheduledPoint {
-    /// Makes it; gives the volume's counter of writes afterwards.
+    /// Makes it; gives the volume's counter of writes afterwards, if it was made.
     pub(crate) fn run(&self) -> Option<u64> {
         let mut point = Point {
             name: named(SCHEDULED),
@@ -47,24 +47,30 @@ impl ScheduledPoint {
                 Err(why) => self.say(&format!("before: {why}")),
             }
         }
-        let made = point.make(&self.service, &self.volume).or_else(|refused| {
+        let made = point.make(&self.service, &self.volume).map(Some);
+        let made = made.or_else(|refused| {
             // What cannot be frozen gets its point without.
             self.say(&refused.to_string());
             match refused.code.starts_with('H') {
                 true => {
                     point.freeze = false;
-                    point.make(&self.service, &self.volume)
+                    point.make(&self.service, &self.volume).map(Some)
                 }
-                false => Ok(String::new()),
+                false => Ok(None),
             }
         });
+        let is_made = made.as_ref().is_ok_and(Option::is_some);
         match made {
-            Ok(note) if note.is_empty() => {}
-            Ok(note) => self.say(&note),
+            Ok(note) => note
+                .filter(|note| !note.is_empty())
+                .iter()
+                .for_each(|note| self.say(note)),
             Err(failed) => self.say(&failed.to_string()),
         }
         self.end(&point.name);
-        self.service.info(&self.volume).ok().map(|info| info.writes)
+        // What no point covers is due again, written or not.
+        let info = self.service.info(&self.volume).ok().filter(|_| is_made);
+        info.map(|info| info.writes)
     }
 
     /// Notes which point is begun, and the first command while it runs, if there are commands.

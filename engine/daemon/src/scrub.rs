@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 use varve_control::{ControlError, DamageInfo, Reporter, Scrubbing, StoreReply};
 use varve_format::{Lsn, SegmentSequence, VolumeId};
-use varve_store::{Damage, Scrubbed, VolumeStore, salvage};
+use varve_store::{Damage, Scrubbed, VolumeStore, salvage, volume_directory};
 
 impl Service {
     /// Reads a volume's whole history, or compares what is stored with its checksums, or makes its indexes anew. The first, if it was broken off without
@@ -54,6 +54,8 @@ impl Service {
         if gone {
             return Err(error("S012-interrupted", "the scrub was interrupted"));
         }
+        let mut found = found;
+        found.damage.extend(self.mend_lists(&id));
         self.if_open(&id, |store| {
             store.discard_maps(&found);
             // What was found counts more than that it is noted.
@@ -79,7 +81,17 @@ impl Service {
         }
         let salvaged = salvage(&from, to, |done, total| reporter.report(done, total));
         let salvaged = salvaged.map_err(|e| store_error(&e))?;
-        let mut damage = Vec::new();
+        // What is in use is known, whatever the disk gives.
+        let keys = self.keys.mend(Some(to));
+        let mut damage: Vec<DamageInfo> = keys
+            .iter()
+            .map(|what| told(&Damage::without_place(what)))
+            .collect();
+        for id in volumes_in(to) {
+            let directory = volume_directory(to, id);
+            let lists = self.if_open(&id.to_string(), |store| store.mend_lists_in(&directory));
+            damage.extend(lists.unwrap_or_default().iter().map(told));
+        }
         for id in volumes_in(to) {
             let keys = self.keys.of_volume(&from, &self.paths().store_policy(), id);
             let copy = VolumeStore::open_with(to, id, keys).map_err(|e| store_error(&e))?;
@@ -110,13 +122,25 @@ impl Service {
         })
     }
 
+    /// The small files beside a history, and the keys of the store: what of them is not what is in use is written anew.
+    fn mend_lists(&self, id: &str) -> Vec<Damage> {
+        let mut found: Vec<Damage> = self
+            .if_open(id, |store| store.mend_lists())
+            .unwrap_or_default();
+        let keys = self.keys.mend(None);
+        found.extend(keys.iter().map(|what| Damage::without_place(what)));
+        found
+    }
+
     /// Looks at the structure of a volume's history.
     pub(crate) fn check(&self, volume: &str) -> Result<StoreReply, ControlError> {
         let id = self.id_of(volume)?;
         let job = self.with_store(&id, |store| Ok(store.scrub()))?;
+        let mut damage = job.structure();
+        damage.extend(self.mend_lists(&id));
         let found = Scrubbed {
             segments: job.segment_count(),
-            damage: job.structure(),
+            damage,
             ..Scrubbed::default()
         };
         Ok(reply(&found, SegmentSequence(0)))

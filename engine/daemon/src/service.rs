@@ -1,7 +1,7 @@
 //! What `varved` does: follows the logs, answers questions about the past.
 
 use crate::describe::{clock, history};
-use crate::export::{Exports, NbdExport};
+use crate::export::{Exports, IMAGE, NbdExport};
 use crate::keys::Keys;
 use crate::resolve::resolve;
 use crate::rewind::Unfinished;
@@ -15,6 +15,7 @@ use varve_control::{
     StoreReply, VolumeInfo, VolumeSpec, load_specs,
 };
 use varve_format::{Lsn, SegmentSequence, VolumeId, WallTime};
+use varve_front::fuse;
 use varve_log::DirectFile;
 use varve_store::{Drill, Image, StoreError, VolumeStore, ingest, volume_directory};
 
@@ -29,6 +30,19 @@ pub(crate) fn open_rewind(volume: &VolumeInfo) -> Option<u64> {
 
 /// The log could not seal its open segment in time.
 pub(crate) const LATE: &str = "V020-late";
+/// State of a volume that is protected no more, and whose history is there.
+pub(crate) const UNPROTECTED: &str = "unprotected";
+
+fn not_running(spec: &VolumeSpec) -> VolumeInfo {
+    VolumeInfo {
+        name: spec.name.clone(),
+        id: spec.id.clone(),
+        device: spec.device.display().to_string(),
+        bytes: spec.bytes,
+        state: UNPROTECTED.to_owned(),
+        ..VolumeInfo::default()
+    }
+}
 
 /// The service.
 pub struct Service {
@@ -117,7 +131,8 @@ impl Service {
             .taken
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner);
-        taken.contains(id)
+        // What is protected no more has no log that could hold anything.
+        taken.contains(id) || !self.specs().iter().any(|spec| spec.id == id)
     }
 
     /// The store's time, in nanoseconds since 1970.
@@ -149,11 +164,30 @@ impl Service {
         })
     }
 
+    /// Volumes that are protected.
     pub(crate) fn specs(&self) -> Vec<VolumeSpec> {
-        load_specs(&self.paths.volumes())
-            .into_iter()
-            .filter_map(Result::ok)
-            .collect()
+        let specs = load_specs(&self.paths.volumes()).into_iter();
+        specs.filter_map(Result::ok).collect()
+    }
+
+    /// The same, and those that were and whose history is there.
+    fn known_specs(&self) -> Vec<VolumeSpec> {
+        let former = load_specs(&self.paths.former_volumes()).into_iter();
+        let mut specs = self.specs();
+        specs.extend(former.filter_map(Result::ok));
+        specs
+    }
+
+    /// A volume by its name, or its ID; one that is protected comes first.
+    fn spec_of(&self, name: &str) -> Result<VolumeSpec, ControlError> {
+        let mut specs = self.known_specs().into_iter();
+        let spec = specs.find(|spec| spec.name == name || spec.id == name);
+        spec.ok_or_else(|| {
+            error(
+                "V019-unknown",
+                format!("no volume is named {name}; `varve status` lists them"),
+            )
+        })
     }
 
     pub(crate) fn filter(&self) -> Result<Client, ControlError> {
@@ -174,12 +208,7 @@ impl Service {
             FilterReply::Status { volumes, .. } => volumes
                 .into_iter()
                 .find(|volume| volume.name == name)
-                .ok_or_else(|| {
-                    error(
-                        "V019-unknown",
-                        format!("no volume is named {name}; `varve status` lists them"),
-                    )
-                }),
+                .map_or_else(|| self.spec_of(name).map(|spec| not_running(&spec)), Ok),
             _ => Err(error("C005-answer", "blkfilter gave an unexpected answer")),
         }
     }
@@ -275,24 +304,35 @@ impl Service {
         }
     }
 
+    /// Ends the process, and what it shows before.
+    pub fn shut_down(&self) -> ! {
+        self.exports.hide_all();
+        std::process::exit(0);
+    }
+
+    /// Takes away what a daemon that was killed has left of the images that it showed.
+    pub fn clear_dead_images(&self) {
+        let shown = std::fs::read_dir(self.paths.run().join("fuse"));
+        for directory in shown.into_iter().flatten().flatten() {
+            if directory.file_name().to_string_lossy().starts_with(IMAGE) {
+                fuse::clear_dead(&directory.path());
+                let _ = std::fs::remove_dir(directory.path());
+            }
+        }
+    }
+
     pub(crate) fn paths(&self) -> &Paths {
         &self.paths
     }
 
     /// The ID of a volume, by its file: the data path need not answer.
     pub(crate) fn id_of(&self, name: &str) -> Result<String, ControlError> {
-        let spec = self.specs().into_iter().find(|spec| spec.name == name);
-        spec.map(|spec| spec.id).ok_or_else(|| {
-            error(
-                "V019-unknown",
-                format!("no volume is named {name}; `varve status` lists them"),
-            )
-        })
+        self.spec_of(name).map(|spec| spec.id)
     }
 
     /// What a history's volume is called.
     pub(crate) fn name_of(&self, id: &str) -> String {
-        let spec = self.specs().into_iter().find(|spec| spec.id == id);
+        let spec = self.known_specs().into_iter().find(|spec| spec.id == id);
         spec.map_or_else(|| id.to_owned(), |spec| spec.name)
     }
 
@@ -301,14 +341,15 @@ impl Service {
         if varve_control::mapped_volume_under(&self.paths, &self.paths.store()).is_some() {
             return; // `take` says what is wrong with that.
         }
-        for spec in self.specs() {
+        for spec in self.known_specs() {
             let _ = self.with_store(&spec.id, |_| Ok(()));
         }
     }
 
-    /// Histories that are open, by ID; not those of volumes that are protected no more.
+    /// Histories that are open, by ID.
     pub(crate) fn open_ids(&self) -> Vec<String> {
-        let known: BTreeSet<String> = self.specs().into_iter().map(|spec| spec.id).collect();
+        let known = self.known_specs().into_iter().map(|spec| spec.id);
+        let known: BTreeSet<String> = known.collect();
         let open = self.stores().keys().cloned().collect::<Vec<_>>();
         open.into_iter().filter(|id| known.contains(id)).collect()
     }
@@ -331,6 +372,25 @@ impl Service {
             "S013-in-use",
             "an instant of this history is mounted or exported, or it is being scrubbed; end that first (`varve exports`)",
         ))
+    }
+
+    /// Opens histories anew of which a part was not known: its key is there now, or, if `all`, its disk may answer again. One that is in use waits.
+    pub(crate) fn reopen_unknown(&self, all: bool) {
+        for id in self.open_ids() {
+            let is_due = |store: &VolumeStore| {
+                let has_key = store.waits_for_key() && store.encrypts().is_ok();
+                (has_key || all && store.is_partly_unknown()) && !store.is_in_use()
+            };
+            let mut stores = self.stores();
+            if !stores.get(&id).is_some_and(is_due) {
+                continue;
+            }
+            stores.remove(&id);
+            drop(stores);
+            if let Err(why) = self.with_store(&id, |_| Ok(())) {
+                eprintln!("varved: {id}: {}", why.message);
+            }
+        }
     }
 
     /// Works with a history that is open; one that was forgotten is not made again.
@@ -429,7 +489,7 @@ impl Service {
     /// Brings the store up to this moment.
     pub(crate) fn refresh(&self, name: &str) -> Result<VolumeInfo, ControlError> {
         let volume = self.info(name)?;
-        if matches!(volume.state.as_str(), "failed" | "bypass") {
+        if matches!(volume.state.as_str(), "failed" | "bypass" | UNPROTECTED) {
             return Ok(volume); // The log may not answer; history up to now can still be read.
         }
         let seal = FilterOp::Seal {
@@ -466,6 +526,13 @@ impl Service {
                     info.bypass_reason
                 );
                 Ok((info, Some(error("I006-gap", why))))
+            }
+            Ok(info) if info.state == "failed" => {
+                let why = format!(
+                    "{name} does not run ({}): what its log holds and the history does not is not there",
+                    info.note
+                );
+                Ok((info, Some(error(LATE, why))))
             }
             Ok(info) => Ok((info, None)),
             Err(why) if why.code.starts_with('S') || why.code == LATE => {
@@ -567,7 +634,7 @@ impl Service {
                 })
             }),
             StoreOp::Unexport { device } => {
-                self.exports.hide(&device)?;
+                self.exports.hide_unused(&device)?;
                 Ok(StoreReply::Done)
             }
             StoreOp::Exports => Ok(StoreReply::Exports {
@@ -628,11 +695,12 @@ impl Service {
                     }
                     _ => {}
                 }
+                let former = self.paths.former_volumes().join(format!("{id}.toml"));
+                let _ = std::fs::remove_file(former);
                 Ok(StoreReply::Done)
             }
             StoreOp::Shutdown => {
-                self.exports.hide_all();
-                std::process::exit(0);
+                self.shut_down();
             }
         }
     }

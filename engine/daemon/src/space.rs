@@ -61,7 +61,7 @@ impl Service {
         let now = WallTime(self.clock_ns());
         let next = |id: String| {
             // What is not known is not decided about.
-            let thinning = self.if_open(&id, |store| match store.waits_for_key() {
+            let thinning = self.if_open(&id, |store| match store.is_partly_unknown() {
                 true => None,
                 false => store.next_to_thin(leave, now),
             });

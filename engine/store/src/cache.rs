@@ -42,20 +42,30 @@ impl<K: Copy + Eq + Hash, V: Clone> Cache<K, V> {
             return Ok(value.clone());
         }
         let value = make()?;
+        self.put(key, value.clone());
+        Ok(value)
+    }
+
+    /// Whether a value is there.
+    pub(crate) fn has(&self, key: &K) -> bool {
+        self.lock().values.contains_key(key)
+    }
+
+    /// Keeps a value, if there is none.
+    pub(crate) fn put(&self, key: K, value: V) {
         let mut kept = self.lock();
         if kept.values.contains_key(&key) {
-            return Ok(value);
+            return;
         }
-        kept.values.insert(key, value.clone());
-        kept.order.push_back(key);
         kept.weight += (self.weigh)(&value);
+        kept.values.insert(key, value);
+        kept.order.push_back(key);
         while kept.weight > self.limit
             && kept.order.len() > 1
             && let Some(oldest) = kept.order.pop_front()
         {
             self.drop_value(&mut kept, &oldest);
         }
-        Ok(value)
     }
 
     /// Drops a value.

@@ -35,6 +35,8 @@ pub enum StoreError {
         /// What is wrong.
         why: String,
     },
+    /// Neither list of the instants that were kept can be read.
+    KeptLost(PathBuf),
     /// The policy has pruned this instant.
     PrunedInstant(varve_format::Lsn),
     /// The policy has pruned what was asked for.
@@ -100,6 +102,7 @@ impl StoreError {
             StoreError::NoKey => "S015-no-key",
             StoreError::OtherKey => "S021-other-key",
             StoreError::Unread(_) => "S023-unread-keys",
+            StoreError::KeptLost(_) => "S024-kept-lost",
             StoreError::SameSecret => "S022-same-secret",
             StoreError::NoKeys => "S016-not-encrypted",
             StoreError::HasKeys => "S017-encrypted",
@@ -187,6 +190,13 @@ impl fmt::Display for StoreError {
             StoreError::PrunedInstant(lsn) => write!(
                 f,
                 "LSN {lsn} was pruned by the policy; `varve history` says which instants are kept"
+            ),
+            StoreError::KeptLost(path) => write!(
+                f,
+                "{}, and its copy: which instants were kept cannot be read. Nothing is pruned or pinned before that is decided: if a newer version wrote \
+                 them, run that; if there is a copy of one elsewhere, put it back and restart varved; if not, `varve rebuild --give-up-kept` gives up those \
+                 instants, and what only they needed",
+                path.display()
             ),
             StoreError::Root(segment) => write!(
                 f,

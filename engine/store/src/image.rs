@@ -9,6 +9,8 @@ use crate::maps::Layer;
 use crate::segment_file::{FrameCache, SegmentFile, frame_cache};
 use crate::volume::{InstantLease, Segments};
 use crate::{StoreError, VolumeStore};
+use rayon::prelude::*;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use varve_format::{Lsn, MAP_UNIT_BYTES, MapExtent, RecordKind, SegmentSequence, payload_crc};
 
@@ -20,6 +22,10 @@ const FRAMES_KEPT_BYTES: usize = 16 << 20;
 const FILES_KEPT: usize = 64;
 /// A read that is longer is shared among processors: unpacking costs more than reading.
 const SHARED_BYTES: usize = 128 << 10;
+/// What of a long read is done at a time.
+const PART_BYTES: usize = 1 << 20;
+/// What is unpacked ahead of a read at a time: a quarter of what is kept, because others read meanwhile.
+const FETCHED_BYTES: u64 = FRAMES_KEPT_BYTES as u64 / 4;
 
 /// What a range of an image is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -165,26 +171,81 @@ impl Image {
 
     /// Reads `target.len()` bytes from `offset`; a long range on several processors.
     pub fn read(&self, offset: u64, target: &mut [u8]) -> Result<(), StoreError> {
-        if target.len() <= SHARED_BYTES || rayon::current_num_threads() == 1 {
-            return self.read_alone(offset, target);
+        for (part, target) in (0..).zip(target.chunks_mut(PART_BYTES)) {
+            self.read_part(offset + part * PART_BYTES as u64, target)?;
         }
-        let half = (target.len() / 2).next_multiple_of(SHARED_BYTES / 2);
-        let (first, second) = target.split_at_mut(half);
-        let (first, second) = rayon::join(
-            || self.read(offset, first),
-            || self.read(offset + half as u64, second),
-        );
-        first.and(second)
+        Ok(())
     }
 
-    fn read_alone(&self, offset: u64, target: &mut [u8]) -> Result<(), StoreError> {
+    fn read_part(&self, offset: u64, target: &mut [u8]) -> Result<(), StoreError> {
+        let extents = self.extents(offset, target.len() as u64)?;
+        if target.len() > SHARED_BYTES && !self.fetch(&extents) {
+            let half = (target.len() / 2).next_multiple_of(SHARED_BYTES / 2);
+            let (first, second) = target.split_at_mut(half);
+            self.read_part(offset, first)?;
+            return self.read_part(offset + half as u64, second);
+        }
+        self.read_extents(&extents, offset, target)
+    }
+
+    /// Brings the frames that extents lie in into the cache: each is read and unpacked once, neighbours with one read, the processors each their share. False: these are too many at a time.
+    fn fetch(&self, extents: &[MapExtent]) -> bool {
+        let mut wanted: BTreeMap<u64, (Arc<SegmentFile>, Vec<u64>)> = BTreeMap::new();
+        for extent in extents.iter().filter(|extent| extent.is_write()) {
+            // What cannot be opened is told by whoever reads it.
+            if let Ok((file, at)) = self.place_of(extent) {
+                let at = at + u64::from(extent.skip.get()) * MAP_UNIT_BYTES;
+                let (file, frames) = wanted
+                    .entry(extent.segment.get())
+                    .or_insert_with(|| (file, Vec::new()));
+                frames.extend(file.frames_of(at, extent.length.get()));
+            }
+        }
+        let mut bytes = 0;
+        for (file, frames) in wanted.values_mut() {
+            frames.sort_unstable();
+            frames.dedup();
+            frames.retain(|frame| !file.has_frame(*frame, &self.frames));
+            bytes += frames.len() as u64 * file.frame_bytes();
+        }
+        if bytes > FETCHED_BYTES {
+            return false;
+        }
+        let groups = wanted.values().flat_map(|(file, frames)| {
+            let groups = file.neighbours(frames);
+            groups.map(move |group| (file, group))
+        });
+        let groups: Vec<_> = groups.collect();
+        groups
+            .into_par_iter()
+            .for_each(|(file, group)| file.fetch(group, &self.frames));
+        true
+    }
+
+    /// Fills `target`, which begins at `offset`, with what `extents` are.
+    fn read_extents(
+        &self,
+        extents: &[MapExtent],
+        offset: u64,
+        target: &mut [u8],
+    ) -> Result<(), StoreError> {
+        if target.len() > SHARED_BYTES && extents.len() > 1 {
+            let (before, behind) = extents.split_at(extents.len() / 2);
+            let at = behind[0].offset.get();
+            let (first, second) = target.split_at_mut((at - offset) as usize);
+            let (first, second) = rayon::join(
+                || self.read_extents(before, offset, first),
+                || self.read_extents(behind, at, second),
+            );
+            return first.and(second);
+        }
         let mut at = 0;
-        for extent in self.extents(offset, target.len() as u64)? {
+        for extent in extents {
             let start = (extent.offset.get() - offset) as usize;
             let end = start + extent.length.get() as usize;
             target[at..start].fill(0);
             match extent.is_write() {
-                true => self.read_extent(&extent, &mut target[start..end])?,
+                true => self.read_extent(extent, &mut target[start..end])?,
                 false => target[start..end].fill(0),
             }
             at = end;

@@ -1,4 +1,4 @@
-//! Takes sealed segments out of the log ring: checked record by record, copied, indexed, made durable, named.
+//! Takes sealed segments out of the log ring: read once, checked record by record and copied, indexed, made durable, named.
 //!
 //! Crash, step by step (the store's disk keeps what was flushed, nothing else): before the segment has its name, a `.new` file is removed at the next
 //! open and the segment is taken again, because the log recycles it only after all of this. After it, before the run has its name: the run is made
@@ -7,10 +7,13 @@
 use crate::segment::{run_path, segment_path};
 use crate::{StoreError, StoredSegment, VolumeStore, durable, run_file};
 use std::fs::File;
-use std::io::Write;
+use std::io::{self, BufWriter, Seek, Write};
 use std::path::Path;
-use varve_format::{Lsn, RunEntry, SEGMENT_FOOTER_BYTES, SegmentFooter, SegmentSequence};
+use varve_format::{Lsn, RunEntry, SEGMENT_FOOTER_BYTES, SegmentFooter, SegmentSequence, WallTime};
 use varve_log::{ReadAt, RingSegment, SegmentError, SegmentReader, read_headers};
+
+/// Bytes that are written at a time.
+const COPIED_BYTES: usize = 1 << 20;
 
 /// What an ingest has done.
 #[derive(Clone, Debug, Default)]
@@ -96,26 +99,92 @@ fn take(
     if lsn_limit <= segment.header.lsn_start() {
         return Ok(None);
     }
+    let new = durable::unfinished(&segment_path(store.directory(), sequence));
+    let taken = copy(log, (segment, &new), lsn_limit, follows, segment_bytes);
+    if taken.is_err() {
+        // On a full disk half a file would keep it full.
+        let _ = std::fs::remove_file(&new);
+    }
+    let (footer, entries) = taken?;
+    let time_end = WallTime(footer.time_end.get());
+    durable::name(&new, &segment_path(store.directory(), sequence))?;
+    let (mut head, events) = run_file::head_of(&segment.header, &footer, &entries);
+    head.stored_at = store.now.unwrap_or(time_end).0.into();
+    run_file::write(
+        &run_path(store.directory(), sequence),
+        &head,
+        &entries,
+        &events,
+    )?;
+    let stored_bytes = footer.data_bytes.get() + SEGMENT_FOOTER_BYTES as u64;
+    Ok(Some(StoredSegment::new(
+        (store.directory(), store.keys()),
+        &head,
+        events,
+        stored_bytes,
+    )))
+}
+
+/// The log, whose bytes are kept as they are read, from one end to the other: what was checked is what is stored.
+struct Copying<'a> {
+    log: &'a mut dyn ReadAt,
+    base: u64,
+    out: BufWriter<File>,
+    path: &'a Path,
+    done: u64,
+}
+
+impl ReadAt for Copying<'_> {
+    fn read_at(&mut self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        self.log.read_at(offset, bytes)?;
+        if offset != self.base + self.done {
+            return Err(io::Error::other("it is not read in order"));
+        }
+        self.done += bytes.len() as u64;
+        let written = self.out.write_all(bytes);
+        written.map_err(|error| io::Error::other(StoreError::io(self.path)(error)))
+    }
+}
+
+/// Checks the segment's records and copies them into a new file, durably.
+fn copy(
+    log: &mut dyn ReadAt,
+    (segment, new): (&RingSegment, &Path),
+    lsn_limit: Lsn,
+    follows: bool,
+    segment_bytes: u64,
+) -> Result<(SegmentFooter, Vec<RunEntry>), StoreError> {
+    let sequence = segment.header.sequence();
     let damaged = |why: String| StoreError::LogDamaged(sequence, why);
-    let mut reader =
-        match SegmentReader::open(&mut *log as &mut dyn ReadAt, segment.base, segment_bytes) {
-            Ok(reader) => reader,
-            // A disk that fails to read now may read later: nothing is given up.
-            Err(SegmentError::Io(error)) => {
-                return Err(StoreError::Io(Path::new("the log").to_path_buf(), error));
-            }
-            Err(error) => return Err(damaged(error.to_string())),
-        };
+    // A disk that fails to read now may read later: nothing is given up.
+    let unread = StoreError::io(Path::new("the log"));
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(new)
+        .map_err(StoreError::io(new))?;
+    let mut source = Copying {
+        log,
+        base: segment.base,
+        out: BufWriter::with_capacity(COPIED_BYTES, file),
+        path: new,
+        done: 0,
+    };
+    let opened = SegmentReader::open(&mut source as &mut dyn ReadAt, segment.base, segment_bytes);
+    let mut reader = match opened {
+        Ok(reader) => reader,
+        Err(SegmentError::Io(error)) => return Err(unread(error)),
+        Err(error) => return Err(damaged(error.to_string())),
+    };
     let mut entries: Vec<RunEntry> = Vec::new();
     let (mut time_start, mut time_end) = (segment.header.wall_time(), segment.header.wall_time());
     while reader.tail().2 < lsn_limit {
         match reader.advance() {
             Ok(true) => {}
             Ok(false) => break,
-            // A disk that fails to read now may read later: nothing is given up.
-            Err(SegmentError::Io(error)) => {
-                return Err(StoreError::Io(Path::new("the log").to_path_buf(), error));
-            }
+            Err(SegmentError::Io(error)) => return Err(unread(error)),
             // Behind the end of an abandoned epoch anything may lie; before it, a break is damage.
             Err(error) if follows => {
                 return Err(damaged(format!(
@@ -146,50 +215,20 @@ fn take(
     footer.time_end = time_end.0.into();
     footer.data_bytes = data_bytes.into();
     footer.previous_lsn_end = segment.header.previous_lsn_end;
-    let path = segment_path(store.directory(), sequence);
-    let run = run_path(store.directory(), sequence);
-    let new = durable::unfinished(&path);
-    footer.root = copy(log, segment.base, data_bytes, &new, footer).inspect_err(|_| {
-        // On a full disk half a file would keep it full.
-        let _ = std::fs::remove_file(&new);
-    })?;
-    durable::name(&new, &path)?;
-    let (mut head, events) = run_file::head_of(&segment.header, &footer, &entries);
-    head.stored_at = store.now.unwrap_or(time_end).0.into();
-    run_file::write(&run, &head, &entries, &events)?;
-    let stored_bytes = data_bytes + SEGMENT_FOOTER_BYTES as u64;
-    Ok(Some(StoredSegment::new(
-        (store.directory(), store.keys()),
-        &head,
-        events,
-        stored_bytes,
-    )))
-}
-
-/// Copies the segment's bytes and its footer into a new file, durably. Returns the root.
-fn copy(
-    log: &mut dyn ReadAt,
-    base: u64,
-    data_bytes: u64,
-    new: &Path,
-    mut footer: SegmentFooter,
-) -> Result<[u8; 32], StoreError> {
-    let mut file = File::create(new).map_err(StoreError::io(new))?;
+    let mut file = source
+        .out
+        .into_inner()
+        .map_err(|error| StoreError::io(new)(error.into_error()))?;
+    // What was read behind the end is none of it.
+    file.set_len(data_bytes).map_err(StoreError::io(new))?;
+    file.rewind().map_err(StoreError::io(new))?;
     let mut hasher = blake3::Hasher::new();
-    let mut buffer = vec![0u8; 1 << 20];
-    let mut done = 0;
-    while done < data_bytes {
-        let part = (data_bytes - done).min(buffer.len() as u64) as usize;
-        log.read_at(base + done, &mut buffer[..part])
-            .map_err(StoreError::io(Path::new("the log")))?;
-        hasher.update(&buffer[..part]);
-        file.write_all(&buffer[..part])
-            .map_err(StoreError::io(new))?;
-        done += part as u64;
-    }
+    hasher
+        .update_reader(&mut file)
+        .map_err(StoreError::io(new))?;
     footer.root = *hasher.finalize().as_bytes();
     file.write_all(&footer.to_block())
         .map_err(StoreError::io(new))?;
     file.sync_all().map_err(StoreError::io(new))?;
-    Ok(footer.root)
+    Ok((footer, entries))
 }

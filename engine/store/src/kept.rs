@@ -11,7 +11,7 @@ use std::io::Write;
 use std::path::Path;
 use varve_format::{KeptEntry, Lsn, VolumeId, WallTime, encode_kept, parse_kept};
 
-const NAMES: [&str; 2] = ["kept", "kept-copy"];
+pub(crate) const NAMES: [&str; 2] = ["kept", "kept-copy"];
 /// More than a policy can name.
 const KEPT_FILE_BYTES_MAX: u64 = 512 << 20;
 
@@ -132,11 +132,15 @@ impl KeptInstants {
     pub(crate) fn write(&self, directory: &Path, volume: VolumeId) -> Result<(), StoreError> {
         let bytes = encode_kept(volume.0, self.below, self.below_time, &self.entries);
         for name in NAMES {
-            let path = directory.join(name);
-            durable::create(&path, |file| {
-                file.write_all(&bytes).map_err(StoreError::io(&path))
-            })?;
+            write_one(&directory.join(name), &bytes)?;
         }
         Ok(())
     }
+}
+
+/// Writes one of the files, durably.
+pub(crate) fn write_one(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
+    durable::create(path, |file| {
+        file.write_all(bytes).map_err(StoreError::io(path))
+    })
 }

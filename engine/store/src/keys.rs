@@ -7,10 +7,13 @@
 
 use crate::crypt::{self, FileCipher};
 use crate::key_list::{self, KeyNames};
+use crate::lists::mended;
 use crate::{StoreError, durable};
+use nix::fcntl::{Flock, FlockArg};
 use ring::aead::{Aad, NONCE_LEN, Nonce};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -291,14 +294,7 @@ fn read_files(root: &Path) -> (Option<KeysFile>, Option<StoreError>) {
         match bounded.map(|bytes| (parse_keys(&bytes), bytes)) {
             Ok((Ok(file), bytes)) => found.push((file, bytes, path)),
             // Damaged beyond doubt: it is kept for who wants to look at it.
-            Ok((
-                Err(
-                    error @ (FormatError::Checksum
-                    | FormatError::Truncated { .. }
-                    | FormatError::NotVarve),
-                ),
-                _,
-            )) => {
+            Ok((Err(error), _)) if is_damage(&error) => {
                 bad.push((StoreError::Damaged(path.clone(), error), path));
             }
             Ok((Err(error), _)) => failed = Some(StoreError::Damaged(path, error)),
@@ -324,6 +320,14 @@ fn read_files(root: &Path) -> (Option<KeysFile>, Option<StoreError>) {
         let _ = write_file(path, bytes); // One is enough to read; the next start tries again.
     }
     (Some(file.clone()), None)
+}
+
+/// Whether a file is damaged beyond doubt, not only newer.
+fn is_damage(error: &FormatError) -> bool {
+    matches!(
+        error,
+        FormatError::Checksum | FormatError::Truncated { .. } | FormatError::NotVarve
+    )
 }
 
 fn write_file(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
@@ -413,6 +417,47 @@ impl StoreKeys {
             open: self.open.is_some(),
             keys: entries.len().saturating_sub(1),
         })
+    }
+
+    /// Reads both files again, from the disk, and writes anew what is not what is in use. Says what was wrong, in words.
+    #[must_use]
+    pub fn mend(&self) -> Vec<String> {
+        self.mend_in(&self.root)
+    }
+
+    /// The same with the files of a copy of the store.
+    #[must_use]
+    pub fn mend_in(&self, root: &Path) -> Vec<String> {
+        let Some((header, entries)) = &self.file else {
+            return Vec::new();
+        };
+        let right = encode_keys(header, entries);
+        let mut wrong = Vec::new();
+        for name in NAMES {
+            let path = root.join(name);
+            durable::forget_cached(&path);
+            let why = match std::fs::read(&path) {
+                Ok(bytes) if bytes == right => continue,
+                Ok(bytes) => match parse_keys(&bytes) {
+                    Ok((found, _)) if found.generation.get() >= header.generation.get() => {
+                        wrong.push(format!(
+                            "{}: somebody else has written it, and these keys are not those in use. It is left as it is: is another varved at work on this store?",
+                            path.display()
+                        ));
+                        continue;
+                    }
+                    Ok(_) => "it is older than the keys in use".to_owned(),
+                    Err(error) if is_damage(&error) => error.to_string(),
+                    Err(error) => {
+                        wrong.push(format!("{}: {error}. It is left as it is", path.display()));
+                        continue;
+                    }
+                },
+                Err(error) => error.to_string(),
+            };
+            wrong.push(mended(&path, &why, write_file(&path, &right)));
+        }
+        wrong
     }
 
     /// Makes the store an encrypted one.
@@ -584,9 +629,10 @@ impl StoreKeys {
     ) -> Result<(), StoreError> {
         let generation = self.file.as_ref().map_or(0, |file| file.0.generation.get());
         header.generation = generation.saturating_add(1).into();
+        std::fs::create_dir_all(&self.root).map_err(StoreError::io(&self.root))?;
+        let _alone = self.only_writer(generation)?;
         let io = StoreError::io(&self.root);
         let (bytes, entries) = sealed_file(&header, &sealing, &keys).map_err(&io)?;
-        std::fs::create_dir_all(&self.root).map_err(&io)?;
         let old = self
             .file
             .as_ref()
@@ -607,6 +653,24 @@ impl StoreKeys {
         self.open = Some((sealing, keys));
         self.tell();
         Ok(())
+    }
+
+    /// Keeps another process from writing keys at the same time; one that has done so since `known` was read is not written over: its keys would be lost.
+    fn only_writer(&mut self, known: u64) -> Result<Flock<File>, StoreError> {
+        let io = StoreError::io(&self.root);
+        let directory = File::open(&self.root).map_err(&io)?;
+        let lock = Flock::lock(directory, FlockArg::LockExclusive)
+            .map_err(|(_, errno)| io(io::Error::from(errno)))?;
+        let newest = NAMES.iter().filter_map(|name| {
+            let bytes = std::fs::read(self.root.join(name)).ok()?;
+            Some(parse_keys(&bytes).ok()?.0.generation.get())
+        });
+        if newest.max().is_some_and(|newest| newest > known) {
+            let why = "another process has written keys since they were read".to_owned();
+            self.failed = Some(why.clone()); // So they are read again.
+            return Err(StoreError::Unread(why));
+        }
+        Ok(lock)
     }
 
     /// Tells all who read.

@@ -21,6 +21,7 @@ mod kept;
 mod key_list;
 mod keys;
 mod ladder;
+mod lists;
 mod map_file;
 mod map_merge;
 mod maps;

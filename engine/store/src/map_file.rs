@@ -128,10 +128,10 @@ impl MapFile {
         self.fences.len() as u32
     }
 
-    /// Reads a page, and checks it. A damaged one ends the trust in the whole map.
+    /// Reads a page, and checks it. One that is damaged or cannot be read ends the trust in the whole map: it is made again elsewhere on the disk.
     pub(crate) fn read_page(&self, page: u32) -> Result<Arc<[MapExtent]>, StoreError> {
         self.checked_page(page).inspect_err(|error| {
-            if matches!(error, StoreError::Damaged(..)) {
+            if matches!(error, StoreError::Damaged(..) | StoreError::Io(..)) {
                 self.shared.suspect(self.tag);
             }
         })

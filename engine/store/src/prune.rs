@@ -207,7 +207,7 @@ impl VolumeStore {
     /// The same for another list of instants: to say what it would prune.
     #[must_use]
     pub fn sweep_for(&self, kept: &KeptInstants, compression: Compression) -> Option<Sweep> {
-        if kept.below == Lsn(0) || self.lists_differ {
+        if kept.below == Lsn(0) || self.lists_differ || self.kept_is_lost {
             return None;
         }
         let mut instants: Vec<Lsn> = kept
@@ -345,6 +345,9 @@ impl Sweep {
             // A disk that does not take what is written: that goes for all of them.
             Err(error @ (StoreError::ReadOnly(_) | StoreError::Proof(_))) => Err(error),
             Err(error) if error.wants_key() => Err(error),
+            Err(StoreError::Io(path, error)) if path != segment.path() => {
+                Err(StoreError::Io(path, error))
+            }
             // An older one, of which less is left, may fit, and make room.
             Err(error @ StoreError::Full(_)) => {
                 self.full = Some(error);

@@ -12,6 +12,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use varve_format::{KeptEntry, Lsn, PointDetail, RecordKind, RunEntry, SpanKind, WallTime};
 
+/// A record that seems so much older than the store's clock said when it was taken was recorded while the machine's clock was wrong.
+const WRONG_CLOCK_NS: Nanoseconds = 86_400_000_000_000;
+
 /// Without rungs the limit moves in steps of this: each step looks at everything below it.
 const STEP_WITHOUT_RUNGS: Nanoseconds = 3_600_000_000_000;
 
@@ -27,6 +30,8 @@ pub struct Policy {
 /// A plan to be made. It needs no lock of the store.
 pub struct RetentionJob {
     segments: Segments,
+    /// Where segments end, and when the store took them, in order.
+    taken: Vec<(Lsn, WallTime)>,
     timeline: Timeline,
     policy: Policy,
     now: WallTime,
@@ -57,8 +62,10 @@ impl VolumeStore {
     /// The same where the machine's clock, whose time records carry, may say otherwise: if the store's is ahead of it, they are no older for that.
     #[must_use]
     pub fn plan_by(&self, policy: &Policy, now: WallTime, machine: WallTime) -> RetentionJob {
+        let taken = |segment: &StoredSegment| (segment.lsn_end, segment.stored_at);
         RetentionJob {
             segments: self.shared_segments(),
+            taken: self.segments().map(taken).collect(),
             timeline: self.timeline().clone(),
             policy: policy.clone(),
             now,
@@ -74,6 +81,9 @@ impl VolumeStore {
 
     /// Puts a list into the place of the one that is there, but for what must stay.
     pub(crate) fn take_list(&mut self, mut kept: KeptInstants) -> Result<bool, StoreError> {
+        if self.kept_is_lost {
+            return Err(StoreError::KeptLost(self.directory().join("kept")));
+        }
         let old = Arc::clone(self.kept());
         // Only what still resolves; and what came since the plan was made: pins, and images that were opened.
         kept.entries
@@ -207,7 +217,7 @@ impl RetentionJob {
             found.insert(entry.lsn(), entry);
         };
         for entry in self.candidates(below, step)? {
-            let Some(place) = self.place(entry.time()) else {
+            let Some(place) = self.place(entry.lsn(), entry.time()) else {
                 continue;
             };
             if let Some((before, kept)) = last.replace((place, entry))
@@ -231,7 +241,7 @@ impl RetentionJob {
         let mut automatic: Option<((usize, i64), u8, KeptEntry)> = None;
         for point in &self.timeline.points {
             if point.lsn >= below
-                || point.time.0 <= self.machine.0.saturating_sub(oldest)
+                || self.ages_by(point.lsn, point.time).0 <= self.machine.0.saturating_sub(oldest)
                 || self.timeline.check(point.lsn).is_err()
             {
                 continue;
@@ -242,7 +252,7 @@ impl RetentionJob {
             let entry = KeptEntry::new(point.lsn, point.time, false);
             if point.entry.detail & PointDetail::AUTOMATIC == 0 {
                 keep(entry);
-            } else if let Some(place) = self.place(point.time) {
+            } else if let Some(place) = self.place(point.lsn, point.time) {
                 // The best of a step: applications were told, file systems are clean; of equals the last one.
                 let worth =
                     point.entry.detail & (PointDetail::APPLICATION | PointDetail::FILE_SYSTEM);
@@ -313,14 +323,29 @@ impl RetentionJob {
         Ok(candidates)
     }
 
-    /// The rung and the step of it that an instant of this time belongs to; none: it is too old for all of them.
-    fn place(&self, time: WallTime) -> Option<(usize, i64)> {
+    /// The time that an instant ages by: its record's, unless the machine's clock was far behind the store's then. Nothing goes because a clock was set back.
+    fn ages_by(&self, lsn: Lsn, time: WallTime) -> WallTime {
+        // Numbers of segments and LSNs grow together; an instant is the end of the record before it.
+        let index = self.taken.partition_point(|(end, _)| *end < lsn);
+        let stored_at = self
+            .taken
+            .get(index)
+            .map_or(time, |(_, stored_at)| *stored_at);
+        match stored_at.0.saturating_sub(time.0) > WRONG_CLOCK_NS {
+            true => stored_at,
+            false => time,
+        }
+    }
+
+    /// The rung and the step of it that an instant belongs to; none: it is too old for all of them.
+    fn place(&self, lsn: Lsn, time: WallTime) -> Option<(usize, i64)> {
+        let age = self.ages_by(lsn, time);
         let rungs = &self.policy.ladder.rungs;
         let now = self.machine.0;
         let rung = rungs.iter().enumerate().position(|(index, rung)| {
             // Where the next rung takes over, in whole steps of that: then a segment is not written anew for each instant that goes.
             let next = rungs.get(index + 1).map_or(rung.step, |next| next.step);
-            time.0 > floor(now.saturating_sub(rung.age), next)
+            age.0 > floor(now.saturating_sub(rung.age), next)
         })?;
         Some((rung, bucket(time.0, rungs[rung].step)))
     }

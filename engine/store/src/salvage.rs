@@ -6,14 +6,14 @@
 
 use crate::{StoreError, durable};
 use std::fs::File;
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 const BLOCK: usize = 4096;
 const STEP: usize = 1 << 20;
-/// Not worth a copy: it is made anew, or belongs to a process.
-const LEFT_OUT: [&str; 4] = ["lock", "scratch", "maps", "scrub"];
+/// Not worth a copy: it belongs to a process. Maps are: where a segment and its run are damaged they may be the last to know what it held.
+const LEFT_OUT: [&str; 3] = ["lock", "scratch", "scrub"];
 
 /// What was salvaged.
 #[derive(Clone, Debug, Default)]
@@ -43,6 +43,10 @@ fn rank(path: &Path) -> u8 {
         (name, _) if name.starts_with("kept") => 4,
         _ => 3,
     }
+}
+
+fn is_map(path: &Path) -> bool {
+    path.extension().is_some_and(|ending| ending == "map")
 }
 
 /// All files below a directory.
@@ -109,9 +113,14 @@ pub fn salvage(
         if let Some(parent) = target.parent() {
             std::fs::create_dir_all(parent).map_err(StoreError::io(parent))?;
         }
-        let Ok(file) = File::open(&source.path) else {
-            salvaged.unreadable.push((source.path.clone(), 0, 0));
-            continue;
+        let file = match File::open(&source.path) {
+            Ok(file) => file,
+            // A map that was given up meanwhile.
+            Err(error) if error.kind() == ErrorKind::NotFound && is_map(&source.path) => continue,
+            Err(_) => {
+                salvaged.unreadable.push((source.path.clone(), 0, 0));
+                continue;
+            }
         };
         // Settling may have given it another's place since it was listed: what counts is what is open.
         let metadata = file.metadata();

@@ -58,7 +58,8 @@ impl Damage {
     }
 
     /// Damage that no block is lost by.
-    pub(crate) fn without_place(what: &str) -> Damage {
+    #[must_use]
+    pub fn without_place(what: &str) -> Damage {
         Damage {
             what: what.to_owned(),
             segment: None,
@@ -401,20 +402,26 @@ impl ScrubJob {
         Some(Wrong::Nothing)
     }
 
-    /// What is missing between two segments. Numbers may be left out: a segment in which nothing was recorded is none.
+    /// What is missing between two segments, or before the first one. Numbers may be left out: a segment in which nothing was recorded is none.
     pub(crate) fn hole_before(
         &self,
         segment: &StoredSegment,
         before: Option<&StoredSegment>,
     ) -> Option<Damage> {
-        let before = before.filter(|before| segment.previous_lsn_end != before.lsn_end)?;
-        let end = before.lsn_end;
+        let end = before.map_or(Lsn::FIRST, |before| before.lsn_end);
+        if segment.previous_lsn_end == end {
+            return None;
+        }
         let waits = match self.waits_for_key {
             true => ". What waits for its key may lie there: varve key unlock",
             false => "",
         };
+        let there = match before {
+            Some(_) => format!("what is there before it ends at {end}"),
+            None => "nothing of what was before it is there".to_owned(),
+        };
         let what = format!(
-            "history has a hole before segment {}: it goes on behind LSN {}, what is there before it ends at {end}{waits}",
+            "history has a hole before segment {}: it goes on behind LSN {}, {there}{waits}",
             segment.sequence, segment.previous_lsn_end
         );
         // What was in it may have been written anywhere: nothing resolves until all of the device was read again.
@@ -423,7 +430,10 @@ impl ScrubJob {
         let again = again.filter(|closed| !closed.open);
         Some(Damage {
             blocks: vec![(0, segment.volume_bytes)],
-            from: Some((end.plus(1), before.time_end)),
+            from: Some((
+                end.plus(1),
+                before.map_or(segment.time_start, |before| before.time_end),
+            )),
             until: again.map(|closed| (closed.to.plus(1), closed.to_time)),
             ..Damage::without_place(&what)
         })

@@ -29,6 +29,11 @@ pub(crate) fn frame_cache(bytes: usize) -> FrameCache {
 const CHECKED_BYTES: usize = 1 << 20;
 const _: () = assert!(CHECKED_BYTES as u64 > (FRAME_BLOCKS_MAX as u64 + 1) * BLOCK_BYTES);
 
+/// What lies between two frames and is read with them rather than with two system calls.
+const NEAR_BYTES: u64 = 8 << 10;
+/// Frames that are read together, and unpacked by one processor: at most 256 KiB of them, and what lies between.
+const TOGETHER_FRAMES: usize = 16;
+
 struct Settled {
     header: SettledHeader,
     frames: Vec<FrameEntry>,
@@ -241,29 +246,115 @@ impl SegmentFile {
         &self.path
     }
 
-    /// Reads a frame past the cache, checks and decompresses it.
-    pub(crate) fn read_frame(&self, frame: u64) -> Result<Arc<Vec<u8>>, StoreError> {
-        let damaged = || StoreError::Frame {
+    fn settled(&self, frame: u64) -> Result<&Settled, StoreError> {
+        self.settled.as_ref().ok_or_else(|| self.damaged(frame))
+    }
+
+    fn damaged(&self, frame: u64) -> StoreError {
+        StoreError::Frame {
             segment: self.sequence(),
             frame,
-        };
-        let settled = self.settled.as_ref().ok_or_else(damaged)?;
-        let entry = settled.frames.get(frame as usize).ok_or_else(damaged)?;
+        }
+    }
+
+    fn frame_entry(&self, frame: u64) -> Result<&FrameEntry, StoreError> {
+        let entry = self.settled(frame)?.frames.get(frame as usize);
+        entry.ok_or_else(|| self.damaged(frame))
+    }
+
+    /// Reads a frame past the cache, checks and decompresses it.
+    pub(crate) fn read_frame(&self, frame: u64) -> Result<Arc<Vec<u8>>, StoreError> {
+        let entry = self.frame_entry(frame)?;
         let mut stored = vec![0u8; entry.length.get() as usize];
         self.file
             .read_exact_at(&mut stored, entry.offset.get())
             .map_err(StoreError::io(&self.path))?;
-        if frame_crc(&stored, self.sequence().0, frame) != entry.crc.get() {
+        self.unpack_frame(frame, &mut stored)
+    }
+
+    /// Checks what is stored of a frame and decompresses it.
+    fn unpack_frame(&self, frame: u64, stored: &mut [u8]) -> Result<Arc<Vec<u8>>, StoreError> {
+        let (settled, entry) = (self.settled(frame)?, self.frame_entry(frame)?);
+        let damaged = || self.damaged(frame);
+        if frame_crc(stored, self.sequence().0, frame) != entry.crc.get() {
             return Err(damaged());
         }
         let whole = settled.header.frame_bytes(frame);
         let packed = match (settled.header.is_encrypted(), &settled.cipher) {
             (false, _) => &stored[..],
-            (true, Some(cipher)) => cipher.open(frame, &mut stored).ok_or_else(damaged)?,
+            (true, Some(cipher)) => cipher.open(frame, stored).ok_or_else(damaged)?,
             (true, None) => return Err(StoreError::NoKey),
         };
         let frame = compression::unpack(entry.codec, packed, whole);
         frame.map(Arc::new).ok_or_else(damaged)
+    }
+
+    /// Numbers of the frames that hold `length` bytes from `offset` of the sealed segment, as they come; none if it is not settled.
+    pub(crate) fn frames_of(&self, offset: u64, length: u64) -> impl Iterator<Item = u64> {
+        let blocks = offset / BLOCK_BYTES..offset.saturating_add(length).div_ceil(BLOCK_BYTES);
+        self.settled.iter().flat_map(move |settled| {
+            let in_frame = settled.header.blocks_in_frame();
+            let kept = blocks
+                .clone()
+                .map_while(|block| settled.blocks.get(block as usize));
+            kept.filter(|kept| !matches!(**kept, BLOCK_IS_ZERO | BLOCK_IS_GONE))
+                .map(move |kept| u64::from(*kept) / in_frame)
+        })
+    }
+
+    /// Divides frames, given in order, into those that are best read together: little lies between them.
+    pub(crate) fn neighbours<'f>(&self, frames: &'f [u64]) -> impl Iterator<Item = &'f [u64]> {
+        let end = |frame| {
+            let entry = self.frame_entry(frame).ok()?;
+            Some(entry.offset.get() + u64::from(entry.length.get()))
+        };
+        let is_near = move |before: &u64, next: &u64| {
+            let (end, next) = (end(*before), self.frame_entry(*next).ok());
+            let next = next.map(|entry| entry.offset.get());
+            end.zip(next)
+                .is_some_and(|(end, next)| (end..=end + NEAR_BYTES).contains(&next))
+        };
+        frames
+            .chunk_by(is_near)
+            .flat_map(|group| group.chunks(TOGETHER_FRAMES))
+    }
+
+    /// Brings neighbours into the cache with one read. What cannot be read is left out: whoever wants it reads it again, and says what is lost.
+    pub(crate) fn fetch(&self, frames: &[u64], cache: &FrameCache) {
+        let entries = frames.first().zip(frames.last()).map(|(first, last)| {
+            let (first, last) = (self.frame_entry(*first), self.frame_entry(*last));
+            first.and_then(|first| last.map(|last| (first, last)))
+        });
+        let Some(Ok((first, last))) = entries else {
+            return;
+        };
+        let start = first.offset.get();
+        let mut stored =
+            vec![0u8; (last.offset.get() - start) as usize + last.length.get() as usize];
+        if self.file.read_exact_at(&mut stored, start).is_err() {
+            return;
+        }
+        for number in frames {
+            let Ok(entry) = self.frame_entry(*number) else {
+                return;
+            };
+            let at = (entry.offset.get() - start) as usize;
+            let bytes = &mut stored[at..at + entry.length.get() as usize];
+            if let Ok(frame) = self.unpack_frame(*number, bytes) {
+                cache.put((self.number, *number), frame);
+            }
+        }
+    }
+
+    /// What a whole frame has unpacked, in bytes; 0 if it is not settled.
+    pub(crate) fn frame_bytes(&self) -> u64 {
+        let settled = self.settled.as_ref();
+        settled.map_or(0, |settled| settled.header.blocks_in_frame() * BLOCK_BYTES)
+    }
+
+    /// Whether a frame is in the cache.
+    pub(crate) fn has_frame(&self, frame: u64, cache: &FrameCache) -> bool {
+        cache.has(&(self.number, frame))
     }
 
     /// Whether it is encrypted and its key is not there.

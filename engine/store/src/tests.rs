@@ -96,13 +96,30 @@ fn a_time_inside_a_gap_does_not_resolve_and_the_nearest_are_named() {
     assert_eq!(
         timeline.check(Lsn(22)),
         Err(Outside {
-            before: Some(Lsn(21)),
+            before: Some(Lsn(10)),
             after: Some(Lsn(24)),
             reason: Some(SpanKind::CatchUp),
             pruned: false
         })
     );
+    // What was recorded as 10 to 19 was given up: no number of it is an instant, nor is what comes before the copy that makes up for it.
+    for lsn in 11..=23 {
+        assert!(timeline.check(Lsn(lsn)).is_err(), "{lsn}");
+    }
+    assert!(timeline.check(Lsn(24)).is_ok());
     assert!(timeline.gap_at(WallTime(90)).is_none());
+}
+
+#[test]
+fn records_that_were_given_up_are_no_instants_even_without_a_copy() {
+    let write = |lsn| entry(lsn, RecordKind::Write, None, 0);
+    let later = segment(2, 10, 22, vec![write(20), write(21)]);
+    let timeline = Timeline::of([&beginning(), &later].into_iter());
+    for lsn in 11..=20 {
+        assert!(timeline.check(Lsn(lsn)).is_err(), "{lsn}");
+    }
+    assert_eq!(timeline.check(Lsn(21)).unwrap(), Lsn(21));
+    assert_eq!(timeline.check(Lsn(10)).unwrap(), Lsn(10));
 }
 
 #[test]
@@ -132,7 +149,8 @@ fn the_middle_of_two_instants_is_an_instant_between_them() {
         entry(21, RecordKind::SpanBegin, Some(SpanKind::CatchUp), 0),
         entry(29, RecordKind::SpanEnd, None, 21),
     ];
-    let later = segment(2, 10, 40, vec![span[0], span[1]]);
+    let write = entry(10, RecordKind::Write, None, 0);
+    let later = segment(2, 10, 40, vec![write, span[0], span[1]]);
     let timeline = Timeline::of([&beginning(), &later].into_iter());
     let middle = |after, before| timeline.middle(Lsn(after), Lsn(before)).map(|lsn| lsn.0);
     assert_eq!(middle(5, 10), Some(7));

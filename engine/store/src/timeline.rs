@@ -114,6 +114,22 @@ impl Timeline {
             let since = (self.end, self.end_time, SpanKind::Verify);
             self.open.get_or_insert(since);
         }
+        if segment.lsn_start > end && self.open.is_none() {
+            // Records were given up before it: up to where a copy makes up for them nothing resolves, least of all their own numbers.
+            let begins = |entry: &RunEntry| entry.kind == RecordKind::SpanBegin as u8;
+            if segment.events.iter().any(begins) {
+                self.open = Some((self.end, self.end_time, SpanKind::Verify));
+            } else {
+                self.closed.push(Closed {
+                    from: self.end,
+                    to: segment.lsn_start,
+                    from_time: self.end_time,
+                    to_time: segment.time_start,
+                    kind: SpanKind::Verify,
+                    open: false,
+                });
+            }
+        }
         for entry in segment.events.iter() {
             self.event(segment, entry);
         }

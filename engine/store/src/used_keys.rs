@@ -8,7 +8,7 @@ use crate::{StoreError, VolumeStore};
 use std::path::Path;
 use varve_format::Lsn;
 
-const NAME: &str = "keys-used";
+pub(crate) const NAME: &str = "keys-used";
 
 impl VolumeStore {
     /// Reads the list. What cannot be read, or names a key that nobody has, is asked of the segments themselves.

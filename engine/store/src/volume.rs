@@ -52,6 +52,8 @@ pub struct VolumeStore {
     pub(crate) point_names: Mutex<BTreeMap<Lsn, String>>,
     /// A segment whose run is lost cannot be read before its key is there.
     waits_for_key: bool,
+    /// A segment and its run are there, and could not be read, or a newer version wrote them.
+    unread: BTreeSet<SegmentSequence>,
     volume: VolumeId,
     segments: Segments,
     pub(crate) maps: Maps,
@@ -68,6 +70,8 @@ pub struct VolumeStore {
     pub(crate) looked: Looked,
     /// The two lists of kept instants may not say the same: nothing is pruned by one that the other would take back.
     pub(crate) lists_differ: bool,
+    /// Both lists are there, or were, and neither can be read: nothing is struck, pinned or pruned by what is not known.
+    pub(crate) kept_is_lost: bool,
     _lock: Flock<File>,
 }
 
@@ -126,6 +130,7 @@ impl VolumeStore {
             maps: Maps::new(&directory, volume),
             used_keys: KeyNames::new(),
             waits_for_key: false,
+            unread: BTreeSet::new(),
             point_names: Mutex::default(),
             directory,
             keys,
@@ -139,6 +144,7 @@ impl VolumeStore {
             now: None,
             looked: Looked::new(),
             lists_differ: false,
+            kept_is_lost: false,
             _lock: lock,
         };
         store.load()?;
@@ -181,7 +187,13 @@ impl VolumeStore {
                 }
                 Err(error) => {
                     self.waits_for_key |= error.wants_key();
-                    self.damaged.push(error.to_string());
+                    let mut what = error.to_string();
+                    if may_be_whole(&error) {
+                        self.unread.insert(sequence);
+                        what += ". It may be whole: nothing is pruned meanwhile, and it is tried again. If its disk fails: varve salvage. If it is to be given up: \
+                                 move that file away";
+                    }
+                    self.damaged.push(what);
                 }
             }
         }
@@ -200,10 +212,10 @@ impl VolumeStore {
         }
         lost_runs.iter().for_each(|path| self.load_lost_run(path));
         self.load_used_keys();
-        let there = Arc::clone(&self.segments);
+        let (there, unread) = (Arc::clone(&self.segments), self.unread.clone());
         let count = |places: std::ops::Range<u64>| {
             let places = SegmentSequence(places.start)..SegmentSequence(places.end);
-            there.range(places).count() as u64
+            (there.range(places.clone()).count() + unread.range(places).count()) as u64
         };
         // What waits for its key has not gone: maps that cover it stay.
         if !self.waits_for_key {
@@ -256,27 +268,61 @@ impl VolumeStore {
         // What the segments were pruned for: behind the last of these everything resolves, whatever the lists say.
         let pruned = self.segments().filter(|segment| segment.pruned_for != 0);
         let until = pruned.map(|segment| segment.pruned_until).max();
-        let mut kept = kept.unwrap_or_else(|| {
-            self.damaged.extend(problems.iter().cloned());
-            KeptInstants::default()
-        });
-        if kept.below != Lsn(0) || !kept.entries.is_empty() {
-            self.healed.extend(problems.into_iter().map(|why| {
-                format!(
-                    "{why}. The other list of kept instants is whole, and was written in its place"
-                )
-            }));
+        let until = until.unwrap_or(Lsn(0));
+        let mut kept = match kept {
+            Some(kept) => {
+                self.healed.extend(problems.iter().map(|why| {
+                    format!(
+                        "{why}. The other list of kept instants is whole, and was written in its place"
+                    )
+                }));
+                kept
+            }
+            None => {
+                self.kept_is_lost = !problems.is_empty();
+                KeptInstants::default()
+            }
+        };
+        if until > kept.below {
+            self.kept_is_lost = true;
+            kept = KeptInstants {
+                below: until,
+                below_time: self.time_of(until).unwrap_or(WallTime(i64::MIN)),
+                entries: Vec::new(),
+            };
         }
-        if let Some(until) = until.filter(|until| *until > kept.below) {
-            self.damaged.push(format!(
-                "{}: the list of the instants that were kept is lost: nothing below LSN {until} resolves, though what was kept of it is there.                  `varve history` says what does",
-                self.directory.join("kept").display()
-            ));
-            kept.below = until;
-            kept.below_time = self.time_of(until).unwrap_or(WallTime(i64::MIN));
-            kept.entries.clear();
+        if self.kept_is_lost {
+            let why = problems.join("; ");
+            self.damaged.push(self.lost_kept(kept.below, &why));
         }
         self.timeline.set_kept(Arc::new(kept));
+    }
+
+    fn lost_kept(&self, below: Lsn, why: &str) -> String {
+        let lost = StoreError::KeptLost(self.directory.join("kept"));
+        let why = match why {
+            "" => String::new(),
+            why => format!(" ({why})"),
+        };
+        match below {
+            Lsn(0) => format!("{lost}{why}"),
+            below => format!(
+                "{lost}{why}. Until then nothing below LSN {below} resolves, though what was kept of it is there"
+            ),
+        }
+    }
+
+    /// Gives up the instants of lists that are lost, durably: from now on what only they needed may go. Says whether there was anything to give up.
+    pub fn give_up_kept(&mut self) -> Result<bool, StoreError> {
+        if !std::mem::take(&mut self.kept_is_lost) {
+            return Ok(false);
+        }
+        let kept = (**self.kept()).clone();
+        self.set_kept(kept)
+            .inspect_err(|_| self.kept_is_lost = true)?;
+        let told = StoreError::KeptLost(self.directory.join("kept")).to_string();
+        self.damaged.retain(|what| !what.starts_with(&told));
+        Ok(true)
     }
 
     fn load_segment(&mut self, sequence: SegmentSequence) -> Result<StoredSegment, StoreError> {
@@ -481,6 +527,9 @@ impl VolumeStore {
 
     /// Puts another list into its place, durably.
     pub(crate) fn set_kept(&mut self, kept: KeptInstants) -> Result<(), StoreError> {
+        if self.kept_is_lost {
+            return Err(StoreError::KeptLost(self.directory.join("kept")));
+        }
         kept.write(&self.directory, self.volume)?;
         self.lists_differ = false;
         self.point_names
@@ -583,7 +632,9 @@ impl VolumeStore {
     pub fn pruned_at(&self, time: WallTime) -> Result<Option<Nearest>, StoreError> {
         let kept = self.kept();
         let before = kept.at_time(time);
-        if time >= kept.below_time || before.is_some_and(|before| before.time() == time) {
+        // Where the store's clock lags behind the machine's, times behind the limit's belong to records below it, too.
+        let is_behind = time >= kept.below_time && self.at_time(time)? >= kept.below;
+        if is_behind || before.is_some_and(|before| before.time() == time) {
             return Ok(None);
         }
         let (_, after) = kept.around(before.map_or(Lsn(0), |before| before.lsn().plus(1)));
@@ -621,6 +672,12 @@ impl VolumeStore {
         self.waits_for_key
     }
 
+    /// Whether a part of it could not be read and may be whole, for whatever reason: nothing is struck by what is not known, and it is opened anew.
+    #[must_use]
+    pub fn is_partly_unknown(&self) -> bool {
+        self.waits_for_key || !self.unread.is_empty()
+    }
+
     pub(crate) fn keys(&self) -> &Arc<VolumeKeys> {
         &self.keys
     }
@@ -635,6 +692,18 @@ fn modified_ns(path: &Path) -> i64 {
         .ok()
         .and_then(|time| time.duration_since(std::time::UNIX_EPOCH).ok());
     since.map_or(i64::MAX, |since| since.as_nanos() as i64)
+}
+
+/// Whether a file that could not be opened may be well: its disk did not answer, or a newer version wrote it.
+fn may_be_whole(error: &StoreError) -> bool {
+    match error {
+        StoreError::Io(_, error) => !matches!(
+            error.kind(),
+            std::io::ErrorKind::NotFound | std::io::ErrorKind::UnexpectedEof
+        ),
+        StoreError::Damaged(_, error) => matches!(error, FormatError::Newer { .. }),
+        _ => false,
+    }
 }
 
 fn is_lost(path: &Path) -> String {

@@ -73,9 +73,12 @@ enum Command {
     Unprotect {
         /// Volume.
         volume: String,
-        /// Also delete its history.
+        /// Also delete its history; of a volume that is protected no more: now.
         #[arg(long)]
         forget: bool,
+        /// Even if its log holds what the store could not take (its disk is full, or the volume does not run): that is lost.
+        #[arg(long)]
+        drop_log: bool,
         /// Without the daemons (rescue): the next boot does not know the volume, and mounts are as they were before.
         #[arg(long, conflicts_with = "forget")]
         offline: bool,
@@ -330,8 +333,16 @@ fn run(context: &Context, command: Command) -> Result<ExitCode, ControlError> {
         Command::Unprotect {
             volume,
             forget,
+            drop_log,
             offline,
-        } => protect::unprotect(context, &volume, forget, offline).map(done),
+        } => {
+            let how = protect::Ending {
+                forget,
+                drop_log,
+                offline,
+            };
+            protect::unprotect(context, &volume, &how).map(done)
+        }
         Command::Resize { volume } => protect::resize(context, &volume).map(done),
         Command::Mark {
             label,

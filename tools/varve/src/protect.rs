@@ -266,20 +266,25 @@ pub fn resize(context: &Context, name: &str) -> Result<(), ControlError> {
     Ok(())
 }
 
-/// `varve unprotect`. Offline: without the daemons, for a machine that does not come up with them.
-pub fn unprotect(
-    context: &Context,
-    name: &str,
-    forget: bool,
-    offline: bool,
-) -> Result<(), ControlError> {
-    if forget && !offline {
+/// How protection ends.
+pub struct Ending {
+    /// The history is deleted, too.
+    pub forget: bool,
+    /// What the log holds and the store could not take may be lost.
+    pub drop_log: bool,
+    /// Without the daemons, for a machine that does not come up with them.
+    pub offline: bool,
+}
+
+/// `varve unprotect`.
+pub fn unprotect(context: &Context, name: &str, how: &Ending) -> Result<(), ControlError> {
+    if how.forget && !how.offline {
         refuse_open_images(context, name)?;
     }
-    let ended = if offline {
+    let ended = if how.offline {
         next_boot::take_away(context, name).map(|device| (device, None))
     } else {
-        end_protection(context, name)
+        end_protection(context, name, how)
     };
     // Also for a volume that is not known any more: its mounts must not lead nowhere.
     let unknown = ended
@@ -290,8 +295,13 @@ pub fn unprotect(
     } else {
         false
     };
-    let (device, history) = ended?;
-    if let (true, Some(id)) = (forget, history) {
+    let (device, history) = match ended {
+        // Its protection has ended before, and its history was left.
+        Err(_) if unknown && how.forget => former(context, name)?,
+        ended => ended?,
+    };
+    let has_history = history.is_some();
+    if let (true, Some(id)) = (how.forget, history) {
         daemons::store(context)?.call::<_, StoreReply>(&StoreOp::Forget { id })?;
     }
     #[derive(Serialize)]
@@ -300,27 +310,63 @@ pub fn unprotect(
         history: &'static str,
         fstab_restored: bool,
     }
-    let history = if forget { "deleted" } else { "kept" };
     let ended = Unprotected {
         device,
-        history,
+        history: match how.forget {
+            true => "deleted",
+            false => "kept",
+        },
         fstab_restored,
     };
     context.output.result(&ended, || {
         context.output.say(format!(
-            "{} is a plain disk again; its history is {history}{}",
+            "{} is a plain disk again; its history is {}{}",
             ended.device,
+            ended.history,
             if fstab_restored {
                 "; /etc/fstab is as it was before"
             } else {
                 ""
             }
         ));
+        if has_history && !how.forget {
+            context.output.say(format!(
+                "  `varve history --volume {name}`, mount, files and export go on showing it; `varve unprotect {name} --forget` deletes it"
+            ));
+        }
     });
     Ok(())
 }
 
-/// Closes the volume; gives its device, and its ID if it has a history.
+/// A volume that is protected no more and whose history is there: its device, and its ID.
+fn former(context: &Context, name: &str) -> Result<(String, Option<String>), ControlError> {
+    let known = varve_control::load_specs(&context.paths.former_volumes());
+    let known: Vec<VolumeSpec> = known
+        .into_iter()
+        .flatten()
+        .filter(|spec| spec.name == name || spec.id == name)
+        .collect();
+    match known.as_slice() {
+        [only] => Ok((only.device.display().to_string(), Some(only.id.clone()))),
+        [] => Err(ControlError::new(
+            "V019-unknown",
+            format!(
+                "no volume is named {name}, and none that was has a history; `varve status` lists them"
+            ),
+        )),
+        several => {
+            let ids: Vec<&str> = several.iter().map(|spec| spec.id.as_str()).collect();
+            Err(ControlError::new(
+                "V031-which",
+                format!(
+                    "several volumes were named {name}: say the ID of one of them: {}",
+                    ids.join(", ")
+                ),
+            ))
+        }
+    }
+}
+
 /// A history of which an instant is shown cannot be deleted: that is said before anything is ended.
 fn refuse_open_images(context: &Context, name: &str) -> Result<(), ControlError> {
     let reply = daemons::store(context)?.call(&StoreOp::Exports)?;
@@ -339,7 +385,12 @@ fn refuse_open_images(context: &Context, name: &str) -> Result<(), ControlError>
     }
 }
 
-fn end_protection(context: &Context, name: &str) -> Result<(String, Option<String>), ControlError> {
+/// Closes the volume; gives its device, and its ID if it has a history.
+fn end_protection(
+    context: &Context,
+    name: &str,
+    how: &Ending,
+) -> Result<(String, Option<String>), ControlError> {
     let volumes = daemons::volumes(context)?;
     let volume = volumes.into_iter().find(|volume| volume.name == name);
     let volume = volume.ok_or_else(|| {
@@ -348,11 +399,14 @@ fn end_protection(context: &Context, name: &str) -> Result<(String, Option<Strin
             format!("no volume is named {name}; `varve status` lists them"),
         )
     })?;
-    let has_history = !matches!(volume.state.as_str(), "failed" | "waiting");
-    if has_history {
-        // What the log still holds goes into the store first.
-        daemons::store(context)?.call::<_, StoreReply>(&StoreOp::History {
-            volume: name.to_owned(),
+    if volume.state != "waiting" && !how.forget && !how.drop_log {
+        taken(context, name).map_err(|why| {
+            let message = format!(
+                "{name}: the history does not have all that was recorded: {}. Unprotecting it deletes the log, and what that holds with it. Nothing was changed. \
+                 Mend that first; or lose it: `varve unprotect {name} --drop-log` (--forget deletes all of the history)",
+                why.message
+            );
+            ControlError::new(&why.code, message)
         })?;
     }
     daemons::filter(context)?.call::<_, FilterReply>(&FilterOp::Unprotect {
@@ -360,4 +414,15 @@ fn end_protection(context: &Context, name: &str) -> Result<(String, Option<Strin
     })?;
     let id = (volume.state != "waiting").then_some(volume.id);
     Ok((volume.device, id))
+}
+
+/// Has the store take what the log still holds; an error says why it has not.
+fn taken(context: &Context, name: &str) -> Result<(), ControlError> {
+    let asked = StoreOp::History {
+        volume: name.to_owned(),
+    };
+    match daemons::store(context)?.call(&asked)? {
+        StoreReply::History { history } => history.behind.map_or(Ok(()), Err),
+        _ => Ok(()),
+    }
 }
