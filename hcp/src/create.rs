@@ -68,15 +68,15 @@ pub fn copy(context: &Context, cli: &Cli) -> Result<(), ControlError> {
         .map(|name| find(context, name))
         .collect::<Result<_, _>>()?;
     let copies = make(context, cli, &sources, !cli.read_only)?;
-    let mut made = Vec::new();
+    let (mut made, mut unmounted) = (Vec::new(), false);
     for (source, copy) in sources.iter().zip(copies) {
         let (mounted, mount_note) = if cli.skip_mount {
-            (None, String::new())
+            (None, None)
         } else {
-            let mode = match (cli.read_only, copy.frozen_us > 0) {
-                (false, _) => MountMode::Writable,
-                (true, true) => MountMode::ReadOnly,
-                (true, false) => MountMode::Untouched,
+            let mode = match cli.read_only {
+                false => MountMode::Writable,
+                // Nothing is written to it, no journal either: a frozen XFS has one.
+                true => MountMode::Untouched,
             };
             mount(context, cli, source, &copy.copy, mode)
         };
@@ -85,28 +85,54 @@ pub fn copy(context: &Context, cli: &Cli) -> Result<(), ControlError> {
                 .output
                 .say(format!("  mounted on {}", place.display()));
         }
-        if !mount_note.is_empty() {
-            context.output.say(format!("  {mount_note}"));
+        if let Some(note) = &mount_note {
+            context.output.say(format!("  {}", note.text));
         }
+        unmounted |= mount_note
+            .as_ref()
+            .is_some_and(|note| cli.is_unmounted(note));
         context
             .output
             .say(format!("  end it with: hcp -r {}", copy.name));
         made.push(Made {
             copy,
             mounted,
-            mount_note,
+            mount_note: mount_note.map_or_else(String::new, |note| note.text),
         });
     }
-    let unmounted = made.iter().any(|made| !made.mount_note.is_empty());
-    context.output.result(&made, || {});
-    if unmounted && cli.mount_point.is_some() {
-        return Err(unmounted_error());
+    finish(context, &made, unmounted)
+}
+
+/// Says what was made, and whether something is not mounted that should be.
+pub fn finish<T: Serialize>(
+    context: &Context,
+    made: &T,
+    unmounted: bool,
+) -> Result<(), ControlError> {
+    if unmounted {
+        return Err(context.output.partly(made, unmounted_error(), || {}));
     }
+    context.output.result(made, || {});
     Ok(())
 }
 
+/// Why a copy is not mounted.
+pub struct MountNote {
+    /// In words.
+    pub text: String,
+    /// There is nothing that could be.
+    pub is_no_fault: bool,
+}
+
+impl Cli {
+    /// Whether this is not what was asked for.
+    pub fn is_unmounted(&self, note: &MountNote) -> bool {
+        !note.is_no_fault || self.mount_point.is_some()
+    }
+}
+
 /// Whoever goes on as if it were mounted there works on an empty directory.
-pub fn unmounted_error() -> ControlError {
+fn unmounted_error() -> ControlError {
     ControlError::new(
         "H021-unmounted",
         "the copy is there, but it is not mounted where it should be (see above)",
@@ -156,11 +182,11 @@ pub fn mount(
     source: &Source,
     device: &str,
     mode: MountMode,
-) -> (Option<PathBuf>, String) {
+) -> (Option<PathBuf>, Option<MountNote>) {
     let node = node_of(device, source.partition);
     if file_system(&node).is_empty() {
         let partitions = partitions(device);
-        let note = if partitions.is_empty() {
+        let text = if partitions.is_empty() {
             format!("{node} holds no file system that is known here: not mounted")
         } else {
             format!(
@@ -168,7 +194,8 @@ pub fn mount(
                 partitions.join(", ")
             )
         };
-        return (None, note);
+        let is_no_fault = true;
+        return (None, Some(MountNote { text, is_no_fault }));
     }
     let place = cli
         .mount_point
@@ -180,8 +207,12 @@ pub fn mount(
         })
         .and_then(|()| mount_copy(&node, &place, mode, &[]));
     match mounted {
-        Ok(()) => (Some(place), String::new()),
-        Err(failed) => (None, format!("not mounted: {}", failed.message)),
+        Ok(()) => (Some(place), None),
+        Err(failed) => {
+            let text = format!("not mounted: {}", failed.message);
+            let is_no_fault = false;
+            (None, Some(MountNote { text, is_no_fault }))
+        }
     }
 }
 

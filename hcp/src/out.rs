@@ -7,6 +7,7 @@ use crate::create::make;
 use crate::list::find_copy;
 use crate::source::find;
 use crate::{Cli, Context};
+use nix::sys::signal::{SigSet, Signal};
 use serde::Serialize;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -44,10 +45,15 @@ pub fn copy_out(context: &Context, cli: &Cli, device: &str, to: &str) -> Result<
     };
     target.check(&context.paths, allowed)?;
     let origin = origin(context, cli, device, resume.as_ref())?;
+    if target.file().is_none()
+        && let Some(copy) = origin.copy.as_ref().filter(|_| origin.made)
+    {
+        ends_with_the_command(context, copy);
+    }
     let outcome = copy_from(context, cli, &target, &origin);
     if outcome.is_err()
         && let Some(copy) = origin.copy.as_ref().filter(|_| origin.made)
-        && part().is_none_or(|part| part.source != identity(copy))
+        && part().is_none_or(|part| part.source != identity(copy, true))
     {
         // Nothing to go on from: what was made for it goes.
         let name = copy.name.clone();
@@ -55,6 +61,25 @@ pub fn copy_out(context: &Context, cli: &Cli, device: &str, to: &str) -> Result<
         let _ = daemons::filter(&context.paths)?.call::<_, FilterReply>(&op);
     }
     outcome
+}
+
+/// What cannot be gone on with leaves no copy behind when the command is broken off.
+fn ends_with_the_command(context: &Context, copy: &CopyInfo) {
+    let signals = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP]);
+    let (paths, name) = (context.paths.clone(), copy.name.clone());
+    // Threads that come later inherit it: only the waiting one gets these signals.
+    if signals.thread_block().is_ok() {
+        std::thread::spawn(move || {
+            let signal = signals.wait().map_or(0, |signal| signal as i32);
+            let op = FilterOp::CopyRemove { name };
+            let removed =
+                daemons::filter(&paths).and_then(|mut filter| filter.call::<_, FilterReply>(&op));
+            if let Err(why) = removed {
+                eprintln!("hcp: {why}");
+            }
+            std::process::exit(128 + signal);
+        });
+    }
 }
 
 fn copy_from(
@@ -74,7 +99,7 @@ fn copy_from(
         }
         (None, _) => None,
     };
-    let identity = origin.copy.as_ref().map(identity);
+    let identity = origin.copy.as_ref().map(|copy| identity(copy, origin.made));
     let source = Source {
         path: &origin.path,
         bytes: origin.bytes,
@@ -112,9 +137,15 @@ fn copy_from(
     Ok(())
 }
 
-fn identity(copy: &CopyInfo) -> Identity {
+/// Before the name of a copy that was made for the command, and goes with it.
+const MADE: &str = "made:";
+
+fn identity(copy: &CopyInfo, made: bool) -> Identity {
     Identity {
-        name: copy.name.clone(),
+        name: match made {
+            true => format!("{MADE}{}", copy.name),
+            false => copy.name.clone(),
+        },
         time_ns: copy.created_ns,
         bytes: copy.bytes,
     }
@@ -166,12 +197,13 @@ fn origin(
             // The copy of an interrupted command.
             if let Some(copy) = resume
                 .and_then(|resume| {
-                    find_copy(context, &resume.source.name)
-                        .ok()
-                        .map(|copy| (resume, copy))
+                    // One that somebody else has made is not ours to end.
+                    let name = resume.source.name.strip_prefix(MADE)?;
+                    let copy = find_copy(context, name).ok()?;
+                    Some((resume, copy))
                 })
                 .filter(|(resume, copy)| {
-                    resume.source == identity(copy)
+                    resume.source == identity(copy, true)
                         && copy.volume == source.volume.name
                         && copy.lost.is_empty()
                 })

@@ -1,6 +1,6 @@
 //! `hcp --at INSTANT`: a copy of the past, which the store's daemon shows.
 
-use crate::create::{mount, unmounted_error};
+use crate::create::{finish, mount};
 use crate::source::find;
 use crate::{Cli, Context};
 use serde::Serialize;
@@ -29,13 +29,15 @@ pub fn copy(context: &Context, cli: &Cli, device: &str, text: &str) -> Result<()
         writable: true,
         nbd: None,
         since: None,
-        held: false,
+        // Until it is mounted: a command that is broken off leaves nothing behind.
+        held: true,
     };
+    let mut client = daemons::store(&context.paths)?;
     let StoreReply::Shown {
         device: copy,
         lsn,
         time_ns,
-    } = daemons::store(&context.paths)?.call(&op)?
+    } = client.call(&op)?
     else {
         return Err(daemons::unexpected("varved"));
     };
@@ -51,13 +53,21 @@ pub fn copy(context: &Context, cli: &Cli, device: &str, text: &str) -> Result<()
         MountMode::Writable
     };
     let (mounted, mount_note) = if cli.skip_mount {
-        (None, String::new())
+        (None, None)
     } else {
         mount(context, cli, &source, &copy, mode)
     };
+    let keep = StoreOp::KeepShown {
+        device: copy.clone(),
+    };
+    client.call::<_, StoreReply>(&keep)?;
     if let Some(place) = &mounted {
         say(format!("  mounted on {}", place.display()));
     }
+    let unmounted = mount_note
+        .as_ref()
+        .is_some_and(|note| cli.is_unmounted(note));
+    let mount_note = mount_note.map_or_else(String::new, |note| note.text);
     if !mount_note.is_empty() {
         say(format!("  {mount_note}"));
     }
@@ -69,10 +79,5 @@ pub fn copy(context: &Context, cli: &Cli, device: &str, text: &str) -> Result<()
         mounted,
         mount_note,
     };
-    let unmounted = !shown.mount_note.is_empty();
-    context.output.result(&shown, || {});
-    match unmounted && cli.mount_point.is_some() {
-        true => Err(unmounted_error()),
-        false => Ok(()),
-    }
+    finish(context, &shown, unmounted)
 }

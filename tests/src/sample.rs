@@ -2,7 +2,7 @@
 //!
 //! The ring lies in memory and completes at once: what a crash does to a log is another test's business.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::ops::{ControlFlow, Range};
 use std::path::{Path, PathBuf};
 use varve_format::{
@@ -75,6 +75,28 @@ pub struct Sample {
     steps: Vec<Step>,
     remembers: bool,
     random: u64,
+    /// The log's disk gives other bytes when it is asked for the same ones again.
+    pub lies_again: bool,
+}
+
+/// A log whose disk lies when it is asked again; not about the heads of segments, which are looked at in any case.
+struct LiesAgain<'a> {
+    content: &'a [u8],
+    segment_bytes: u64,
+    seen: BTreeSet<u64>,
+}
+
+impl ReadAt for LiesAgain<'_> {
+    fn read_at(&mut self, offset: u64, bytes: &mut [u8]) -> std::io::Result<()> {
+        bytes.copy_from_slice(&self.content[offset as usize..][..bytes.len()]);
+        for (block, bytes) in (offset / 4096..).zip(bytes.chunks_mut(4096)) {
+            let is_head = (block * 4096).is_multiple_of(self.segment_bytes);
+            if !is_head && !self.seen.insert(block) {
+                bytes[0] ^= 1;
+            }
+        }
+        Ok(())
+    }
 }
 
 impl Sample {
@@ -156,6 +178,7 @@ impl Sample {
             steps: Vec::new(),
             remembers,
             random: 0x2545_f491_4f6c_dd1d,
+            lies_again: false,
         };
         let begin = sample.span(RecordKind::SpanBegin, 0);
         sample.span(RecordKind::SpanEnd, begin.0);
@@ -212,11 +235,20 @@ impl Sample {
     }
 
     fn take(&mut self) {
-        let mut log: &[u8] = &self.ring.content;
+        let mut honest: &[u8] = &self.ring.content;
+        let mut lying = LiesAgain {
+            content: &self.ring.content,
+            segment_bytes: self.segment_bytes,
+            seen: BTreeSet::new(),
+        };
+        let log: &mut dyn ReadAt = match self.lies_again {
+            true => &mut lying,
+            false => &mut honest,
+        };
         let below = self.writer.status().sequence;
         let done = ingest(
             &mut self.store,
-            &mut log as &mut dyn ReadAt,
+            log,
             self.segment_bytes,
             SEGMENT_COUNT,
             below,

@@ -176,6 +176,43 @@ fn skew(run: &Path, by: i64) {
     std::fs::write(run, bytes).unwrap();
 }
 
+fn kept_while_behind(store: &VolumeStore, before: i64) -> usize {
+    let kept = store.kept().entries.iter();
+    kept.filter(|entry| entry.time().0 < before).count()
+}
+
+/// The store's clock may lag far behind the machine's, whose time records carry: a time that was pruned is refused all the same.
+#[test]
+fn a_pruned_time_is_refused_when_the_clock_of_the_store_lags() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut sample = Sample::new(directory.path(), VOLUME_BYTES, SEGMENT_BYTES, true);
+    sample.store.set_now(WallTime(1));
+    // Few blocks, written again and again: between two kept instants nothing is left.
+    for round in 0..3000u64 {
+        sample.write(round % 16 * 4096, vec![round as u8; 4096]);
+    }
+    sample.seal();
+    let span = length(&sample.store);
+    let policy = policy(span, 20, &[(20, 100)]);
+    let now = WallTime(1 + span / 5 + 2 * (span / 20));
+    let plan = sample.store.plan(&policy, now).run().unwrap().unwrap();
+    assert!(sample.store.keep(&plan).unwrap());
+    assert!(sweep(&mut sample.store) > 3);
+    let kept = sample.store.kept().clone();
+    let mut refused = 0;
+    for pair in kept.entries.windows(2) {
+        let between = WallTime(i64::midpoint(pair[0].time().0, pair[1].time().0));
+        assert!(between > kept.below_time, "the clock does not lag");
+        let nearest = sample.store.pruned_at(between).unwrap();
+        let nearest = nearest.unwrap_or_else(|| panic!("{between:?} is answered"));
+        assert_eq!(nearest.before.unwrap().0, pair[0].lsn());
+        assert_eq!(nearest.after.unwrap().0, pair[1].lsn());
+        assert!(sample.store.pruned_at(pair[0].time()).unwrap().is_none());
+        refused += 1;
+    }
+    assert!(refused > 5, "{refused}");
+}
+
 /// The clock was behind for a while, and ahead for a while. No instant is lost but those that a right clock would lose, and time goes on.
 #[test]
 fn clocks_that_were_wrong_lose_nothing_else() {
@@ -225,6 +262,9 @@ fn clocks_that_were_wrong_lose_nothing_else() {
     for entry in sample.store.kept().entries.clone() {
         assert!(read(&sample.store, entry.lsn()) == sample.image(entry.lsn()));
     }
+    // What was recorded while the clock was behind is no older for that.
+    let behind = kept_while_behind(&sample.store, first - YEARS / 2);
+    assert!(behind > 0, "nothing of that time is kept");
     // Each step in which the clock was right has its instant.
     let kept = sample.store.kept().entries.clone();
     let mut steps = 0;

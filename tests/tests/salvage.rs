@@ -84,6 +84,35 @@ fn what_was_pruned_meanwhile_is_what_a_crash_would_have_left() {
     }
 }
 
+/// Where a segment and its run are damaged, a map is the last to know what they held: without it every instant behind them would be lost.
+#[test]
+fn maps_that_are_the_last_to_know_are_salvaged() {
+    let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let mut sample = history(from.path());
+    sample.map_all();
+    let end = sample.store.timeline().end();
+    let wanted = sample.image(end);
+    let bad = |path: &std::path::Path, at: usize| {
+        let mut bytes = std::fs::read(path).unwrap();
+        let at = at.min(bytes.len() - 1);
+        bytes[at] ^= 1;
+        std::fs::write(path, bytes).unwrap();
+    };
+    // A byte of the run's records, and one of what the segment holds.
+    bad(&files(from.path(), "runs")[1], 4096 + 20);
+    bad(&files(from.path(), "segments")[1], 4096 + 300);
+    salvage(from.path(), to.path(), |_, _| true).unwrap();
+    let store = VolumeStore::open(to.path(), VOLUME).unwrap();
+    let image = Image::open(&store, end).unwrap();
+    let mut bytes = [0; 4096];
+    let whole = wanted.chunks(4096).enumerate().filter(|(block, wanted)| {
+        image
+            .read(*block as u64 * 4096, &mut bytes)
+            .is_ok_and(|()| bytes == *wanted)
+    });
+    assert!(whole.count() as u64 > VOLUME_BYTES / 4096 / 2);
+}
+
 #[test]
 fn what_is_lost_is_named_and_the_rest_is_there() {
     let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());

@@ -174,6 +174,28 @@ fn a_segment_that_is_lost_with_its_run_is_a_hole_that_every_reading_tells() {
     for settled in [false, true] {
         let directory = tempfile::tempdir().unwrap();
         let sample = Sample::small(directory.path(), settled);
+        let bytes = Image::open(&sample.store, sample.store.timeline().end())
+            .unwrap()
+            .bytes();
+        drop(sample);
+        // The first of all: what was before it nobody else tells of.
+        for kind in ["segments", "runs"] {
+            std::fs::remove_file(&files(directory.path(), kind)[0]).unwrap();
+        }
+        let store = VolumeStore::open(directory.path(), VOLUME).unwrap();
+        let all = |_, _: &Scrubbed| std::ops::ControlFlow::Continue(());
+        let first = SegmentSequence(0);
+        for damage in [
+            store.scrub().run(first, all).damage,
+            store.scrub().stored().run(first, all).damage,
+            store.scrub().structure(),
+        ] {
+            let hole = damage.iter().find(|found| found.what.contains("hole"));
+            let hole = hole.unwrap_or_else(|| panic!("{settled}: {damage:?}"));
+            assert_eq!((&hole.blocks[..], hole.until), (&[(0, bytes)][..], None));
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let sample = Sample::small(directory.path(), settled);
         let end = sample.store.timeline().end();
         let bytes = Image::open(&sample.store, end).unwrap().bytes();
         drop(sample);

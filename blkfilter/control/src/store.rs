@@ -99,6 +99,21 @@ pub enum StoreOp {
         #[serde(default)]
         how: Scrubbing,
     },
+    /// Give up the instants that lists named which are lost.
+    GiveUpKept {
+        /// Name.
+        volume: String,
+    },
+    /// What is shown for this connection only stays when that ends.
+    KeepShown {
+        /// The image's device, or socket.
+        device: String,
+    },
+    /// Whether something that was read of an image could not be read.
+    LacksBlocks {
+        /// The image's device, or socket.
+        device: String,
+    },
     /// Look at the structure of a volume's history.
     Check {
         /// Name.
@@ -439,6 +454,11 @@ pub enum StoreReply {
         lsn: u64,
         /// Its time, ns.
         time_ns: i64,
+    },
+    /// Whether an image lacks blocks that were asked for.
+    LacksBlocks {
+        /// It does.
+        lacks: bool,
     },
     /// What is shown: (device, what).
     Exports {

@@ -32,8 +32,18 @@ struct Export {
     /// Device names are used again; this is not.
     number: u64,
     what: String,
+    /// It stays when whoever asked for it has gone.
+    kept: bool,
+    image: Arc<Image>,
     stopper: Stopper,
     thread: std::thread::JoinHandle<Result<(), String>>,
+}
+
+fn unknown(name: &str) -> ControlError {
+    ControlError::new(
+        "X003-unknown",
+        format!("{name} is not an image of ours; `varve exports` lists them"),
+    )
 }
 
 fn next_number() -> u64 {
@@ -157,6 +167,7 @@ impl Exports {
             None
         };
         let image = Arc::new(image);
+        let shown_image = Arc::clone(&image);
         // What is written to an overlay is not told of.
         let allocated = (!writable).then(|| allocation(&image));
         let read = (!writable).then(|| reading(&image));
@@ -215,6 +226,8 @@ impl Exports {
                     Export {
                         number,
                         what,
+                        kept: false,
+                        image: shown_image,
                         stopper,
                         thread,
                     },
@@ -238,7 +251,8 @@ impl Exports {
 
     /// Ends the export of a client that has gone, if it has not ended it itself.
     pub fn let_go(&self, name: &str, number: u64) {
-        let is_there = || self.shown().get(name).is_some_and(|e| e.number == number);
+        let ends = |export: &Export| export.number == number && !export.kept;
+        let is_there = || self.shown().get(name).is_some_and(ends);
         let since = Instant::now();
         while is_there()
             && is_busy(Path::new(name)).unwrap_or(false)
@@ -251,6 +265,22 @@ impl Exports {
         {
             eprintln!("varved: {name}: {failed}");
         }
+    }
+
+    /// What is shown for a client stays when that has gone.
+    pub fn keep(&self, name: &str) -> Result<(), ControlError> {
+        match self.shown().get_mut(name) {
+            Some(export) => export.kept = true,
+            None => return Err(unknown(name)),
+        }
+        Ok(())
+    }
+
+    /// Whether something that was read of it could not be read.
+    pub fn lacks_blocks(&self, name: &str) -> Result<bool, ControlError> {
+        let shown = self.shown();
+        let export = shown.get(name).ok_or_else(|| unknown(name))?;
+        Ok(export.image.lacks_blocks())
     }
 
     /// Ends an export that nobody uses. Who has just unmounted it is waited for: udev may be looking at it.
@@ -274,12 +304,7 @@ impl Exports {
     /// Ends an export.
     pub fn hide(&self, name: &str) -> Result<(), ControlError> {
         let export = self.shown().remove(name);
-        let export = export.ok_or_else(|| {
-            ControlError::new(
-                "X003-unknown",
-                format!("{name} is not an image of ours; `varve exports` lists them"),
-            )
-        })?;
+        let export = export.ok_or_else(|| unknown(name))?;
         export.stopper.stop();
         match export.thread.join() {
             Ok(Ok(())) => Ok(()),

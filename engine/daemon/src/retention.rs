@@ -138,15 +138,16 @@ fn told(
         bytes_per_day: per_day(store, now),
         ..PolicyInfo::default()
     };
+    let kept = plan.map_or(store.kept().as_ref(), |plan| &plan.kept);
+    (info.below_lsn, info.below_ns) = (kept.below.0, kept.below_time.0);
+    let first = kept.entries.first();
+    info.first = first.map(|entry| (entry.lsn().0, entry.time().0));
     if let Some(plan) = plan {
-        (info.below_lsn, info.below_ns) = (plan.kept.below.0, plan.kept.below_time.0);
         let name =
             |rung: &varve_store::Rung| format!("{} {}", show_span(rung.step), show_span(rung.age));
         let names = policy.ladder.rungs.iter().map(name);
         info.rungs = names.zip(plan.by_rung.iter().copied()).collect();
         (info.points, info.pinned) = (plan.points, plan.pinned);
-        let first = plan.kept.entries.first();
-        info.first = first.map(|entry| (entry.lsn().0, entry.time().0));
     }
     Ok(info)
 }

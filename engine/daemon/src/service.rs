@@ -637,6 +637,19 @@ impl Service {
                 self.exports.hide_unused(&device)?;
                 Ok(StoreReply::Done)
             }
+            StoreOp::KeepShown { device } => {
+                self.exports.keep(&device)?;
+                Ok(StoreReply::Done)
+            }
+            StoreOp::LacksBlocks { device } => Ok(StoreReply::LacksBlocks {
+                lacks: self.exports.lacks_blocks(&device)?,
+            }),
+            StoreOp::GiveUpKept { volume } => {
+                self.with_store(&self.id_of(&volume)?, |store| {
+                    store.give_up_kept().map_err(|e| store_error(&e))
+                })?;
+                Ok(StoreReply::Done)
+            }
             StoreOp::Exports => Ok(StoreReply::Exports {
                 exports: self.exports.list(),
             }),

@@ -12,6 +12,7 @@ use crate::{StoreError, VolumeStore};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use varve_format::{Lsn, MAP_UNIT_BYTES, MapExtent, RecordKind, SegmentSequence, payload_crc};
 
 /// Payloads kept in memory: 64 × at most 64 KiB = 4 MiB.
@@ -59,6 +60,8 @@ pub struct Image {
     files: Cache<u64, Arc<SegmentFile>>,
     payloads: Cache<u64, Arc<Vec<u8>>>,
     frames: FrameCache,
+    /// A read has failed.
+    lacks_blocks: AtomicBool,
     /// While it is there, nobody deletes the history, and its instant is kept.
     _lease: InstantLease,
 }
@@ -82,6 +85,7 @@ impl Image {
             files: Cache::new(FILES_KEPT),
             payloads: Cache::new(PAYLOADS_KEPT),
             frames: frame_cache(FRAMES_KEPT_BYTES),
+            lacks_blocks: AtomicBool::new(false),
             _lease: store.lease_at(lsn),
         })
     }
@@ -172,9 +176,16 @@ impl Image {
     /// Reads `target.len()` bytes from `offset`; a long range on several processors.
     pub fn read(&self, offset: u64, target: &mut [u8]) -> Result<(), StoreError> {
         for (part, target) in (0..).zip(target.chunks_mut(PART_BYTES)) {
-            self.read_part(offset + part * PART_BYTES as u64, target)?;
+            let read = self.read_part(offset + part * PART_BYTES as u64, target);
+            read.inspect_err(|_| self.lacks_blocks.store(true, Ordering::Relaxed))?;
         }
         Ok(())
+    }
+
+    /// Whether something that was asked of it until now could not be read.
+    #[must_use]
+    pub fn lacks_blocks(&self) -> bool {
+        self.lacks_blocks.load(Ordering::Relaxed)
     }
 
     fn read_part(&self, offset: u64, target: &mut [u8]) -> Result<(), StoreError> {

@@ -13,7 +13,7 @@ use engine::{Job, Plan, copy_ranges, stream};
 use serde::Serialize;
 use std::path::Path;
 use std::time::Instant;
-use varve_control::{ControlError, Progress};
+use varve_control::{ControlError, Progress, keep_memory_secret};
 
 /// What is read.
 #[derive(Clone, Copy, Debug)]
@@ -63,6 +63,8 @@ pub fn copy_out(
     target: &Target,
     options: Options,
 ) -> Result<Copied, ControlError> {
+    // What is read may be encrypted where it lies.
+    keep_memory_secret(output.program);
     let begun = Instant::now();
     let bar = |what: &str| {
         let mut show = output.bar(what);

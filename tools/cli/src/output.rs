@@ -2,9 +2,13 @@
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
-use std::io::{BufRead, IsTerminal, Write};
+use std::io::{self, BufRead, IsTerminal, Write};
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 use varve_control::{ControlError, Progress};
+
+/// The error was said with a result.
+static SAID: AtomicBool = AtomicBool::new(false);
 
 /// How to print.
 #[derive(Clone, Copy, Debug, Default)]
@@ -53,15 +57,47 @@ impl Output {
         }
     }
 
+    /// Prints what was done of a thing that was not done wholly, and gives back why: as JSON both are one object.
+    pub fn partly<T: Serialize>(
+        &self,
+        value: &T,
+        error: ControlError,
+        words: impl FnOnce(),
+    ) -> ControlError {
+        if self.json {
+            SAID.store(true, Ordering::Relaxed);
+            self.envelope(&Envelope {
+                schema: 1,
+                result: Some(value),
+                error: Some(&error),
+            });
+        } else {
+            words();
+        }
+        error
+    }
+
     fn envelope<T: Serialize>(&self, envelope: &Envelope<'_, T>) {
-        let mut out = std::io::stdout().lock();
-        let _ = serde_json::to_writer_pretty(&mut out, envelope);
-        let _ = writeln!(out);
+        let mut out = io::stdout().lock();
+        let written = serde_json::to_writer_pretty(&mut out, envelope).map_err(io::Error::from);
+        if let Err(error) = written
+            .and_then(|()| writeln!(out))
+            .and_then(|()| out.flush())
+        {
+            // Half an answer must not look like a whole one.
+            if error.kind() == io::ErrorKind::BrokenPipe {
+                std::process::exit(141); // 128 + SIGPIPE
+            }
+            eprintln!("{}: standard output: {error}", self.program);
+            std::process::exit(1);
+        }
     }
 
     /// Prints an error and gives the exit code for it.
     pub fn error(&self, error: &ControlError) -> ExitCode {
-        if self.json {
+        if self.json && SAID.load(Ordering::Relaxed) {
+            // With the result.
+        } else if self.json {
             self.envelope(&Envelope::<()> {
                 schema: 1,
                 result: None,
@@ -82,7 +118,7 @@ impl Output {
 
     /// A progress bar for bytes; hidden where standard error is no terminal.
     pub fn bar(&self, what: &str) -> impl FnMut(Progress) + use<> {
-        let visible = !self.quiet && !self.json && std::io::stderr().is_terminal();
+        let visible = !self.quiet && !self.json && io::stderr().is_terminal();
         let bar = ProgressBar::with_draw_target(
             None,
             if visible {
@@ -111,9 +147,10 @@ impl Output {
 pub fn exit_code(error: &ControlError) -> u8 {
     match error.code.split('-').next().unwrap_or_default() {
         "V019" | "V027" | "I002" | "I003" | "I004" | "I006" | "I007" | "X003" | "H001" => 4,
+        _ if error.code == "X006-mount" => 1,
         "I005" | "V031" | "X006" => 2,
         "V010" | "V012" | "V023" | "S003" | "S013" | "H003" => 5,
-        "S002" | "S004" | "S005" | "S006" | "H006" | "H019" => 7,
+        "S002" | "S004" | "S005" | "S006" | "S009" | "S010" | "S024" | "H006" | "H019" => 7,
         "H021" | "X017" => 3,
         "C006" | "S015" | "S018" | "S021" => 6,
         _ => 1,
@@ -123,12 +160,12 @@ pub fn exit_code(error: &ControlError) -> u8 {
 /// Asks on the terminal; without one the answer is no.
 #[must_use]
 pub fn confirm(question: &str) -> bool {
-    if !std::io::stdin().is_terminal() {
+    if !io::stdin().is_terminal() {
         return false;
     }
     eprint!("{question} [y/N] ");
     let mut line = String::new();
-    std::io::stdin().lock().read_line(&mut line).is_ok() && matches!(line.trim(), "y" | "Y" | "yes")
+    io::stdin().lock().read_line(&mut line).is_ok() && matches!(line.trim(), "y" | "Y" | "yes")
 }
 
 /// Bytes with a unit.

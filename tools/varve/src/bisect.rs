@@ -150,6 +150,17 @@ fn look(
         }
         Err(failed) => return Err(failed),
     };
+    // Damage to the history is not what is searched for.
+    let verdict = match verdict {
+        Verdict::Bad if image.lacks_blocks() => {
+            eprintln!(
+                "{}: the history lacks a part of it (`varve scrub` says which)",
+                image.instant()
+            );
+            Verdict::Skip
+        }
+        verdict => verdict,
+    };
     let found = Found {
         lsn: image.lsn,
         time_ns: image.time_ns,

@@ -1,6 +1,7 @@
 //! Reaching the daemons, and starting them where systemd does not.
 
 use crate::Context;
+use serde::Serialize;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -90,17 +91,46 @@ pub fn up(context: &Context) -> Result<(), ControlError> {
             log_path.display()
         ));
     }
+    context.output.result(&Daemons { running: true }, || {});
     Ok(())
+}
+
+#[derive(Serialize)]
+struct Daemons {
+    running: bool,
+}
+
+/// A connection, unless nobody is there.
+fn running(client: Result<Client, ControlError>) -> Result<Option<Client>, ControlError> {
+    match client {
+        Ok(client) => Ok(Some(client)),
+        Err(error) if error.code.starts_with("C007") => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// A daemon that ends closes the connection instead of answering.
+fn ended(answer: Result<(), ControlError>) -> Result<(), ControlError> {
+    match answer {
+        Err(error) if !error.code.starts_with("C00") => Err(error),
+        _ => Ok(()),
+    }
 }
 
 /// Stops both.
 pub fn down(context: &Context) -> Result<(), ControlError> {
-    if let Ok(mut client) = store(context) {
-        let _ = client.call::<_, StoreReply>(&StoreOp::Shutdown); // It closes the connection instead of answering.
+    if let Some(mut client) = running(store(context))? {
+        ended(client.call::<_, StoreReply>(&StoreOp::Shutdown).map(|_| ()))?;
     }
-    if let Ok(mut client) = filter(context) {
-        let _ = client.call::<_, FilterReply>(&FilterOp::Shutdown);
+    if let Some(mut client) = running(filter(context))? {
+        ended(
+            client
+                .call::<_, FilterReply>(&FilterOp::Shutdown)
+                .map(|_| ()),
+        )?;
     }
-    context.output.say("stopped");
+    context.output.result(&Daemons { running: false }, || {
+        context.output.say("stopped")
+    });
     Ok(())
 }

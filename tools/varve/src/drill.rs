@@ -39,6 +39,8 @@ struct Part {
     command: Option<bool>,
     /// Something kept it from being looked at to the end.
     unfinished: bool,
+    /// That it is not mounted says nothing about it.
+    not_to_be_mounted: bool,
     /// What went wrong, in the words of who found it.
     said: String,
 }
@@ -47,6 +49,7 @@ impl Part {
     fn is_good(&self) -> bool {
         // Nobody expects anything of swap.
         self.file_system == SWAP
+            || self.not_to_be_mounted
             || self.mounted && self.checked != Some(false) && self.command != Some(false)
     }
 
@@ -125,11 +128,14 @@ pub fn run(
     };
     let when = image.instant();
     image.close()?;
-    let op = StoreOp::Drilled {
-        volume: volume.clone(),
-        drill: drill.clone(),
-    };
-    ask(context, &op, "")?;
+    // What could not be told about proves nothing, and disproves nothing either.
+    if !parts.iter().all(|part| part.not_to_be_mounted) {
+        let op = StoreOp::Drilled {
+            volume: volume.clone(),
+            drill: drill.clone(),
+        };
+        ask(context, &op, "")?;
+    }
     let held = Held {
         volume,
         drill,
@@ -207,6 +213,7 @@ fn look(
         checked: None,
         command: None,
         unfinished: false,
+        not_to_be_mounted: false,
         said: String::new(),
     };
     if part.file_system != SWAP
@@ -214,8 +221,42 @@ fn look(
     {
         part.said += &failed.message;
         part.unfinished = true;
+        if let Some(why) = not_to_be_mounted(&part, &failed) {
+            part.not_to_be_mounted = true;
+            part.said += &format!("\n{why}");
+        }
+    }
+    if !part.is_good() && image.lacks_blocks() {
+        part.unfinished = true;
+        part.said += "\nthe history lacks a part of it: varve scrub says which instants have it";
     }
     part
+}
+
+/// Why something that is whole cannot be mounted here.
+fn not_to_be_mounted(part: &Part, failed: &ControlError) -> Option<&'static str> {
+    const HOLDS_OTHERS: [&str; 6] = [
+        "crypto_LUKS",
+        "LVM2_member",
+        "linux_raid_member",
+        "zfs_member",
+        "bcache",
+        "drbd",
+    ];
+    let kind = part.file_system.as_str();
+    if part.mounted || failed.code != "X006-mount" {
+        return None;
+    }
+    match kind {
+        "" => Some("what it holds is not known here: look at it with varve export INSTANT"),
+        kind if HOLDS_OTHERS.contains(&kind) => Some(
+            "it holds no file system itself: open it by hand, from varve export INSTANT --writable",
+        ),
+        "btrfs" if failed.message.contains("File exists") => Some(
+            "this kernel mounts no second btrfs of the same UUID (6.7 and newer do): unmount the volume for a moment, or look at it on another machine",
+        ),
+        _ => None,
+    }
 }
 
 fn mount_and_check(

@@ -171,7 +171,9 @@ impl Tree {
                 let error = std::io::Error::from(errno);
                 ControlError::new(
                     match error.kind() {
-                        std::io::ErrorKind::NotFound => "X003-unknown",
+                        std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory => {
+                            "X003-unknown"
+                        }
                         _ => "C001-io",
                     },
                     format!(

@@ -32,7 +32,6 @@ impl HeldImage {
         instant: &Instant,
         writable: bool,
     ) -> Result<HeldImage, ControlError> {
-        let mut client = daemons::store(context)?;
         let op = StoreOp::Export {
             volume: volume.to_owned(),
             instant: instant.clone(),
@@ -41,7 +40,13 @@ impl HeldImage {
             since: None,
             held: true,
         };
-        let shown = client.call(&op).map_err(|mut error: ControlError| {
+        HeldImage::show(context, &op)
+    }
+
+    /// The same, as it is asked for.
+    pub fn show(context: &Context, op: &StoreOp) -> Result<HeldImage, ControlError> {
+        let mut client = daemons::store(context)?;
+        let shown = client.call(op).map_err(|mut error: ControlError| {
             error.message = with_clock_times(&error.message);
             error
         });
@@ -59,6 +64,14 @@ impl HeldImage {
             }),
             _ => Err(unexpected()),
         }
+    }
+
+    /// It stays when this command has ended.
+    pub fn keep(mut self) -> Result<(), ControlError> {
+        let op = StoreOp::KeepShown {
+            device: self.device.clone(),
+        };
+        self.client.call::<_, StoreReply>(&op).map(|_| ())
     }
 
     /// In words.
@@ -79,6 +92,17 @@ impl HeldImage {
         mount_copy(&node, directory, mode, options)?;
         self.mounted = Some(directory.to_path_buf());
         Ok(())
+    }
+
+    /// Whether a part of it that was looked at could not be read: then it is the history that is damaged, not what it shows.
+    pub fn lacks_blocks(&mut self) -> bool {
+        let op = StoreOp::LacksBlocks {
+            device: self.device.clone(),
+        };
+        matches!(
+            self.client.call(&op),
+            Ok(StoreReply::LacksBlocks { lacks: true })
+        )
     }
 
     /// Unmounts it; it goes on being shown.

@@ -85,6 +85,12 @@ pub fn run(context: &Context, command: &KeyCommand) -> Result<(), ControlError> 
             show(context, &status);
         }
         KeyCommand::Export { file } => {
+            if lies_in_the_store(context, file)? {
+                return Err(refused(format!(
+                    "{} lies in the store itself, and would be lost with it. Choose another place, on another disk",
+                    file.display()
+                )));
+            }
             let secret = new_secret(context, &By { key_file: None })?;
             let (_, bytes) = ask(KeysAsk::Export, Some(&secret), &[])?;
             write_new(file, &bytes)?;
@@ -199,6 +205,14 @@ fn write_new(path: &Path, bytes: &[u8]) -> Result<(), ControlError> {
     write().map_err(|error: std::io::Error| refused(format!("{}: {error}", path.display())))
 }
 
+fn lies_in_the_store(context: &Context, path: &Path) -> Result<bool, ControlError> {
+    let place = std::fs::canonicalize(context.paths.store()).unwrap_or_default();
+    let absolute = std::path::absolute(path)?;
+    let parent = absolute.parent().map(std::fs::canonicalize).transpose()?;
+    let inside = |parent: PathBuf| parent.starts_with(&place) && !place.as_os_str().is_empty();
+    Ok(parent.is_some_and(inside))
+}
+
 /// What opens the store already.
 fn known_secret(question: &str, by: &By) -> Result<Secret, ControlError> {
     let is_key_file = by.key_file.is_some();
@@ -212,11 +226,7 @@ fn known_secret(question: &str, by: &By) -> Result<Secret, ControlError> {
 /// What is to open it: a passphrase that was said twice, or a key file, which is made if it is not there.
 fn new_secret(context: &Context, by: &By) -> Result<Secret, ControlError> {
     if let Some(path) = &by.key_file {
-        let place = std::fs::canonicalize(context.paths.store()).unwrap_or_default();
-        let absolute = std::path::absolute(path)?;
-        let parent = absolute.parent().map(std::fs::canonicalize).transpose()?;
-        let inside = |parent: PathBuf| parent.starts_with(&place) && !place.as_os_str().is_empty();
-        if parent.is_some_and(inside) {
+        if lies_in_the_store(context, path)? {
             return Err(refused(format!(
                 "{} lies in the store itself: whoever takes the store takes the key. Choose another place",
                 path.display()

@@ -230,6 +230,9 @@ enum Command {
     /// Make all indexes anew from the history itself: what runs say is compared with it, maps are made again in the background. Nothing needs this
     /// unless an index is suspected: what is damaged or lost is made again by itself.
     Rebuild {
+        /// Both lists of the instants that were kept are lost, and nobody has them any more: those instants go, and what only they needed.
+        #[arg(long)]
+        give_up_kept: bool,
         #[command(flatten)]
         volume: Volume,
     },
@@ -409,7 +412,10 @@ fn run(context: &Context, command: Command) -> Result<ExitCode, ControlError> {
             stored,
             volume,
         } => proof::scrub(context, volume.name, rate, stored),
-        Command::Rebuild { volume } => proof::rebuild(context, volume.name),
+        Command::Rebuild {
+            give_up_kept,
+            volume,
+        } => proof::rebuild(context, volume.name, give_up_kept),
         Command::Check { volume } => proof::check(context, volume.name),
         Command::Drill { args, volume } => drill::run(context, volume.name, &args),
         Command::Salvage { to } => proof::salvage(context, &to),

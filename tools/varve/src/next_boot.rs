@@ -156,17 +156,21 @@ pub fn take_away(context: &Context, name: &str) -> Result<String, ControlError> 
     if daemons::filter(context).is_ok() {
         return Err(ControlError::new(
             "V036-online",
-            "blkfilter runs: use `varve unprotect` without --offline",
+            format!(
+                "blkfilter runs: use `varve unprotect {name}` without --offline; or, if that cannot be done: varve down; varve unprotect {name} --offline"
+            ),
         ));
     }
     let path = context.paths.volumes().join(format!("{name}.toml"));
-    let spec = varve_control::load_specs(&context.paths.volumes())
-        .into_iter()
-        .flatten()
-        .find(|spec| spec.name == name)
-        .ok_or_else(|| {
-            ControlError::new("V019-unknown", format!("{} does not exist", path.display()))
-        })?;
+    if !path.exists() {
+        return Err(ControlError::new(
+            "V019-unknown",
+            format!("{} does not exist", path.display()),
+        ));
+    }
+    let specs = varve_control::load_specs(&context.paths.volumes()).into_iter();
+    let spec = specs.flatten().find(|spec| spec.name == name);
     std::fs::rename(&path, path.with_extension("toml.offline"))?;
-    Ok(spec.device.display().to_string())
+    // A file that cannot be read does not say which device.
+    Ok(spec.map_or_else(|| name.to_owned(), |spec| spec.device.display().to_string()))
 }

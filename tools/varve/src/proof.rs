@@ -27,8 +27,18 @@ pub fn scrub(
 }
 
 /// `varve rebuild`.
-pub fn rebuild(context: &Context, volume: Option<String>) -> Result<ExitCode, ControlError> {
+pub fn rebuild(
+    context: &Context,
+    volume: Option<String>,
+    give_up_kept: bool,
+) -> Result<ExitCode, ControlError> {
     let volume = daemons::volume(context, volume)?;
+    if give_up_kept {
+        let op = StoreOp::GiveUpKept {
+            volume: volume.clone(),
+        };
+        daemons::store(context)?.call::<_, StoreReply>(&op)?;
+    }
     let op = StoreOp::Scrub {
         volume: volume.clone(),
         bytes_per_second: None,

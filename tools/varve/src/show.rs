@@ -1,5 +1,6 @@
 //! Images that stay after the command: as block devices, over NBD, mounted.
 
+use crate::image::HeldImage;
 use crate::past::{ask, instant, unexpected, with_clock_times};
 use crate::{Context, daemons};
 use serde::Serialize;
@@ -8,13 +9,14 @@ use std::process::Command;
 use varve_cli::{MountMode, mount_copy, node_of, output_of, show_time};
 use varve_control::{ControlError, StoreOp, StoreReply};
 
+/// Shows an instant, for as long as this command lasts, or until it is kept: one that is broken off leaves nothing behind.
 fn show(
     context: &Context,
     volume: Option<String>,
     text: &str,
     (nbd, since): (Option<String>, Option<&str>),
     writable: bool,
-) -> Result<(String, u64, i64), ControlError> {
+) -> Result<HeldImage, ControlError> {
     let volume = daemons::volume(context, volume)?;
     let op = StoreOp::Export {
         volume,
@@ -22,16 +24,9 @@ fn show(
         writable,
         nbd,
         since: since.map(instant).transpose()?,
-        held: false,
+        held: true,
     };
-    match ask(context, &op, "opening the image")? {
-        StoreReply::Shown {
-            device,
-            lsn,
-            time_ns,
-        } => Ok((device, lsn, time_ns)),
-        _ => Err(unexpected()),
-    }
+    HeldImage::show(context, &op)
 }
 
 #[derive(Serialize)]
@@ -54,7 +49,9 @@ pub fn export(
         .map(std::path::absolute)
         .transpose()?
         .map(|path| path.display().to_string());
-    let (device, lsn, time_ns) = show(context, volume, text, (nbd, since), writable)?;
+    let image = show(context, volume, text, (nbd, since), writable)?;
+    let (device, lsn, time_ns) = (image.device.clone(), image.lsn, image.time_ns);
+    image.keep()?;
     context.output.result(
         &Shown {
             device: &device,
@@ -87,7 +84,8 @@ pub fn mount(
             format!("{} is not a directory", directory.display()),
         ));
     }
-    let (device, lsn, time_ns) = show(context, volume, text, (None, None), true)?;
+    let image = show(context, volume, text, (None, None), true)?;
+    let (device, lsn, time_ns) = (image.device.clone(), image.lsn, image.time_ns);
     let node = node_of(&device, partition);
     let mode = if writable {
         MountMode::Writable
@@ -95,12 +93,11 @@ pub fn mount(
         MountMode::ReadOnly
     };
     if let Err(mut failed) = mount_copy(&node, directory, mode, &[]) {
-        let _ = daemons::store(context)?.call::<_, StoreReply>(&StoreOp::Unexport {
-            device: device.clone(),
-        });
+        let _ = image.close();
         failed.message += ". If the volume is a whole disk, say --partition N";
         return Err(failed);
     }
+    image.keep()?;
     context.output.result(
         &Shown {
             device: &device,

@@ -8,6 +8,8 @@
 //! is still being read.
 
 use super::resume::Resume;
+use crate::device::mounted_on;
+use nix::errno::Errno;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
@@ -29,6 +31,8 @@ const THREADS: usize = 32;
 /// How often progress is made durable.
 const NOTE_EVERY: Duration = Duration::from_secs(2);
 const ALIGN: usize = 4096;
+/// Places at which a target is looked at for whether it is the older copy that it should be.
+const SAMPLES: u64 = 1024;
 /// So much of a file is given to its disk at once.
 const SEND: u64 = 16 << 20;
 
@@ -121,7 +125,7 @@ fn is_zero(bytes: &[u8]) -> bool {
     }
 }
 
-fn failed(what: &str, path: &Path, error: &io::Error) -> ControlError {
+fn failed(what: &str, path: &Path, resumes: bool, error: &io::Error) -> ControlError {
     let code = if what == "reading" {
         "H016-read"
     } else {
@@ -130,8 +134,12 @@ fn failed(what: &str, path: &Path, error: &io::Error) -> ControlError {
     ControlError::new(
         code,
         format!(
-            "{what} {}: {error}. What was copied so far stays; the same command goes on from there",
-            path.display()
+            "{what} {}: {error}{}",
+            path.display(),
+            match resumes {
+                true => ". What was copied so far stays; the same command goes on from there",
+                false => "",
+            }
         ),
     )
 }
@@ -226,16 +234,31 @@ pub fn copy_ranges<Bar: FnMut(u64, u64)>(
     record: Option<&Resume>,
     bar: impl Fn(&str) -> Bar,
 ) -> Result<Job, ControlError> {
-    let reading = |error: io::Error| failed("reading", &plan.source, &error);
-    let writing = |error: io::Error| failed("writing", &plan.target, &error);
+    let resumes = record.is_some() && plan.only.is_none();
+    let reading = |error: io::Error| failed("reading", &plan.source, resumes, &error);
+    let writing = |error: io::Error| failed("writing", &plan.target, resumes, &error);
     let is_device = std::fs::metadata(&plan.target).is_ok_and(|m| m.file_type().is_block_device());
     // In a file that is new, what is not written reads zero.
     let fresh = !is_device && plan.only.is_none();
     check_target(plan, is_device).map_err(|error| match error.raw_os_error() {
-        Some(_) => writing(error),
+        Some(errno) if errno == Errno::EBUSY as i32 => {
+            let mounted = mounted_on(&plan.target);
+            let place = match mounted.first() {
+                Some(place) => format!("mounted on {place}"),
+                None => "in use (`lsblk` shows by what)".to_owned(),
+            };
+            ControlError::new(
+                "V012-busy",
+                format!("{} is {place}. Nothing was written", plan.target.display()),
+            )
+        }
+        Some(_) => unread(&plan.target, &error),
         None => ControlError::new("H018-target", error),
     })?;
     let source = Ends::source(&plan.source).map_err(reading)?;
+    if let Some(only) = &plan.only {
+        holds_an_older_copy(plan, only, &source, is_device)?;
+    }
     // An empty file is nothing yet; from then on it is known which one is ours.
     if !is_device {
         new_or_old(&plan.target).map_err(writing)?;
@@ -336,6 +359,63 @@ pub fn copy_ranges<Bar: FnMut(u64, u64)>(
     })
 }
 
+/// Whether the target is an older copy of the source, as far as a sample tells: of its size, and the same where nothing is said to have changed. Nothing is
+/// touched.
+fn holds_an_older_copy(
+    plan: &Plan,
+    only: &[(u64, u64)],
+    source: &Ends,
+    is_device: bool,
+) -> Result<(), ControlError> {
+    let no_base = |why: String| {
+        ControlError::new(
+            "H015-base",
+            format!(
+                "{} is no older copy of this: {why}. Nothing was written",
+                plan.target.display()
+            ),
+        )
+    };
+    let target = File::open(&plan.target).map_err(|error| unread(&plan.target, &error))?;
+    let metadata = target.metadata();
+    let bytes = metadata
+        .map_err(|error| unread(&plan.target, &error))?
+        .len();
+    if !is_device && bytes != plan.bytes {
+        return Err(no_base(format!("it has {bytes} bytes, not {}", plan.bytes)));
+    }
+    let step = (plan.bytes / SAMPLES)
+        .next_multiple_of(ALIGN as u64)
+        .max(ALIGN as u64);
+    let (mut ours, mut theirs) = (vec![0u8; ALIGN], vec![0u8; ALIGN]);
+    for at in (0..plan.bytes).step_by(step as usize) {
+        let end = plan.bytes.min(at + ALIGN as u64);
+        let has_changed = |(offset, length): &(u64, u64)| *offset < end && at < offset + length;
+        if only.iter().any(has_changed) {
+            continue;
+        }
+        let length = (end - at) as usize;
+        let (ours, theirs) = (&mut ours[..length], &mut theirs[..length]);
+        let read = source.cached.read_exact_at(ours, at);
+        read.map_err(|error| unread(&plan.source, &error))?;
+        let read = target.read_exact_at(theirs, at);
+        read.map_err(|error| unread(&plan.target, &error))?;
+        if ours != theirs {
+            return Err(no_base(format!(
+                "byte {at} and those behind it are not the same, and did not change since"
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn unread(path: &Path, error: &io::Error) -> ControlError {
+    ControlError::new(
+        "H016-read",
+        format!("reading {}: {error}. Nothing was written", path.display()),
+    )
+}
+
 /// Digests of the pieces that were read: (first byte, bytes) → BLAKE3. 40 bytes for each MiB.
 #[derive(Default)]
 struct Digests {
@@ -433,7 +513,7 @@ fn verify(
             target
                 .file(offset, length)
                 .read_exact_at(found, offset)
-                .map_err(|error| failed("reading", &plan.target, &error))?;
+                .map_err(|error| failed("reading", &plan.target, false, &error))?;
             let same = match digests.of(offset, length) {
                 Some(digest) => digest == blake3::hash(found),
                 None => {
@@ -442,7 +522,7 @@ fn verify(
                     source
                         .file(offset, length)
                         .read_exact_at(wanted, offset)
-                        .map_err(|error| failed("reading", &plan.source, &error))?;
+                        .map_err(|error| failed("reading", &plan.source, false, &error))?;
                     wanted == found
                 }
             };
@@ -473,7 +553,7 @@ pub fn stream(
     bytes: u64,
     mut show: impl FnMut(u64, u64),
 ) -> Result<u64, ControlError> {
-    let reading = |error: io::Error| failed("reading", source, &error);
+    let reading = |error: io::Error| failed("reading", source, false, &error);
     let ends = Ends::source(source).map_err(reading)?;
     let mut buffer = Aligned::new();
     let mut out = io::stdout().lock();

@@ -57,6 +57,17 @@ impl Target {
                 ),
             )
         };
+        if let Target::File(path) | Target::Qcow2(path) = self
+            && path.is_dir()
+        {
+            return Err(ControlError::new(
+                "H018-target",
+                format!(
+                    "{} is a directory: name a file in it. Nothing was written",
+                    path.display()
+                ),
+            ));
+        }
         match self {
             Target::Stdout => Ok(()),
             Target::Nbd(_) => has_tool("nbdcopy", "libnbd-bin"),

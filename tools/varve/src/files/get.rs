@@ -81,7 +81,7 @@ pub fn run(
     };
     drop(found);
     tree.close()?;
-    context.output.result(&got, || {
+    let words = || {
         let size = match got.kind {
             "file" => format!(", {}", show_bytes(got.bytes)),
             kind => format!(", a {kind}"),
@@ -96,17 +96,23 @@ pub fn run(
         got.incomplete
             .iter()
             .for_each(|what| eprintln!("INCOMPLETE  {what}"));
-    });
-    match got.incomplete.len() {
-        0 => Ok(()),
-        count => Err(ControlError::new(
+    };
+    let partly = |count| {
+        ControlError::new(
             "X017-partly",
             format!(
                 "all of {} is there but for {count} things that are named above: what is said to be unreadable is not whole. `varve scrub` says which instants have it whole; where the target \
                  cannot hold owners or attributes, get the tree onto a file system that can",
                 got.path
             ),
-        )),
+        )
+    };
+    match got.incomplete.len() {
+        0 => {
+            context.output.result(&got, words);
+            Ok(())
+        }
+        count => Err(context.output.partly(&got, partly(count), words)),
     }
 }
 
@@ -194,7 +200,23 @@ fn copy(
         .iter()
         .any(|full| why.contains(full));
     let went_on = outcome.status.code() == Some(1) && !why.is_empty();
-    if is_tree && part.is_dir() && went_on && !is_full {
+    // A file whose owner or attributes the target cannot hold is there all the same.
+    let attributes_only = || {
+        let about = [
+            "failed to preserve",
+            "preserving",
+            "setting attribute",
+            "cannot preserve",
+        ];
+        let lines: Vec<&str> = why.lines().collect();
+        let about_them = |line: &&str| about.iter().any(|words| line.contains(words));
+        lines.iter().all(about_them) && part.symlink_metadata().is_ok()
+    };
+    let is_there = match is_tree {
+        true => part.is_dir(),
+        false => attributes_only(),
+    };
+    if is_there && went_on && !is_full {
         return Ok(why.lines().map(str::to_owned).collect());
     }
     Err(ControlError::new(
