@@ -5,8 +5,8 @@
 
 KEYS is the store's file of keys, KEY_FILE what opens it, if the history is encrypted.
 
-It reads segments, sealed, settled or pruned, and the list of kept instants, and nothing else: no runs, no maps. It checks every checksum that lies
-on its way.
+It reads segments, sealed, settled or pruned, and the lists of kept instants, and nothing else: no runs, no maps. It checks every checksum that lies
+on its way, and refuses an instant that does not resolve.
 Needs: Python 3.8; the `zstd` and `lz4` formats through libzstd and liblz4, AES through libcrypto (the shared libraries, by ctypes).
 """
 
@@ -100,10 +100,25 @@ def decrypt(key, nonce, about, stored, what):
     return out.raw[: len(body)]
 
 
+def whole(block, magic):
+    """Whether a structure is what it should be, as far as its beginning tells."""
+    return len(block) >= 16 and block[4:8] == magic and crc32c(block[4:]) == struct.unpack_from("<I", block)[0]
+
+
+def contents(paths):
+    """The bytes of those of the files that are there."""
+    for path in paths:
+        if os.path.exists(path):
+            with open(path, "rb") as file:
+                yield file.read()
+
+
 def keys_of(path, key_file):
     """The keys of volumes, by their names."""
-    with open(path, "rb") as file:
-        data = file.read()
+    found = [data for data in contents([path, path + "-copy"]) if whole(data, b"VKEY")]
+    must(found, "keys: neither file is whole")
+    generation = FIELDS["keys header"]["generation"]
+    data = max(found, key=lambda data: struct.unpack_from("<Q", data, generation)[0])
     head(data, b"VKEY", "keys")
     fields, entry = FIELDS["keys header"], FIELDS["sealed key"]
     must(data[fields["kind"]] == 2, "keys: only a key file is known here")
@@ -173,16 +188,18 @@ def segment(path):
         data, run = settled(data, name)
         if run is not None:
             head(run[:BLOCK], b"VRUN", f"{name}: run")
-            return said(run, "run header"), run_records(run, data)
+            (pruned_until,) = struct.unpack_from("<Q", run, FIELDS["run header"]["pruned_until"])
+            return said(run, "run header", footer) + [pruned_until], run_records(run, data)
     else:
         data = data[:-BLOCK]
     head(data[:BLOCK], b"VSEG", name)
-    return said(data, "segment header"), records(data)
+    return said(data, "segment header", footer) + [0], records(data)
 
 
-def said(block, table):
+def said(block, table, footer):
     names = ("lsn_start", "previous_lsn_end", "volume_bytes")
-    return [struct.unpack_from("<Q", block, FIELDS[table][name])[0] for name in names]
+    (end,) = struct.unpack_from("<Q", footer, FIELDS["segment footer"]["lsn_end"])
+    return [struct.unpack_from("<Q", block, FIELDS[table][name])[0] for name in names] + [end]
 
 
 def run_records(run, data):
@@ -194,29 +211,58 @@ def run_records(run, data):
     entries = run[BLOCK : BLOCK + count * 48]
     must(crc32c(entries) == crc, "run: entries")
     for index in range(count):
-        lsn, offset, length, _, at, crc, kind = struct.unpack_from("<QQQqQIB", entries, index * 48)
+        lsn, offset, length, _, at, crc, kind, _, detail = struct.unpack_from("<QQQqQIBBB", entries, index * 48)
         payload = data[at : at + length] if kind == 1 else b""
         if payload:
             must(crc32c(payload + epoch + struct.pack("<Q", lsn)) == crc, f"LSN {lsn}: payload")
-        yield lsn, kind, offset, length, payload
+        yield lsn, kind, detail, offset, length, payload
 
 
-def kept(folder, limit):
+def kept(folder, limit, pruned_until):
     """Whether retention has left the instant."""
-    if not os.path.exists(f"{folder}/kept"):
-        return True
-    with open(f"{folder}/kept", "rb") as file:
-        data = file.read()
-    head(data[:BLOCK], b"VKPT", "kept")
     fields = FIELDS["kept header"]
-    (below,) = struct.unpack_from("<Q", data, fields["pruned_below"])
-    (crc,) = struct.unpack_from("<I", data, fields["entries_crc"])
-    must(crc32c(data[BLOCK:]) == crc, "kept: entries")
-    return limit >= below or any(lsn == limit for lsn, _ in struct.iter_unpack("<Q16s", data[BLOCK:]))
+    for data in contents([f"{folder}/kept", f"{folder}/kept-copy"]):
+        (crc,) = struct.unpack_from("<I", data.ljust(BLOCK, b"\0"), fields["entries_crc"])
+        if not whole(data[:BLOCK], b"VKPT") or crc32c(data[BLOCK:]) != crc:
+            continue
+        head(data[:BLOCK], b"VKPT", "kept")
+        (below,) = struct.unpack_from("<Q", data, fields["pruned_below"])
+        if below < pruned_until:
+            break
+        return limit >= below or any(lsn == limit for lsn, _ in struct.iter_unpack("<Q16s", data[BLOCK:]))
+    return limit >= pruned_until
+
+
+class Timeline:
+    """Whether an instant resolves, as far as segments and their spans tell."""
+
+    def __init__(self, limit):
+        self.limit, self.end = limit, 1
+        self.hole = self.full_copy = self.open = self.copied = self.given_up = False
+
+    def segment(self, start, before, end, spans):
+        """The next segment; spans: (LSN, begins, detail)."""
+        if before != self.end:
+            self.hole, self.full_copy, self.open = True, False, True
+        elif start > before and not self.open:
+            self.given_up = before < self.limit <= start
+            self.open = start < self.limit and any(begins for _, begins, _ in spans)
+        self.end = end
+        for lsn, begins, detail in spans:
+            if lsn >= self.limit:
+                continue
+            if begins:
+                self.open, self.full_copy = True, detail in (1, 4)
+            elif not self.hole or self.full_copy:
+                self.hole = self.open = False
+                self.copied = True
+
+    def resolves(self):
+        return self.copied and not self.open and not self.hole and not self.given_up and self.limit <= self.end
 
 
 def records(data):
-    """(LSN, kind, offset, length, payload) of each record."""
+    """(LSN, kind, detail, offset, length, payload) of each record."""
     epoch = data[32:48]
     (lsn_start,) = struct.unpack_from("<Q", data, FIELDS["segment header"]["lsn_start"])
     (checkpoint,) = struct.unpack_from("<I", data, FIELDS["segment header"]["checkpoint_bytes"])
@@ -234,14 +280,14 @@ def records(data):
         for index in range(count):
             fields = FIELDS["record"]
             base = 128 + index * 48
-            kind = block[base + fields["kind"]]
+            kind, detail = block[base + fields["kind"]], block[base + fields["detail"]]
             offset, length = struct.unpack_from("<QQ", block, base + fields["offset"])
             start, crc = struct.unpack_from("<II", block, base + fields["payload_offset"])
             (size,) = struct.unpack_from("<I", block, base + fields["payload_bytes"])
             payload = payloads[start : start + size]
             if size:
                 must(crc32c(payload + epoch + struct.pack("<Q", lsn)) == crc, f"LSN {lsn}: payload")
-            yield lsn, kind, offset, length, payload
+            yield lsn, kind, detail, offset, length, payload
             lsn += 1
         expected = lsn
         at += BLOCK + (payload_bytes + BLOCK - 1) // BLOCK * BLOCK
@@ -273,24 +319,30 @@ def main():
     if len(sys.argv) == 6:
         KEYS.update(keys_of(*sys.argv[4:]))
     names = sorted(n for n in os.listdir(f"{folder}/segments") if n.endswith(".seg"))
-    must(kept(folder, limit), f"LSN {limit} is not kept")
-    image, end = bytearray(), None
+    image, size, timeline, pruned_until = bytearray(), 0, Timeline(limit), 0
     for name in names:
-        (start, before, size), found = segment(f"{folder}/segments/{name}")
+        (start, before, volume_bytes, end, until), found = segment(f"{folder}/segments/{name}")
+        pruned_until = max(pruned_until, until)
+        found = list(found)
+        spans = [(lsn, kind == 7, detail) for lsn, kind, detail, *_ in found if kind in (7, 8)]
+        if start < limit or before < limit:
+            timeline.segment(start, before, end, spans)
         if start >= limit:
-            break
-        must(end is None or before == end, f"{name}: a segment before it is missing")
+            continue
+        # What was written while it was larger stays, and is there when it has grown again.
+        size = volume_bytes
         image.extend(bytes(max(0, size - len(image))))
-        del image[size:]
-        for lsn, kind, offset, length, payload in found:
+        for lsn, kind, _, offset, length, payload in found:
             if lsn >= limit:
                 continue
             if kind == 1:
                 image[offset : offset + length] = payload
             elif kind in (2, 3, 14):
                 image[offset : offset + length] = bytes(length)
+    must(timeline.resolves(), f"LSN {limit} does not resolve")
+    must(kept(folder, limit, pruned_until), f"LSN {limit} is not kept")
     with open(output, "wb") as file:
-        file.write(image)
+        file.write(image[:size])
 
 
 main()

@@ -458,15 +458,27 @@ fn a_key_that_is_missing_is_known_before_anything_is_begun() {
     let directory = tempfile::tempdir().unwrap();
     let root = directory.path();
     let mut sample = history(root, &key_file(1));
-    sample.settle_all(Compression::Lz4);
+    let count = sample.store.segments().count();
+    // All but the newest one are encrypted with the first key.
+    for _ in 1..count {
+        let job = sample.store.next_to_settle(Compression::Lz4, &|_| false);
+        let proved = job.unwrap().compress(1).unwrap().prove().unwrap();
+        sample.store.replace(&proved).unwrap();
+    }
     drop(sample);
     for name in ["keys", "keys-copy"] {
         std::fs::remove_file(root.join(name)).unwrap();
     }
     let mut keys = StoreKeys::load(root);
     keys.create(&key_file(2)).unwrap();
-    let mut store = VolumeStore::open_with(root, VOLUME, keys.of_volume(VOLUME).0).unwrap();
-    // As if the newest one had been settled with the new key.
+    let handle = keys.of_volume(VOLUME).0;
+    let mut store = VolumeStore::open_with(root, VOLUME, handle.clone()).unwrap();
+    // The newest one with the new key: what is asked first opens.
+    let job = store.next_to_settle(Compression::Lz4, &|_| false).unwrap();
+    let proved = job.compress(1).unwrap().prove().unwrap();
+    store.replace(&proved).unwrap();
+    drop(store);
+    let mut store = VolumeStore::open_with(root, VOLUME, handle).unwrap();
     let end = store.timeline().end();
     assert!(matches!(
         Image::open(&store, end),

@@ -1,13 +1,16 @@
-//! Random flips in every form that a segment has at rest: each is detected, and located: what is named cannot be read or reads as it was, everything else
-//! reads as it was.
+//! Random flips in every form that a segment has at rest: each is detected, and located: what is named are exactly the records that the flipped bit belongs
+//! to, from when they were written until all of them had been written anew; everything else reads as it was.
 
 #![allow(
     clippy::unwrap_used,
     reason = "in tests a surprise should end the test"
 )]
 
+use std::collections::BTreeSet;
 use std::os::unix::fs::FileExt;
-use varve_format::Lsn;
+use varve_format::{
+    BLOCK_IS_GONE, FRAME_BLOCKS, Lsn, RecordKind, RunEntry, SettledHeader, parse_settled_tables,
+};
 use varve_store::{Compression, Image, Secret, StoreKeys, VolumeStore};
 use varve_tests::guest::sized;
 use varve_tests::sample::{Sample, VOLUME, files, prune_to, scrub, scrub_stored};
@@ -27,6 +30,77 @@ fn plain(root: &std::path::Path) -> Sample {
     history(VolumeStore::open(root, VOLUME).unwrap())
 }
 
+/// The records that a byte of a segment's file belongs to, by the format alone; none: that is not told here.
+fn touched(file: &[u8], at: u64, entries: &[RunEntry]) -> Option<Vec<RunEntry>> {
+    let writes = entries
+        .iter()
+        .filter(|entry| entry.kind == RecordKind::Write as u8);
+    let footer_at = (file.len() - BLOCK) as u64;
+    if !SettledHeader::is_settled(&file[..BLOCK]) {
+        let holds = |entry: &&RunEntry| {
+            let payload = entry.payload.get();
+            at >= footer_at || (payload..payload + entry.length.get()).contains(&at)
+        };
+        return Some(writes.filter(holds).copied().collect());
+    }
+    let header = SettledHeader::parse(&file[..BLOCK], file.len() as u64).unwrap();
+    if header.is_pruned() {
+        return None;
+    }
+    let tables = &file[header.tables_at.get() as usize..footer_at as usize];
+    let (frames, blocks) = parse_settled_tables(&header, tables).unwrap();
+    let frame = frames.iter().position(|frame| {
+        (frame.offset.get()..frame.offset.get() + u64::from(frame.length.get())).contains(&at)
+    });
+    // Header, tables and footer are needed for all of it.
+    let Some(frame) = frame else {
+        return Some(writes.copied().collect());
+    };
+    let lies_in = |block: u64| {
+        let number = blocks[block as usize].get();
+        number < BLOCK_IS_GONE && u64::from(number) / u64::from(FRAME_BLOCKS) == frame as u64
+    };
+    let holds = |entry: &&RunEntry| {
+        let (start, end) = (
+            entry.payload.get(),
+            entry.payload.get() + entry.length.get(),
+        );
+        (start / BLOCK as u64..end.div_ceil(BLOCK as u64)).any(lies_in)
+    };
+    Some(writes.filter(holds).copied().collect())
+}
+
+/// Ranges of the volume that records wrote, merged; and the first instant behind them at which all of that had been written anew, sector by sector.
+fn lost_by(lost: &[RunEntry], all: &[RunEntry]) -> (Vec<(u64, u64)>, Option<Lsn>) {
+    let sectors = |entry: &RunEntry| {
+        let end = entry.offset.get() + entry.length.get();
+        (entry.offset.get() / 512)..end.div_ceil(512)
+    };
+    let mut named: Vec<(u64, u64)> = Vec::new();
+    for sector in lost.iter().flat_map(sectors).collect::<BTreeSet<u64>>() {
+        match named.last_mut() {
+            Some((offset, length)) if *offset + *length == sector * 512 => *length += 512,
+            _ => named.push((sector * 512, 512)),
+        }
+    }
+    let Some(last) = lost.iter().map(RunEntry::lsn).max() else {
+        return (named, None);
+    };
+    let mut lacks = BTreeSet::new();
+    for entry in all.iter().filter(|entry| entry.changes_image()) {
+        for sector in sectors(entry) {
+            lacks.remove(&sector);
+        }
+        if lost.iter().any(|lost| lost.lsn == entry.lsn) {
+            lacks.extend(sectors(entry));
+        }
+        if entry.lsn() >= last && lacks.is_empty() {
+            return (named, Some(entry.lsn().plus(1)));
+        }
+    }
+    (named, None)
+}
+
 /// Flips bits one after the other; gives how many there were.
 fn flip(root: &std::path::Path, sample: &mut Sample, count: u32) {
     let segments = files(root, "segments");
@@ -42,6 +116,17 @@ fn flip(root: &std::path::Path, sample: &mut Sample, count: u32) {
             (file, length)
         })
         .collect();
+    let entries: Vec<Vec<RunEntry>> = sample
+        .store
+        .segments()
+        .map(|s| s.entries().unwrap())
+        .collect();
+    let all = entries.concat();
+    let contents: Vec<Vec<u8>> = segments
+        .iter()
+        .map(|path| std::fs::read(path).unwrap())
+        .collect();
+    let mut located = 0;
     let total: u64 = opened.iter().map(|file| file.1).sum();
     let end = sample.store.timeline().end();
     let instants: Vec<Lsn> = (1..=8)
@@ -60,19 +145,32 @@ fn flip(root: &std::path::Path, sample: &mut Sample, count: u32) {
             }
             here
         });
-        let file = &opened[index.unwrap()].0;
+        let index = index.unwrap();
+        let file = &opened[index].0;
         let mut byte = [0];
         file.read_exact_at(&mut byte, at).unwrap();
         let bit = 1 << (sample.random() % 8);
         file.write_all_at(&[byte[0] ^ bit], at).unwrap();
-        let what = format!(
-            "round {round}: {} at byte {at}",
-            segments[index.unwrap()].display()
-        );
+        let what = format!("round {round}: {} at byte {at}", segments[index].display());
         let found = scrub(&sample.store).damage;
         assert!(!found.is_empty(), "{what}: not detected");
         let quickly = scrub_stored(&sample.store).damage;
         assert!(quickly == found, "{what}: without unpacking: {quickly:?}");
+        if let Some(lost) = touched(&contents[index], at, &entries[index]) {
+            let (blocks, until) = lost_by(&lost, &all);
+            assert_eq!(found.len(), 1, "{what}: {found:?}");
+            assert_eq!(found[0].blocks, blocks, "{what}: of {lost:?}");
+            let from = lost
+                .first()
+                .map(|entry| (entry.lsn().plus(1), entry.time()));
+            assert_eq!(found[0].from, from, "{what}");
+            assert_eq!(
+                found[0].until.map(|(lsn, _)| lsn),
+                until,
+                "{what}: of {lost:?}"
+            );
+            located += u32::from(until.is_some());
+        }
         for (lsn, wanted) in instants.iter().zip(&wanted) {
             let named = |block: u64| {
                 found.iter().any(|damage| {
@@ -108,6 +206,14 @@ fn flip(root: &std::path::Path, sample: &mut Sample, count: u32) {
     assert!(
         unreadable > count / 4,
         "{unreadable} blocks could not be read: the flips hit nothing"
+    );
+    let is_pruned = sample
+        .store
+        .segments()
+        .any(|segment| segment.pruned_for != 0);
+    assert!(
+        is_pruned || located > count / 20,
+        "{located}: nothing was ever whole again"
     );
     assert!(scrub(&sample.store).damage.is_empty());
     assert!(scrub_stored(&sample.store).damage.is_empty());

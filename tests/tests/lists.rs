@@ -13,6 +13,7 @@ use varve_tests::sample::{Sample, VOLUME, files, read, scrub};
 
 const VOLUME_BYTES: u64 = 4 << 20;
 const SEGMENT_BYTES: u64 = 96 << 10;
+type Lose<'a> = &'a dyn Fn(&Path, &[u8]);
 const LISTS: [&str; 2] = ["kept", "kept-copy"];
 
 /// A history that was pruned, with a pin.
@@ -57,7 +58,7 @@ fn lists_that_cannot_be_read_prune_nothing() {
         bytes[..4].copy_from_slice(&crc.to_le_bytes());
         bytes
     };
-    let ways: [(&str, &dyn Fn(&Path, &[u8])); 4] = [
+    let ways: [(&str, Lose<'_>); 4] = [
         ("removed", &|path, _| std::fs::remove_file(path).unwrap()),
         ("damaged", &|path, bytes| {
             std::fs::write(path, &bytes[..bytes.len() / 2]).unwrap()

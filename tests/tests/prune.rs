@@ -725,6 +725,18 @@ fn a_reader_written_from_the_format_alone_restores_what_is_kept() {
             "LSN {lsn}"
         );
     }
-    let said = run(Lsn(kept[1].lsn().0 + 1));
-    assert!(!said.status.success() && String::from_utf8_lossy(&said.stderr).contains("kept"));
+    let refuses = |lsn: Lsn| {
+        let said = run(lsn);
+        let why = String::from_utf8_lossy(&said.stderr).into_owned();
+        assert!(!said.status.success() && why.contains("kept"), "{why}");
+    };
+    refuses(Lsn(kept[1].lsn().0 + 1));
+    // Where one list is lost the other counts; without both what was kept is not known.
+    let folder = volume_directory(directory.path(), VOLUME);
+    std::fs::write(folder.join("kept"), b"no list").unwrap();
+    assert!(run(kept[0].lsn()).status.success());
+    refuses(Lsn(kept[1].lsn().0 + 1));
+    std::fs::remove_file(folder.join("kept-copy")).unwrap();
+    refuses(kept[0].lsn());
+    assert!(run(sample.store.timeline().end()).status.success());
 }

@@ -570,16 +570,20 @@ fn what_does_not_come_back_from_the_disk_replaces_nothing() {
 
 /// An image as `tests/reader.py` restores it.
 fn read_by_the_other_reader(root: &Path, lsn: Lsn) -> Vec<u8> {
+    let said = other_reader(root, lsn);
+    assert!(said.status.success(), "{said:?}");
+    std::fs::read(root.join("image")).unwrap()
+}
+
+fn other_reader(root: &Path, lsn: Lsn) -> std::process::Output {
     let output = root.join("image");
     let said = std::process::Command::new("python3")
         .arg(varve_tests::guest::repository().join("tests/reader.py"))
         .arg(volume_directory(root, VOLUME))
         .arg(lsn.0.to_string())
         .arg(&output)
-        .output()
-        .unwrap();
-    assert!(said.status.success(), "{said:?}");
-    std::fs::read(&output).unwrap()
+        .output();
+    said.unwrap()
 }
 
 /// A reader in another language, written from FORMAT.md alone, restores the same images, out of sealed and out of settled segments.
@@ -595,6 +599,26 @@ fn a_reader_written_from_the_format_alone_restores_any_instant() {
         for lsn in [end, Lsn(3 + sample.random() % (end.0 - 3)), Lsn(end.0 / 2)] {
             let restored = read_by_the_other_reader(directory.path(), lsn);
             assert!(restored == sample.image(lsn), "LSN {lsn}");
+        }
+        let refuses = |lsn: Lsn| {
+            let said = other_reader(directory.path(), lsn);
+            let why = String::from_utf8_lossy(&said.stderr).into_owned();
+            assert!(
+                !said.status.success() && why.contains("does not resolve"),
+                "{lsn}: {why}"
+            );
+        };
+        // Within the first copy, and behind the end.
+        assert!(sample.store.timeline().check(Lsn(2)).is_err());
+        refuses(Lsn(2));
+        refuses(end.plus(1));
+        // Without the first segment nothing is whole; nor behind another that is missing.
+        let segments = files(directory.path(), "segments");
+        for victim in [0, 2] {
+            let away = directory.path().join("away");
+            std::fs::rename(&segments[victim], &away).unwrap();
+            refuses(end);
+            std::fs::rename(&away, &segments[victim]).unwrap();
         }
     }
 }

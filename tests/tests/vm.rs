@@ -65,6 +65,7 @@ in_guests! {
     resized_device_is_followed: |kernel| everywhere(kernel, &["resize"]);
     history_thins_out_as_the_policy_says: |kernel| everywhere(kernel, &["retention"]);
     history_takes_no_more_space_than_it_may: |kernel| everywhere(kernel, &["space"]);
+    what_ends_leaves_nothing_and_loses_nothing: |kernel| everywhere(kernel, &["ends"]);
     files_of_the_past_ext4: |kernel| everywhere(kernel, &["files", "ext4"]);
     files_of_the_past_xfs: |kernel| everywhere(kernel, &["files", "xfs"]);
     files_of_the_past_btrfs: |kernel| everywhere(kernel, &["files", "btrfs"]);
@@ -128,6 +129,11 @@ fn fallback_lost_history_is_said_and_made_whole() {
 #[test]
 fn fallback_history_thins_out_as_the_policy_says() {
     fallback(&["retention"]);
+}
+
+#[test]
+fn fallback_what_ends_leaves_nothing_and_loses_nothing() {
+    fallback(&["ends"]);
 }
 
 #[test]

@@ -20,7 +20,7 @@ const ANSWER_BYTES_MAX: u64 = 512 << 20;
 /// Most attached bytes: one write of a rewind.
 pub const ATTACH_BYTES_MAX: usize = 1 << 20;
 /// How long a client may leave an answer, or a progress line, unread.
-const WRITE_WAIT: Duration = Duration::from_secs(20);
+const WRITE_WAIT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 20 });
 /// Connections at once.
 const CONNECTIONS_MAX: usize = 64;
 
@@ -185,12 +185,16 @@ impl Drop for AtEnd {
 pub struct Reporter<'a> {
     stream: &'a mut UnixStream,
     at_end: &'a mut AtEnd,
+    /// The client was told something that it did not take.
+    gone: bool,
 }
 
 impl Reporter<'_> {
-    /// Tells it. False: the client is gone.
+    /// Tells it. False: the client is gone; it is not told anything more, and nobody waits for it again.
     pub fn report(&mut self, done: u64, total: u64) -> bool {
-        write_line(self.stream, &Line::<()>::Progress(Progress { done, total })).is_ok()
+        let line = Line::<()>::Progress(Progress { done, total });
+        self.gone = self.gone || write_line(self.stream, &line).is_err();
+        !self.gone
     }
 
     /// Work for when the client has gone, however it went.
@@ -282,11 +286,51 @@ where
             &mut Reporter {
                 stream: &mut stream,
                 at_end: &mut at_end,
+                gone: false,
             },
         ) {
             Ok(reply) => Line::Ok(reply),
             Err(error) => Line::Error(error),
         };
         write_line(&mut stream, &answer)?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{ControlError, Envelope, VERSION, serve, write_line};
+    use std::os::unix::net::UnixStream;
+    use std::sync::mpsc::channel;
+    use std::time::{Duration, Instant};
+
+    /// A client that asks and reads nothing (it was stopped, or its terminal hangs) is waited for once, not at every line.
+    #[test]
+    fn who_does_not_read_holds_up_nothing() {
+        let socket = std::env::temp_dir().join(format!("varve-wire-{}", std::process::id()));
+        let (told, ended) = channel();
+        let place = socket.clone();
+        std::thread::spawn(move || {
+            serve(&place, move |_: u32, _, reporter| {
+                let lines = (0..1_000_000u64).filter(|done| reporter.report(*done, u64::MAX));
+                let _ = told.send(lines.count());
+                Ok::<u32, ControlError>(0)
+            })
+        });
+        let since = Instant::now();
+        let mut client = loop {
+            match UnixStream::connect(&socket) {
+                Ok(client) => break client,
+                Err(error) => assert!(since.elapsed() < Duration::from_secs(5), "{error}"),
+            }
+        };
+        let question = Envelope {
+            v: VERSION,
+            attach: 0,
+            op: 7u32,
+        };
+        write_line(&mut client, &question).unwrap();
+        let lines = ended.recv_timeout(Duration::from_secs(15)).unwrap();
+        assert!(lines < 1_000_000, "all of {lines} lines were taken");
+        let _ = std::fs::remove_file(socket);
     }
 }

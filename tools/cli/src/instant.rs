@@ -38,14 +38,30 @@ pub fn parse_instant(text: &str, now: &Zoned) -> Result<Instant, String> {
         return Ok(time(&then.timestamp()));
     }
     let iso = text.replacen(' ', "T", 1);
+    // With a zone's name behind it that counts, not this machine's.
+    if let Ok(zoned) = iso.parse::<Zoned>() {
+        return Ok(time(&zoned.timestamp()));
+    }
     if let Ok(stamp) = text.parse::<Timestamp>() {
         return Ok(time(&stamp));
     }
     let local = |civil: DateTime| {
-        civil
-            .to_zoned(now.time_zone().clone())
-            .map(|zoned| time(&zoned.timestamp()))
-            .map_err(|e| e.to_string())
+        let here = now.time_zone().to_ambiguous_zoned(civil);
+        let shown = |zoned: Result<Zoned, jiff::Error>| {
+            zoned.map_or_else(
+                |e| e.to_string(),
+                |zoned| zoned.strftime("%FT%T%:z").to_string(),
+            )
+        };
+        if here.is_ambiguous() {
+            return Err(format!(
+                "`{text}`: clocks were changed then, and it is not one instant. Say which: {} or {}",
+                shown(here.clone().earlier()),
+                shown(here.later())
+            ));
+        }
+        let zoned = here.compatible().map_err(|e| e.to_string())?;
+        Ok(time(&zoned.timestamp()))
     };
     if let Ok(civil) = iso.parse::<DateTime>() {
         return local(civil);
@@ -131,6 +147,24 @@ mod tests {
             Ok(Instant::Point("before-upgrade".to_owned()))
         );
         assert_eq!(at("point:15:00"), Ok(Instant::Point("15:00".to_owned())));
+    }
+
+    #[test]
+    fn a_time_that_clocks_showed_twice_or_never_is_not_guessed() {
+        let there: Zoned = "2026-11-22T15:00:00[Europe/Berlin]".parse().unwrap();
+        let twice = parse_instant("2026-10-25 02:30", &there).unwrap_err();
+        assert!(twice.contains("2026-10-25T02:30:00+02:00"), "{twice}");
+        assert!(twice.contains("2026-10-25T02:30:00+01:00"), "{twice}");
+        assert!(parse_instant("2026-03-29 02:30", &there).is_err());
+        let first = parse_instant("2026-10-25T02:30:00+02:00", &there).unwrap();
+        let second = parse_instant("2026-10-25T02:30:00+01:00", &there).unwrap();
+        let Instant::Time(ns) = first else {
+            panic!("{first:?}")
+        };
+        assert_eq!(second, Instant::Time(ns + 3_600_000_000_000));
+        // Where the name of a zone is said it counts.
+        let berlin = at("2026-11-22 16:00[Europe/Berlin]");
+        assert_eq!(berlin, at("2026-11-22 15:00"));
     }
 
     #[test]

@@ -228,6 +228,20 @@ pub fn file_system(varve: &Installation, device: &str, kind: &str, count: usize)
             "{kind}: {checked} frozen copies hold all that was answered, and no more than was written"
         ),
     );
+    // Read-only, as somebody would look into one.
+    if kind != "btrfs" {
+        std::fs::write(format!("{live}/looked-for"), b"there").map_err(|e| e.to_string())?;
+        let place = "/mnt/looked-into";
+        let json = hcp(varve, &["--json", "-o", "-m", place, live])?;
+        let text =
+            std::fs::read_to_string(format!("{place}/looked-for")).map_err(|e| e.to_string())?;
+        if text != "there" {
+            return Err(format!(
+                "{kind}: what was written before the copy is not in it: {json}"
+            ));
+        }
+        hcp(varve, &["-r", place])?;
+    }
     if checked < count.div_ceil(2) {
         println!(
             "SKIPPED: {kind}: only {checked} of {} frozen copies could be mounted beside their origin here",
@@ -594,6 +608,26 @@ pub fn out(varve: &Installation, device: &str) -> Outcome {
     }
     let no_base = ["--to", &file("x"), "--incremental-from", "base", "disk"];
     expect_refused(hcp(varve, &no_base), "H015-base")?;
+    // An increment goes onto its base only: one letter must not cost another disk's backup.
+    let other = file("other");
+    for script in [
+        format!(
+            "cp --sparse=always {image} {other} && printf x | dd of={other} bs=1 seek=50M conv=notrunc status=none"
+        ),
+        format!("head -c 1M {image} > {other}"),
+    ] {
+        // (Where it was not written since: behind what the writers stamp.)
+        sh(&format!("rm -f {other}; {script}"))?;
+        let was = digest(&other)?;
+        let wrong = ["--to", &other, "--incremental-from", "base", "base"];
+        expect_refused(hcp(varve, &wrong), "H015-base")?;
+        if digest(&other)? != was {
+            return Err("what is no base was written to".to_owned());
+        }
+    }
+    std::fs::remove_file(&other).map_err(|e| e.to_string())?;
+    one_that_is_mine(varve, &file("mine"))?;
+    broken_off(varve)?;
     if run("qemu-img", &["--version"]).is_ok() {
         hcp(varve, &["--to", &file("image.qcow2"), "base"])?;
         run("qemu-img", &["compare", &file("image.qcow2"), &second])?;
@@ -645,6 +679,57 @@ pub fn out(varve: &Installation, device: &str) -> Outcome {
     }
     let _ = std::fs::remove_dir_all(&place);
     end(varve)
+}
+
+/// A copying out of a copy that somebody has made, interrupted, is not gone on with by a command for the device, which would end it.
+fn one_that_is_mine(varve: &Installation, to: &str) -> Outcome {
+    hcp(varve, &["--skip-mount", "--name", "mine", "disk"])?;
+    let mut asking = std::process::Command::new(varve.program("hcp"))
+        .arg("--root")
+        .arg(varve.root())
+        .args(["--quiet", "--to", to, "mine"])
+        .spawn()
+        .map_err(|e| e.to_string())?;
+    let progress = std::path::PathBuf::from(format!("{to}.varve-progress"));
+    let since = Instant::now();
+    while !progress.exists() && since.elapsed() < Duration::from_secs(10) {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let _ = asking.kill();
+    let _ = asking.wait();
+    if !progress.exists() {
+        return Err("the command was not interrupted in the middle".to_owned());
+    }
+    hcp(varve, &["--to", to, "--overwrite", "disk"])?;
+    hcp(varve, &["-r", "mine"]).map_err(|e| format!("somebody's copy was ended: {e}"))?;
+    std::fs::remove_file(to).map_err(|e| e.to_string())
+}
+
+/// What cannot be gone on with leaves no copy when it is broken off.
+fn broken_off(varve: &Installation) -> Outcome {
+    let names = || Ok::<_, String>(fields(&hcp(varve, &["--json", "-l"])?, "name"));
+    let before = names()?;
+    let mut asking = std::process::Command::new(varve.program("hcp"))
+        .arg("--root")
+        .arg(varve.root())
+        .args(["--to", "-", "disk"])
+        .stdout(std::process::Stdio::piped()) // Nobody reads.
+        .spawn()
+        .map_err(|e| e.to_string())?;
+    let since = Instant::now();
+    while names()? == before {
+        if since.elapsed() > Duration::from_secs(10) {
+            return Err("no copy was made for standard output".to_owned());
+        }
+        pause(20);
+    }
+    pause(300);
+    run("kill", &["-TERM", &asking.id().to_string()])?;
+    asking.wait().map_err(|e| e.to_string())?;
+    match names()? == before {
+        true => Ok(()),
+        false => Err("a command that was broken off has left its copy".to_owned()),
+    }
 }
 
 /// Several devices at one instant: nothing is in one copy that was issued after something was answered that another copy lacks.

@@ -6,6 +6,7 @@ mod copy_faults;
 mod copy_kills;
 mod death;
 mod encrypted;
+mod ends;
 mod files;
 mod holes;
 mod instants;
@@ -68,6 +69,7 @@ fn main() -> ExitCode {
         "holes" => holes::holes(&installation, device),
         "store-life" => store_life::store_life(&installation, device),
         "retention" => retention::retention(&installation, device),
+        "ends" => ends::ends(&installation, Path::new(root)),
         "space" => space::space(&installation, Path::new(root)),
         "points" => points::points(&installation, device),
         "points-stacked" => points::stacked(&installation, device),

@@ -665,13 +665,21 @@ mod tests {
             4096
         );
         assert_eq!(std::fs::read(&plan.target).unwrap(), content);
-        // What the ranges leave out is noticed.
-        content[(2 << 20) + 5] = 1;
-        std::fs::write(&plan.source, &content).unwrap();
-        assert_eq!(
-            copy_ranges(&plan, None, |_| |_, _| {}).unwrap_err().code,
-            "H019-differs"
-        );
+        // What the ranges leave out is noticed: by a sample before anything is written, or afterwards.
+        for (at, code) in [(2 << 20, "H015-base"), ((2 << 20) + 4096, "H019-differs")] {
+            let was = std::fs::read(&plan.target).unwrap();
+            let mut other = content.clone();
+            (other[at + 5], other[3 << 20]) = (1, 8);
+            std::fs::write(&plan.source, &other).unwrap();
+            let failed = copy_ranges(&plan, None, |_| |_, _| {}).unwrap_err();
+            assert_eq!(failed.code, code, "{failed}");
+            let same = std::fs::read(&plan.target).unwrap() == was;
+            assert_eq!(same, code == "H015-base");
+        }
+        std::fs::write(&plan.target, &content[..1 << 20]).unwrap();
+        let failed = copy_ranges(&plan, None, |_| |_, _| {}).unwrap_err();
+        assert_eq!(failed.code, "H015-base", "{failed}");
+        assert!(std::fs::read(&plan.target).unwrap() == content[..1 << 20]);
         for path in [&plan.source, &plan.target] {
             std::fs::remove_file(path).unwrap();
         }
