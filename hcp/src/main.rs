@@ -140,7 +140,10 @@ fn main() -> ExitCode {
     };
     match run(&context, &cli) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => output.error(&error),
+        Err(mut error) => {
+            error.message = varve_cli::with_clock_times(&error.message);
+            output.error(&error)
+        }
     }
 }
 

@@ -7,13 +7,12 @@ use crate::create::make;
 use crate::list::find_copy;
 use crate::source::find;
 use crate::{Cli, Context};
-use nix::sys::signal::{SigSet, Signal};
 use serde::Serialize;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use varve_cli::copy_out::{self, Allowed, Copied, Identity, Options, Resume, Source, Target};
-use varve_cli::daemons;
 use varve_cli::device::{mounted_on, size};
+use varve_cli::{at_signal, daemons};
 use varve_control::{ControlError, CopyInfo, FilterOp, FilterReply};
 
 #[derive(Serialize)]
@@ -65,21 +64,15 @@ pub fn copy_out(context: &Context, cli: &Cli, device: &str, to: &str) -> Result<
 
 /// What cannot be gone on with leaves no copy behind when the command is broken off.
 fn ends_with_the_command(context: &Context, copy: &CopyInfo) {
-    let signals = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP]);
     let (paths, name) = (context.paths.clone(), copy.name.clone());
-    // Threads that come later inherit it: only the waiting one gets these signals.
-    if signals.thread_block().is_ok() {
-        std::thread::spawn(move || {
-            let signal = signals.wait().map_or(0, |signal| signal as i32);
-            let op = FilterOp::CopyRemove { name };
-            let removed =
-                daemons::filter(&paths).and_then(|mut filter| filter.call::<_, FilterReply>(&op));
-            if let Err(why) = removed {
-                eprintln!("hcp: {why}");
-            }
-            std::process::exit(128 + signal);
-        });
-    }
+    at_signal(move || {
+        let op = FilterOp::CopyRemove { name };
+        let filter = daemons::filter(&paths);
+        let removed = filter.and_then(|mut filter| filter.call::<_, FilterReply>(&op));
+        if let Err(why) = removed {
+            eprintln!("hcp: {why}");
+        }
+    });
 }
 
 fn copy_from(

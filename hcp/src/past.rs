@@ -26,7 +26,8 @@ pub fn copy(context: &Context, cli: &Cli, device: &str, text: &str) -> Result<()
         volume: source.volume.name.clone(),
         instant,
         // A file system that was mounted then wants its journal replayed: into an overlay, never into the past.
-        writable: true,
+        // Without a mount nothing has to be replayed.
+        writable: !(cli.read_only && cli.skip_mount),
         nbd: None,
         since: None,
         // Until it is mounted: a command that is broken off leaves nothing behind.

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 use std::path::Path;
+use toml_edit::{DocumentMut, Item, Table, Value};
 
 /// More processors than that compressing does not take.
 const PERCENT_MAX: u32 = 1600;
@@ -75,10 +76,11 @@ impl Default for StorePolicy {
 }
 
 impl StorePolicy {
-    /// Writes the policy: the whole file is there, or the old one.
+    /// Writes the policy: the whole file is there, or the old one. Comments stay, and what is as it was.
     pub fn save(&self, path: &Path) -> Result<(), String> {
         let wrong = |why: &dyn std::fmt::Display| format!("{}: {why}", path.display());
-        let text = toml::to_string(self).map_err(|error| wrong(&error))?;
+        let old = std::fs::read_to_string(path).unwrap_or_default();
+        let text = self.text(&old).map_err(|why| wrong(&why))?;
         let new = path.with_extension("new");
         let write = || {
             let mut file = std::fs::File::create(&new)?;
@@ -88,6 +90,19 @@ impl StorePolicy {
         };
         let folder = path.parent().map_or(Ok(()), std::fs::create_dir_all);
         folder.and_then(|()| write()).map_err(|error| wrong(&error))
+    }
+
+    /// Its text, made of another one's.
+    fn text(&self, old: &str) -> Result<String, String> {
+        let document = |policy: &StorePolicy| {
+            let text = toml::to_string(policy).map_err(|error| error.to_string())?;
+            text.parse::<DocumentMut>()
+                .map_err(|error| error.to_string())
+        };
+        let (new, default) = (document(self)?, document(&StorePolicy::default())?);
+        let mut text = old.parse::<DocumentMut>().unwrap_or_default();
+        merge(text.as_table_mut(), new.as_table(), default.as_table());
+        Ok(text.to_string())
     }
 
     /// Reads the policy; the default if there is no file. An error says what is wrong with which file.
@@ -127,6 +142,46 @@ impl StorePolicy {
             }
         }
         self
+    }
+}
+
+/// Brings what `new` says into `old`; what is not there and is as `default` says stays away.
+fn merge(old: &mut Table, new: &Table, default: &Table) {
+    let same = |one: &Value, other: &Value| one.to_string().trim() == other.to_string().trim();
+    for (key, item) in new {
+        match (old.get_mut(key), item) {
+            (Some(Item::Table(old)), Item::Table(new)) => {
+                let none = Table::new();
+                let default = default.get(key).and_then(Item::as_table);
+                merge(old, new, default.unwrap_or(&none));
+            }
+            (Some(Item::Value(old)), Item::Value(new)) => {
+                if !same(old, new) {
+                    let decor = old.decor().clone();
+                    *old = new.clone();
+                    *old.decor_mut() = decor;
+                }
+            }
+            (Some(old), new) => *old = new.clone(),
+            (None, Item::Table(new)) => {
+                let mut table = Table::new();
+                let none = Table::new();
+                let default = default.get(key).and_then(Item::as_table);
+                merge(&mut table, new, default.unwrap_or(&none));
+                if !table.is_empty() {
+                    old.insert(key, Item::Table(table));
+                }
+            }
+            (None, new) => {
+                let usual = default
+                    .get(key)
+                    .and_then(Item::as_value)
+                    .zip(new.as_value());
+                if !usual.is_some_and(|(usual, new)| same(usual, new)) {
+                    old.insert(key, new.clone());
+                }
+            }
+        }
     }
 }
 
@@ -224,5 +279,33 @@ mod tests {
         assert!(load("background_percent = 1601").is_err());
         std::fs::remove_file(&path).unwrap();
         assert_eq!(StorePolicy::load(&path).unwrap(), StorePolicy::default());
+    }
+
+    #[test]
+    fn what_somebody_wrote_into_the_file_stays() {
+        let old =
+            "# Ours\nkeep = 'all 7d'   # as agreed\n\n[points]\n# each night\nevery = \"1d\"\n";
+        let policy: StorePolicy = toml::from_str(old).unwrap();
+        assert_eq!(policy.text(old).unwrap(), old);
+        let other = StorePolicy {
+            keep: "all 9d".to_owned(),
+            space: "500G".to_owned(),
+            ..policy.clone()
+        };
+        let text = other.text(old).unwrap();
+        assert_eq!(toml::from_str::<StorePolicy>(&text).unwrap(), other);
+        for kept in ["# Ours", "\"all 9d\"   # as agreed", "# each night"] {
+            assert!(text.contains(kept), "{text}");
+        }
+        assert!(!text.contains("compression"), "{text}");
+        // Of nothing, or of what is no such file.
+        for old in ["", "key = [", "points = { every = '1h' }"] {
+            let text = other.text(old).unwrap();
+            assert_eq!(
+                toml::from_str::<StorePolicy>(&text).unwrap(),
+                other,
+                "{text}"
+            );
+        }
     }
 }

@@ -120,22 +120,29 @@ impl Lane {
     }
 }
 
-/// Frames on their way into a file.
-struct FrameWriter<'a> {
-    out: BufWriter<File>,
-    path: &'a Path,
+/// Frames as they are stored, one behind the other, and what is to be said of each; their places come when they are written.
+#[derive(Default)]
+struct Packed {
+    stored: Vec<u8>,
+    entries: Vec<FrameEntry>,
+}
+
+/// Makes frames of blocks.
+struct FramePacker {
     sequence: u64,
     lanes: Vec<Lane>,
     cipher: Option<FileCipher>,
     /// Blocks that are not packed yet: less than a frame.
     pending: Vec<u8>,
-    table: Vec<FrameEntry>,
-    at: u64,
+    /// Frames that were packed.
+    count: u64,
 }
 
-impl FrameWriter<'_> {
-    /// Takes the next blocks. What of them makes no whole frame waits for those behind.
-    fn keep(&mut self, window: &Window) -> Result<(), StoreError> {
+impl FramePacker {
+    /// Packs the next blocks. What of them makes no whole frame waits for those behind.
+    fn keep(&mut self, window: &Window, packed: &mut Packed) -> std::io::Result<()> {
+        packed.stored.clear();
+        packed.entries.clear();
         let blocks = &window.kept[..];
         let missing = (FRAME_BYTES - self.pending.len()) / BLOCK;
         let (head, whole) = blocks.split_at(match self.pending.len() {
@@ -146,12 +153,12 @@ impl FrameWriter<'_> {
             self.pending.extend_from_slice(window.block(*block));
         }
         if self.pending.len() == FRAME_BYTES {
-            self.pack_pending()?;
+            self.pack_pending(packed)?;
         }
         let (whole, tail) = whole.split_at(whole.len() - whole.len() % FRAME_BLOCKS as usize);
         let lane_blocks = LANE_FRAMES * FRAME_BLOCKS as usize;
         for part in whole.chunks(self.lanes.len() * lane_blocks) {
-            self.pack(window, part, lane_blocks)?;
+            self.pack(window, part, lane_blocks, packed)?;
         }
         for block in tail {
             self.pending.extend_from_slice(window.block(*block));
@@ -159,14 +166,15 @@ impl FrameWriter<'_> {
         Ok(())
     }
 
-    /// Packs blocks of a window that make whole frames, each lane its part, and writes them in order.
+    /// Packs blocks of a window that make whole frames, each lane its part.
     fn pack(
         &mut self,
         window: &Window,
         blocks: &[u32],
         lane_blocks: usize,
-    ) -> Result<(), StoreError> {
-        let first = self.table.len() as u64;
+        packed: &mut Packed,
+    ) -> std::io::Result<()> {
+        let first = self.count;
         let (sequence, cipher) = (self.sequence, self.cipher.as_ref());
         let parts = blocks.chunks(lane_blocks);
         let count = parts.len();
@@ -181,35 +189,49 @@ impl FrameWriter<'_> {
                 cipher,
             )
         };
-        let packed = match count {
+        match count {
             0 | 1 => jobs.try_for_each(run),
             _ => jobs.collect::<Vec<_>>().into_par_iter().try_for_each(run),
-        };
-        packed.map_err(StoreError::io(self.path))?;
-        (0..count).try_for_each(|lane| self.write_out(lane))
+        }?;
+        (0..count).for_each(|lane| self.take(lane, packed));
+        Ok(())
     }
 
     /// Packs what is pending as a frame of its own.
-    fn pack_pending(&mut self) -> Result<(), StoreError> {
+    fn pack_pending(&mut self, packed: &mut Packed) -> std::io::Result<()> {
         if self.pending.is_empty() {
             return Ok(());
         }
         let frame = std::iter::once(std::iter::once(&self.pending[..]));
-        let first = self.table.len() as u64;
-        self.lanes[0]
-            .pack(frame, first, self.sequence, self.cipher.as_ref())
-            .map_err(StoreError::io(self.path))?;
+        self.lanes[0].pack(frame, self.count, self.sequence, self.cipher.as_ref())?;
         self.pending.clear();
-        self.write_out(0)
+        self.take(0, packed);
+        Ok(())
     }
 
-    /// Writes what a lane has packed.
-    fn write_out(&mut self, lane: usize) -> Result<(), StoreError> {
+    /// Takes what a lane has packed.
+    fn take(&mut self, lane: usize, packed: &mut Packed) {
         let lane = &self.lanes[lane];
+        packed.stored.extend_from_slice(&lane.stored);
+        packed.entries.extend_from_slice(&lane.entries);
+        self.count += lane.entries.len() as u64;
+    }
+}
+
+/// Frames on their way into a file.
+struct FrameWriter<'a> {
+    out: BufWriter<File>,
+    path: &'a Path,
+    table: Vec<FrameEntry>,
+    at: u64,
+}
+
+impl FrameWriter<'_> {
+    fn write(&mut self, packed: &Packed) -> Result<(), StoreError> {
         self.out
-            .write_all(&lane.stored)
+            .write_all(&packed.stored)
             .map_err(StoreError::io(self.path))?;
-        for entry in &lane.entries {
+        for entry in &packed.entries {
             let mut entry = *entry;
             entry.offset = self.at.into();
             self.at += u64::from(entry.length.get());
@@ -250,22 +272,25 @@ pub(crate) fn write(
     let mut writer = FrameWriter {
         out: BufWriter::with_capacity(STEP_BYTES, file),
         path: new,
+        table: Vec::new(),
+        at: BLOCK_BYTES,
+    };
+    let mut packer = FramePacker {
         sequence: source.sequence().0,
         lanes,
         cipher: None,
         pending: Vec::with_capacity(FRAME_BYTES),
-        table: Vec::new(),
-        at: BLOCK_BYTES,
+        count: 0,
     };
     let mut header = SettledHeader::empty();
     if let Some(new) = encryption {
         (header.key, header.salt) = (new.key, new.salt);
         header.incompat = (header.incompat.get() | SETTLED_IS_ENCRYPTED).into();
-        writer.cipher = Some(new.cipher);
+        packer.cipher = Some(new.cipher);
     }
     writer.out.write_all(&[0u8; BLOCK]).map_err(&io)?;
     let mut sorter = BlockSorter::new(source, entries, kept.map(|kept| kept.blocks));
-    write_blocks(&mut sorter, &mut writer)?;
+    write_blocks(&mut sorter, &mut packer, &mut writer)?;
     let mut tables = writer.table.as_bytes().to_vec();
     let numbers = sorter.numbers().iter();
     tables.extend(numbers.flat_map(|number| number.to_le_bytes()));
@@ -276,7 +301,7 @@ pub(crate) fn write(
     header.kept_blocks = u64::from(sorter.kept).into();
     header.tables_at = writer.at.into();
     header.tables_crc = crc32c(&tables).into();
-    let cipher = writer.cipher;
+    let cipher = packer.cipher;
     let mut out = writer.out;
     if let Some(kept) = kept {
         // Whatever the policy: the tables of a segment of which little is left are nearly all the same.
@@ -473,12 +498,13 @@ fn packers() -> Option<&'static rayon::ThreadPool> {
     PACKERS.as_ref()
 }
 
-/// Moves all blocks into frames. While a window is packed the next one is read.
+/// Moves all blocks into frames. While a window is packed the one before it is written and the next one is read.
 fn write_blocks(
     sorter: &mut BlockSorter<'_>,
+    packer: &mut FramePacker,
     writer: &mut FrameWriter<'_>,
 ) -> Result<(), StoreError> {
-    let mut work = || write_windows(sorter, writer);
+    let mut work = || write_windows(sorter, packer, writer);
     match packers() {
         Some(packers) => packers.install(work),
         None => work(),
@@ -487,15 +513,25 @@ fn write_blocks(
 
 fn write_windows(
     sorter: &mut BlockSorter<'_>,
+    packer: &mut FramePacker,
     writer: &mut FrameWriter<'_>,
 ) -> Result<(), StoreError> {
     let (mut now, mut next) = (sorter.window(), sorter.window());
+    let (mut packed, mut done) = (Packed::default(), Packed::default());
     let mut more = sorter.read(&mut now)?;
     while more {
-        let (read, kept) = rayon::join(|| sorter.read(&mut next), || writer.keep(&now));
-        kept?;
+        let beside = || {
+            writer.write(&done)?;
+            sorter.read(&mut next)
+        };
+        let (read, kept) = rayon::join(beside, || packer.keep(&now, &mut packed));
+        kept.map_err(StoreError::io(writer.path))?;
         more = read?;
         std::mem::swap(&mut now, &mut next);
+        std::mem::swap(&mut packed, &mut done);
     }
-    writer.pack_pending()
+    packer
+        .pack_pending(&mut done)
+        .map_err(StoreError::io(writer.path))?;
+    writer.write(&done)
 }

@@ -97,6 +97,27 @@ pub fn show_time(ns: i64) -> String {
     )
 }
 
+/// Times in the daemons' messages are seconds since 1970 (`@…`); people read clocks.
+#[must_use]
+pub fn with_clock_times(text: &str) -> String {
+    let mut out = String::new();
+    let mut rest = text;
+    while let Some(at) = rest.find('@') {
+        let number: String = rest[at + 1..]
+            .chars()
+            .take_while(|c| c.is_ascii_digit() || *c == '.')
+            .collect();
+        let number = number.trim_end_matches('.');
+        out += &rest[..at];
+        match number.parse::<f64>() {
+            Ok(seconds) => out += &show_time((seconds * 1e9) as i64),
+            Err(_) => out += &rest[at..at + 1 + number.len()],
+        }
+        rest = &rest[at + 1 + number.len()..];
+    }
+    out + rest
+}
+
 /// How long ago, in one unit.
 #[must_use]
 pub fn show_ago(ns: i64, now_ns: i64) -> String {

@@ -1,10 +1,10 @@
 //! An image that this command looks into: it is shown for nobody else, and gone with the command, however that ends.
 
-use crate::past::{unexpected, with_clock_times};
+use crate::past::unexpected;
 use crate::{Context, daemons};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use varve_cli::{MountMode, mount_copy, node_of, show_time};
+use varve_cli::{MountMode, mount_copy, node_of, show_time, with_clock_times};
 use varve_control::{Client, ControlError, Instant, StoreOp, StoreReply};
 
 /// Where images are mounted; each command sees its own there.

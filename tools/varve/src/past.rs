@@ -3,7 +3,7 @@
 use crate::{Context, daemons};
 use serde::Serialize;
 use std::process::ExitCode;
-use varve_cli::{confirm, parse_instant, show_bytes, show_time};
+use varve_cli::{confirm, parse_instant, show_bytes, show_time, with_clock_times};
 use varve_control::{
     ControlError, FilterOp, FilterReply, Instant, StoreOp, StoreReply, VolumeHistory,
 };
@@ -16,7 +16,6 @@ pub(crate) fn unexpected() -> ControlError {
     ControlError::new("C005-answer", "varved gave an unexpected answer")
 }
 
-/// Times in the daemon's messages are seconds since 1970 (`@…`); people read clocks.
 pub(crate) fn ask(context: &Context, op: &StoreOp, what: &str) -> Result<StoreReply, ControlError> {
     let bar = context.output.bar(what);
     daemons::store(context)?
@@ -25,25 +24,6 @@ pub(crate) fn ask(context: &Context, op: &StoreOp, what: &str) -> Result<StoreRe
             error.message = with_clock_times(&error.message);
             error
         })
-}
-
-pub(crate) fn with_clock_times(text: &str) -> String {
-    let mut out = String::new();
-    let mut rest = text;
-    while let Some(at) = rest.find('@') {
-        let number: String = rest[at + 1..]
-            .chars()
-            .take_while(|c| c.is_ascii_digit() || *c == '.')
-            .collect();
-        let number = number.trim_end_matches('.');
-        out += &rest[..at];
-        match number.parse::<f64>() {
-            Ok(seconds) => out += &show_time((seconds * 1e9) as i64),
-            Err(_) => out += &rest[at..at + 1 + number.len()],
-        }
-        rest = &rest[at + 1 + number.len()..];
-    }
-    out + rest
 }
 
 /// `varve mark`.
@@ -145,8 +125,9 @@ pub(crate) fn fetch_history(context: &Context, name: &str) -> Result<VolumeHisto
         StoreReply::History { history } => {
             if let Some(behind) = &history.behind {
                 eprintln!(
-                    "varve: what came after {} is not in the store. {behind}",
-                    show_time(history.last_ns)
+                    "varve: what came after {} is not in the store. {}",
+                    show_time(history.last_ns),
+                    with_clock_times(&behind.to_string())
                 );
             }
             Ok(*history)
@@ -311,10 +292,10 @@ pub fn rewind(
     context.output.result(&reply, || {
         let when = show_time(time_ns);
         if dry_run {
-            context.output.say(format!(
+            println!(
                 "{volume} at {when} (lsn:{lsn}): {} would be written",
                 show_bytes(written_bytes)
-            ));
+            );
         } else {
             context.output.say(format!(
                 "{volume} is again what it was at {when} (lsn:{lsn}); {} were written",

@@ -1,12 +1,12 @@
 //! Images that stay after the command: as block devices, over NBD, mounted.
 
 use crate::image::HeldImage;
-use crate::past::{ask, instant, unexpected, with_clock_times};
+use crate::past::{ask, instant, unexpected};
 use crate::{Context, daemons};
 use serde::Serialize;
 use std::path::Path;
 use std::process::Command;
-use varve_cli::{MountMode, mount_copy, node_of, output_of, show_time};
+use varve_cli::{MountMode, mount_copy, node_of, output_of, show_time, with_clock_times};
 use varve_control::{ControlError, StoreOp, StoreReply};
 
 /// Shows an instant, for as long as this command lasts, or until it is kept: one that is broken off leaves nothing behind.

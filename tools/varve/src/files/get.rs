@@ -10,7 +10,7 @@ use std::io::Read;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Component, Path, PathBuf};
 use std::process::Command;
-use varve_cli::{show_bytes, show_time};
+use varve_cli::{at_signal, show_bytes, show_time};
 use varve_control::{ControlError, Instant};
 
 /// Where it goes.
@@ -64,6 +64,10 @@ pub fn run(
         )));
     }
     let directory = beside(&to)?;
+    let leftover = directory.clone();
+    at_signal(move || {
+        let _ = std::fs::remove_dir_all(&leftover);
+    });
     let part = directory.join("part");
     let copied = copy(&tree, place, &part, metadata.is_dir())
         .and_then(|incomplete| put(&part, &to, target.overwrite).map(|()| incomplete));
