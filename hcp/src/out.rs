@@ -11,9 +11,9 @@ use serde::Serialize;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use varve_cli::copy_out::{self, Allowed, Copied, Identity, Options, Resume, Source, Target};
+use varve_cli::daemons;
 use varve_cli::device::{mounted_on, size};
-use varve_cli::{at_signal, daemons};
-use varve_control::{ControlError, CopyInfo, FilterOp, FilterReply};
+use varve_control::{ControlError, CopyInfo, FilterOp, FilterReply, at_signal};
 
 #[derive(Serialize)]
 struct Done {
@@ -65,13 +65,14 @@ pub fn copy_out(context: &Context, cli: &Cli, device: &str, to: &str) -> Result<
 /// What cannot be gone on with leaves no copy behind when the command is broken off.
 fn ends_with_the_command(context: &Context, copy: &CopyInfo) {
     let (paths, name) = (context.paths.clone(), copy.name.clone());
-    at_signal(move || {
+    at_signal(move |code| {
         let op = FilterOp::CopyRemove { name };
         let filter = daemons::filter(&paths);
         let removed = filter.and_then(|mut filter| filter.call::<_, FilterReply>(&op));
         if let Err(why) = removed {
             eprintln!("hcp: {why}");
         }
+        code
     });
 }
 

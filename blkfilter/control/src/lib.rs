@@ -13,6 +13,7 @@ mod mounts;
 mod notify;
 mod paths;
 mod policy;
+pub mod signals;
 mod spec;
 mod stack;
 mod store;
@@ -25,6 +26,7 @@ pub use memory::keep_memory_secret;
 pub use mounts::{Mount, file_system_of, mounts};
 pub use paths::Paths;
 pub use policy::{KEY_FILE_BYTES_MAX, PointPolicy, PolicyChange, StorePolicy, space_bytes};
+pub use signals::at_signal;
 pub use spec::{Ack, FrontKind, SpecError, VolumeSpec, load_specs, save_former, save_spec};
 pub use stack::{is_used_beside, mapped_volume_under, mounts_of};
 pub use store::{

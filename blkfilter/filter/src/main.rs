@@ -2,7 +2,6 @@
 
 use blkfilter::manager::Manager;
 use blkfilter::points::PointLabel;
-use nix::sys::signal::{SigSet, Signal};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -120,12 +119,6 @@ fn is_origin(paths: &Paths, device: &str, links: impl Iterator<Item = String>) -
 }
 
 fn run(paths: Paths) -> ExitCode {
-    // Threads inherit the mask: only the waiting thread below gets these signals.
-    let mut signals = SigSet::empty();
-    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
-        signals.add(signal);
-    }
-    let _ = signals.thread_block();
     let lock = match lock_instance(&paths) {
         Ok(lock) => lock,
         Err(message) => {
@@ -134,6 +127,18 @@ fn run(paths: Paths) -> ExitCode {
         }
     };
     let manager = Arc::new(Manager::new(paths.clone()));
+    let ending = Arc::clone(&manager);
+    varve_control::at_signal(move |_| {
+        ending.shutdown();
+        // An upgrade leaves what is in use to the next daemon. At the end of the system there is none: what is still mounted is served until it is
+        // unmounted.
+        let since = std::time::Instant::now();
+        while ending.has_running() && system_is_stopping() && since.elapsed() < LAST_WAIT {
+            std::thread::sleep(Duration::from_millis(200));
+            ending.shutdown();
+        }
+        0
+    });
     blkfilter::freeze::thaw_left_over(&paths.run());
     let losses = Arc::clone(&manager);
     std::thread::spawn(move || losses.follow_copies());
@@ -144,19 +149,6 @@ fn run(paths: Paths) -> ExitCode {
             std::thread::sleep(Duration::from_millis(250));
             late.open_late_ones();
         }
-    });
-    let ending = Arc::clone(&manager);
-    std::thread::spawn(move || {
-        let _ = signals.wait();
-        ending.shutdown();
-        // An upgrade leaves what is in use to the next daemon. At the end of the system there is none: what is still mounted is served until it is
-        // unmounted.
-        let since = std::time::Instant::now();
-        while ending.has_running() && system_is_stopping() && since.elapsed() < LAST_WAIT {
-            std::thread::sleep(Duration::from_millis(200));
-            ending.shutdown();
-        }
-        std::process::exit(0);
     });
     let socket = paths.filter_socket();
     let result = varve_control::serve(&socket, move |op: FilterOp, attached, _| {

@@ -5,6 +5,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
+use varve_control::signals;
 
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
@@ -28,14 +29,15 @@ pub(crate) fn run(
     limit: Duration,
     begun: impl FnOnce(&Running),
 ) -> Result<(), String> {
-    let mut child = Command::new("sh")
+    let mut shell = Command::new("sh");
+    shell
         .args(["-c", command])
         .envs(variables.iter().copied())
         .stdin(Stdio::null())
         .stdout(std::io::stderr())
-        .process_group(0)
-        .spawn()
-        .map_err(|error| format!("sh: {error}"))?;
+        .process_group(0);
+    let child = signals::spawn(&mut shell);
+    let mut child = child.map_err(|error| format!("sh: {error}"))?;
     let running = Running::of(child.id());
     if let Some(running) = &running {
         begun(running);

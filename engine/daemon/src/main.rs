@@ -20,7 +20,6 @@ mod space;
 mod store_clock;
 mod verify;
 
-use nix::sys::signal::{SigSet, Signal};
 use service::Service;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -56,16 +55,13 @@ fn main() -> ExitCode {
         }
     }
     varve_control::keep_memory_secret("varved");
-    // Threads inherit the mask: only the waiting thread below gets these signals.
-    let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP]);
-    let _ = signals.thread_block();
     let paths = Paths::new(root);
     let socket = paths.store_socket();
     let service = Arc::new(Service::new(paths));
     let ending = Arc::clone(&service);
-    std::thread::spawn(move || {
-        let _ = signals.wait();
-        ending.shut_down();
+    varve_control::at_signal(move |_| {
+        ending.hide_all();
+        0
     });
     service.clear_dead_images();
     let follower = Arc::clone(&service);

@@ -304,10 +304,9 @@ impl Service {
         }
     }
 
-    /// Ends the process, and what it shows before.
-    pub fn shut_down(&self) -> ! {
+    /// Takes away all that is shown.
+    pub fn hide_all(&self) {
         self.exports.hide_all();
-        std::process::exit(0);
     }
 
     /// Takes away what a daemon that was killed has left of the images that it showed.
@@ -713,7 +712,8 @@ impl Service {
                 Ok(StoreReply::Done)
             }
             StoreOp::Shutdown => {
-                self.shut_down();
+                self.hide_all();
+                std::process::exit(0);
             }
         }
     }

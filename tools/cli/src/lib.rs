@@ -6,9 +6,7 @@ pub mod device;
 mod instant;
 mod mounting;
 mod output;
-mod signals;
 
 pub use instant::{parse_instant, show_ago, show_time, with_clock_times};
 pub use mounting::{MountMode, file_system, keep_mounts_private, mount_copy, node_of, output_of};
 pub use output::{Output, confirm, end_quietly_without_reader, exit_code, show_bytes};
-pub use signals::at_signal;

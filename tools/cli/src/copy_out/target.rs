@@ -6,7 +6,7 @@ use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use varve_control::{ControlError, Paths, is_same_storage, load_specs};
+use varve_control::{ControlError, Paths, is_same_storage, load_specs, signals};
 
 /// A place to copy to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -190,16 +190,13 @@ fn has_tool(program: &str, package: &str) -> Result<(), ControlError> {
 }
 
 fn run_tool(program: &str, package: &str, arguments: &[&str]) -> Result<(), ControlError> {
-    let outcome = Command::new(program)
-        .args(arguments)
-        .stdin(Stdio::null())
-        .output()
-        .map_err(|error| {
-            ControlError::new(
-                "H014-tool",
-                format!("{program}: {error}; install {package}"),
-            )
-        })?;
+    let mut tool = Command::new(program);
+    let outcome = signals::output(tool.args(arguments).stdin(Stdio::null())).map_err(|error| {
+        ControlError::new(
+            "H014-tool",
+            format!("{program}: {error}; install {package}"),
+        )
+    })?;
     if outcome.status.success() {
         return Ok(());
     }

@@ -10,8 +10,8 @@ use std::io::Read;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Component, Path, PathBuf};
 use std::process::Command;
-use varve_cli::{at_signal, show_bytes, show_time};
-use varve_control::{ControlError, Instant};
+use varve_cli::{show_bytes, show_time};
+use varve_control::{ControlError, Instant, at_signal, signals};
 
 /// Where it goes.
 pub struct Target {
@@ -65,8 +65,9 @@ pub fn run(
     }
     let directory = beside(&to)?;
     let leftover = directory.clone();
-    at_signal(move || {
+    at_signal(move |code| {
         let _ = std::fs::remove_dir_all(&leftover);
+        code
     });
     let part = directory.join("part");
     let copied = copy(&tree, place, &part, metadata.is_dir())
@@ -180,8 +181,8 @@ fn copy(
         (Some(parent), Some(name)) => (tree.find_directory(parent)?, PathBuf::from(name)),
         _ => (tree.find_directory(Path::new("/"))?, PathBuf::from(".")),
     };
-    let outcome = Command::new("cp")
-        .env("LC_ALL", "C") // What it says is looked at.
+    let mut cp = Command::new("cp");
+    cp.env("LC_ALL", "C") // What it says is looked at.
         .current_dir(name_of(&parent))
         .args([
             "--recursive",
@@ -192,9 +193,10 @@ fn copy(
             "--",
         ])
         .arg(Path::new(".").join(name))
-        .arg(part)
-        .output()
-        .map_err(|error| ControlError::new("H014-tool", format!("cp: {error}")))?;
+        .arg(part);
+    let outcome = signals::output(&mut cp);
+    let outcome =
+        outcome.map_err(|error| ControlError::new("H014-tool", format!("cp: {error}")))?;
     if outcome.status.success() {
         return Ok(Vec::new());
     }
