@@ -10,6 +10,7 @@ use crate::{Cli, Context};
 use serde::Serialize;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 use varve_cli::copy_out::{self, Allowed, Copied, Identity, Options, Resume, Source, Target};
 use varve_cli::daemons;
 use varve_cli::device::{mounted_on, size};
@@ -67,10 +68,10 @@ fn ends_with_the_command(context: &Context, copy: &CopyInfo) {
     let (paths, name) = (context.paths.clone(), copy.name.clone());
     at_signal(move |code| {
         let op = FilterOp::CopyRemove { name };
+        // The copy goes when nobody has it open any more: this process has, until it ends.
         let filter = daemons::filter(&paths);
-        let removed = filter.and_then(|mut filter| filter.call::<_, FilterReply>(&op));
-        if let Err(why) = removed {
-            eprintln!("hcp: {why}");
+        if let Ok(Ok(mut filter)) = filter.map(|filter| filter.answer_within(PATIENCE)) {
+            let _ = filter.call::<_, FilterReply>(&op);
         }
         code
     });
@@ -131,6 +132,8 @@ fn copy_from(
     Ok(())
 }
 
+/// How long a command that is broken off waits for the daemon.
+const PATIENCE: Duration = Duration::from_secs(2);
 /// Before the name of a copy that was made for the command, and goes with it.
 const MADE: &str = "made:";
 

@@ -157,6 +157,26 @@ fn a_store_clock_that_is_ahead_takes_nothing_from_the_rungs() {
     assert!(plan(machine) > 30, "{} instants", plan(machine));
 }
 
+/// Nor does what is old become young by it: both clocks are told apart.
+#[test]
+fn a_store_clock_that_is_far_ahead_keeps_no_more_than_it_should() {
+    const MONTH: i64 = 30 * 86_400_000_000_000;
+    let kept = |ahead: i64| {
+        let directory = tempfile::tempdir().unwrap();
+        let mut sample = Sample::new(directory.path(), VOLUME_BYTES, SEGMENT_BYTES, true);
+        sample.store.set_now(WallTime(1 + ahead));
+        sample.mixed(2000);
+        let (span, machine) = (length(&sample.store), end_time(&sample.store));
+        let policy = policy(span, 0, &[(40, 30)]);
+        let now = WallTime(machine.0 + ahead);
+        let plan = sample.store.plan_by(&policy, now, machine).run();
+        plan.unwrap().unwrap().kept.entries.len()
+    };
+    let (near, far) = (kept(0), kept(12 * MONTH));
+    assert!(near > 5 && near < 20, "{near}");
+    assert_eq!(near, far);
+}
+
 /// Moves the times of a segment's records, as a machine's clock does that is wrong; not when the store took it.
 fn skew(run: &Path, by: i64) {
     let mut bytes = std::fs::read(run).unwrap();

@@ -147,7 +147,11 @@ impl StorePolicy {
 
 /// Brings what `new` says into `old`; what is not there and is as `default` says stays away.
 fn merge(old: &mut Table, new: &Table, default: &Table) {
-    let same = |one: &Value, other: &Value| one.to_string().trim() == other.to_string().trim();
+    let same = |one: &Value, other: &Value| {
+        one.as_str() == other.as_str()
+            && one.as_integer() == other.as_integer()
+            && one.as_bool() == other.as_bool()
+    };
     for (key, item) in new {
         match (old.get_mut(key), item) {
             (Some(Item::Table(old)), Item::Table(new)) => {

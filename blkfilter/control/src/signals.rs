@@ -14,8 +14,14 @@ static CHILD: Mutex<Option<Pid>> = Mutex::new(None);
 /// How long a child may take to end.
 const CHILD_WAIT: Duration = Duration::from_secs(5);
 
+/// Those that this process was not told to ignore (`nohup`): a signal that is blocked is not dropped for being ignored.
 fn signals() -> SigSet {
-    SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP])
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let ignored = ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    let is_heard = |signal: &Signal| (ignored.unwrap_or(0) >> (*signal as u64 - 1)) & 1 == 0;
+    let ends = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].into_iter();
+    ends.filter(is_heard).collect()
 }
 
 fn child() -> MutexGuard<'static, Option<Pid>> {

@@ -104,7 +104,7 @@ impl fmt::Display for SpecError {
             SpecError::Io(path, error) => write!(f, "{}: {error}", path.display()),
             SpecError::Invalid(path, why) => write!(
                 f,
-                "{}: {why}. Correct it, or `varve unprotect` and `varve protect` again",
+                "{}: {why}. Correct it, or move it away (its device is a plain disk)",
                 path.display()
             ),
         }

@@ -99,6 +99,11 @@ pub enum StoreOp {
         #[serde(default)]
         how: Scrubbing,
     },
+    /// Take all that a volume's log holds, as far as it can be taken; an error says what is not in the history then.
+    TakeAll {
+        /// Name.
+        volume: String,
+    },
     /// Give up the instants that lists named which are lost.
     GiveUpKept {
         /// Name.

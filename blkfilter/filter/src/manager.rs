@@ -385,7 +385,13 @@ impl Manager {
         let names: Vec<String> = self.slots().keys().cloned().collect();
         let unread = self.unread.lock().unwrap_or_else(PoisonError::into_inner);
         let infos = names.iter().filter_map(|name| self.info(name).ok());
-        infos.chain(unread.iter().cloned()).collect()
+        let is_there = |unread: &&VolumeInfo| {
+            let file = self.paths.volumes().join(format!("{}.toml", unread.name));
+            !names.contains(&unread.name) && file.exists()
+        };
+        infos
+            .chain(unread.iter().filter(is_there).cloned())
+            .collect()
     }
 
     /// Sends a message to a volume's thread.
@@ -539,13 +545,20 @@ impl Manager {
     pub fn unprotect(&self, name: &str) -> Result<(), ControlError> {
         let _changing = self.changing();
         self.refuse_copied(name, "unprotecting")?;
-        let begun = !matches!(self.slots().get(name), Some(Slot::Waiting(_)));
-        let spec = self.stop(name)?;
-        if begun {
-            // Its history is found by that.
-            varve_control::save_former(&self.paths.former_volumes(), &spec)
-                .map_err(|e| error("V011-config", e))?;
+        let begun = match self.slots().get(name) {
+            Some(Slot::Waiting(_)) | None => None,
+            Some(slot) => Some(slot.spec().clone()),
+        };
+        let former = self.paths.former_volumes();
+        if let Some(spec) = &begun {
+            // Its history is found by that. Before anything is ended: then nothing is half done.
+            varve_control::save_former(&former, spec).map_err(|e| error("V011-config", e))?;
         }
+        let spec = self.stop(name).inspect_err(|_| {
+            if let Some(spec) = &begun {
+                let _ = std::fs::remove_file(former.join(format!("{}.toml", spec.id)));
+            }
+        })?;
         std::fs::remove_file(self.paths.volumes().join(format!("{name}.toml")))?;
         self.slots().remove(name);
         self.wipe_places(&spec, |_| true);
@@ -643,7 +656,7 @@ fn unread_info(why: &SpecError) -> VolumeInfo {
     VolumeInfo {
         name: name.to_string_lossy().into_owned(),
         state: "failed".to_owned(),
-        note: format!("V011-config: {why}. Mend that file, then restart blkfilter"),
+        note: format!("V011-config: {why}; then restart blkfilter"),
         ..VolumeInfo::default()
     }
 }

@@ -364,8 +364,12 @@ impl Background {
         if let Err(error) = made {
             self.failed(id, None, &error);
             // A smaller map that is damaged, or cannot be read, is not asked again, but made again; for anything else that does not pass by itself, this one is done without.
-            let smaller_map =
-                job.reads_maps() && matches!(error, StoreError::Damaged(..) | StoreError::Io(..));
+            let of_smaller_map = match &error {
+                StoreError::Damaged(..) => true,
+                StoreError::Io(path, _) => !job.writes(path),
+                _ => false,
+            };
+            let smaller_map = job.reads_maps() && of_smaller_map;
             if !passes(&error) && !smaller_map {
                 self.service.if_open(id, |store| store.give_up_map(job));
             }

@@ -25,6 +25,8 @@ pub(crate) const IMAGE: &str = "image-";
 const SHOW_WAIT: Duration = Duration::from_secs(30);
 /// How long a device that is to end may seem to be in use: who has just unmounted it is not told to do so.
 const UNUSED_WAIT: Duration = Duration::from_secs(3);
+/// How long what is shown may take to end with the daemon.
+const END_WAIT: Duration = Duration::from_secs(8);
 /// How long the device of a client that has gone may still be in use: its mounts end with it, a moment later.
 const LET_GO_WAIT: Duration = Duration::from_secs(10);
 
@@ -321,10 +323,14 @@ impl Exports {
             .collect()
     }
 
-    /// Ends all.
+    /// Ends all. What somebody goes on using is waited for no longer than [`END_WAIT`]: it ends with the process.
     pub fn hide_all(&self) {
-        for (name, _) in self.list() {
-            let _ = self.hide(&name);
+        let ending: Vec<Export> = std::mem::take(&mut *self.shown()).into_values().collect();
+        ending.iter().for_each(|export| export.stopper.stop());
+        let since = Instant::now();
+        while ending.iter().any(|export| !export.thread.is_finished()) && since.elapsed() < END_WAIT
+        {
+            std::thread::sleep(Duration::from_millis(20));
         }
     }
 }

@@ -8,7 +8,7 @@ use crate::rewind::Unfinished;
 use crate::store_clock::StoreClock;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use varve_control::{
     Client, ControlError, FilterOp, FilterReply, Instant, Paths, Reporter, StoreOp, StorePolicy,
@@ -58,6 +58,8 @@ pub struct Service {
     taken: Mutex<BTreeSet<String>>,
     /// Histories take too much, and nothing of them may go.
     pub(crate) space_is_stuck: AtomicBool,
+    /// Histories of which what could not be read was tried again since this daemon began.
+    retried: Mutex<BTreeSet<String>>,
     /// Rewinds that are open and could not be finished, by history.
     unfinished_rewinds: Mutex<BTreeMap<String, Unfinished>>,
 }
@@ -73,7 +75,7 @@ impl Drop for Claim {
         self.service
             .claimed
             .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .unwrap_or_else(PoisonError::into_inner)
             .remove(&self.name);
     }
 }
@@ -104,6 +106,7 @@ impl Service {
             clock: Mutex::new(None),
             taken: Mutex::new(BTreeSet::new()),
             space_is_stuck: AtomicBool::new(false),
+            retried: Mutex::default(),
             unfinished_rewinds: Mutex::new(BTreeMap::new()),
         }
     }
@@ -111,14 +114,11 @@ impl Service {
     pub(crate) fn unfinished_rewinds(&self) -> MutexGuard<'_, BTreeMap<String, Unfinished>> {
         self.unfinished_rewinds
             .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn note_taken(&self, id: &str, is: bool) {
-        let mut taken = self
-            .taken
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
         match is {
             true => taken.insert(id.to_owned()),
             false => taken.remove(id),
@@ -127,37 +127,26 @@ impl Service {
 
     /// Whether a history holds what its log has sealed, or did since this process began, and no rewind is under way.
     pub(crate) fn was_taken(&self, id: &str) -> bool {
-        let taken = self
-            .taken
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        let taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
         // What is protected no more has no log that could hold anything.
         taken.contains(id) || !self.specs().iter().any(|spec| spec.id == id)
     }
 
     /// The store's time, in nanoseconds since 1970.
     pub(crate) fn clock_ns(&self) -> i64 {
-        let mut clock = self
-            .clock
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut clock = self.clock.lock().unwrap_or_else(PoisonError::into_inner);
         clock
             .get_or_insert_with(|| StoreClock::open(&self.paths.store()))
             .now_ns()
     }
 
     fn stores(&self) -> MutexGuard<'_, BTreeMap<String, VolumeStore>> {
-        self.stores
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.stores.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// One rewind or comparison of a volume at a time in this process.
     pub(crate) fn claim(self: &Arc<Self>, name: &str) -> Option<Claim> {
-        let mut claimed = self
-            .claimed
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut claimed = self.claimed.lock().unwrap_or_else(PoisonError::into_inner);
         claimed.insert(name.to_owned()).then(|| Claim {
             service: Arc::clone(self),
             name: name.to_owned(),
@@ -180,14 +169,34 @@ impl Service {
 
     /// A volume by its name, or its ID; one that is protected comes first.
     fn spec_of(&self, name: &str) -> Result<VolumeSpec, ControlError> {
-        let mut specs = self.known_specs().into_iter();
-        let spec = specs.find(|spec| spec.name == name || spec.id == name);
-        spec.ok_or_else(|| {
-            error(
+        let is_it = |spec: &VolumeSpec| spec.name == name || spec.id == name;
+        match self.specs().into_iter().find(is_it) {
+            Some(spec) => Ok(spec),
+            None => self.former_spec(name),
+        }
+    }
+
+    /// A volume that is protected no more and whose history is there.
+    fn former_spec(&self, name: &str) -> Result<VolumeSpec, ControlError> {
+        let former = load_specs(&self.paths.former_volumes()).into_iter();
+        let is_it = |spec: &VolumeSpec| spec.name == name || spec.id == name;
+        let mut former = former.filter_map(Result::ok).filter(is_it);
+        match (former.next(), former.next()) {
+            (Some(only), None) => Ok(only),
+            (Some(first), Some(second)) => {
+                let mut ids = vec![first.id, second.id];
+                ids.extend(former.map(|spec| spec.id));
+                let message = format!(
+                    "several volumes were named {name}: say the ID of one of them: {}",
+                    ids.join(", ")
+                );
+                Err(error("V031-which", message))
+            }
+            (None, _) => Err(error(
                 "V019-unknown",
                 format!("no volume is named {name}; `varve status` lists them"),
-            )
-        })
+            )),
+        }
     }
 
     pub(crate) fn filter(&self) -> Result<Client, ControlError> {
@@ -207,8 +216,8 @@ impl Service {
         match self.filter()?.call(&FilterOp::Status)? {
             FilterReply::Status { volumes, .. } => volumes
                 .into_iter()
-                .find(|volume| volume.name == name)
-                .map_or_else(|| self.spec_of(name).map(|spec| not_running(&spec)), Ok),
+                .find(|volume| volume.name == name || volume.id == name)
+                .map_or_else(|| self.former_spec(name).map(|spec| not_running(&spec)), Ok),
             _ => Err(error("C005-answer", "blkfilter gave an unexpected answer")),
         }
     }
@@ -377,19 +386,31 @@ impl Service {
     pub(crate) fn reopen_unknown(&self, all: bool) {
         for id in self.open_ids() {
             let is_due = |store: &VolumeStore| {
-                let has_key = store.waits_for_key() && store.encrypts().is_ok();
-                (has_key || all && store.is_partly_unknown()) && !store.is_in_use()
+                let has_keys = || store.refuse_without_key(Lsn(u64::MAX)).is_ok();
+                store.waits_for_key() && has_keys() || all && store.is_partly_unknown()
             };
             let mut stores = self.stores();
-            if !stores.get(&id).is_some_and(is_due) {
+            let Some(store) = stores.get(&id).filter(|store| is_due(store)) else {
                 continue;
+            };
+            if !store.is_in_use() {
+                stores.remove(&id);
+                drop(stores);
+                if let Err(why) = self.with_store(&id, |_| Ok(())) {
+                    eprintln!("varved: {id}: {}", why.message);
+                }
             }
-            stores.remove(&id);
-            drop(stores);
-            if let Err(why) = self.with_store(&id, |_| Ok(())) {
-                eprintln!("varved: {id}: {}", why.message);
+            if all {
+                let mut retried = self.retried.lock().unwrap_or_else(PoisonError::into_inner);
+                retried.insert(id);
             }
         }
+    }
+
+    /// Whether what is not known of a history may be known soon, without anybody's doing.
+    fn may_be_known_soon(&self, store: &VolumeStore, id: &str) -> bool {
+        let retried = self.retried.lock().unwrap_or_else(PoisonError::into_inner);
+        store.waits_for_key() || store.is_partly_unknown() && !retried.contains(id)
     }
 
     /// Works with a history that is open; one that was forgotten is not made again.
@@ -465,7 +486,8 @@ impl Service {
             eprintln!("varved: {}: {problem}", volume.name);
         }
         let incomplete = self.with_store(&volume.id, |store| {
-            Ok(store.timeline().is_incomplete() && !store.waits_for_key())
+            let is_known = !self.may_be_known_soon(store, &volume.id);
+            Ok(store.timeline().is_incomplete() && is_known)
         })?;
         if incomplete && volume.state == "protected" {
             let op = FilterOp::Doubt {
@@ -492,7 +514,7 @@ impl Service {
             return Ok(volume); // The log may not answer; history up to now can still be read.
         }
         let seal = FilterOp::Seal {
-            name: name.to_owned(),
+            name: volume.name.clone(),
         };
         match self.filter()?.call(&seal) {
             Ok(FilterReply::Sealed { sealed }) => {
@@ -639,6 +661,17 @@ impl Service {
             StoreOp::KeepShown { device } => {
                 self.exports.keep(&device)?;
                 Ok(StoreReply::Done)
+            }
+            StoreOp::TakeAll { volume } => {
+                let (info, behind) = self.refresh_if_possible(&volume)?;
+                if info.state == "bypass" {
+                    // What was sealed before it can be taken all the same.
+                    let _ = self.take(&info, SegmentSequence(info.sequence));
+                }
+                match behind {
+                    Some(why) => Err(why),
+                    None => Ok(StoreReply::Done),
+                }
             }
             StoreOp::LacksBlocks { device } => Ok(StoreReply::LacksBlocks {
                 lacks: self.exports.lacks_blocks(&device)?,

@@ -9,7 +9,7 @@ use nix::sys::statvfs::statvfs;
 use std::sync::atomic::Ordering::Relaxed;
 use varve_control::{SpaceInfo, space_bytes};
 use varve_format::WallTime;
-use varve_store::{Nanoseconds, StoreError, Thinning};
+use varve_store::{Nanoseconds, StoreError, Thinning, VolumeStore};
 
 /// What is younger than this does not go for space, unless the policy has an immutable window of its own.
 const LEAVE_NS: Nanoseconds = 3_600_000_000_000;
@@ -59,12 +59,18 @@ impl Service {
         }
         let leave = if immutable > 0 { immutable } else { LEAVE_NS };
         let now = WallTime(self.clock_ns());
+        // What is not known is not decided about, nor do others pay for it.
+        let undecided = |store: &mut VolumeStore| store.is_partly_unknown() || store.kept_is_lost();
+        if self
+            .open_ids()
+            .iter()
+            .any(|id| self.if_open(id, undecided) == Some(true))
+        {
+            self.space_is_stuck.store(true, Relaxed);
+            return Ok(None);
+        }
         let next = |id: String| {
-            // What is not known is not decided about.
-            let thinning = self.if_open(&id, |store| match store.is_partly_unknown() {
-                true => None,
-                false => store.next_to_thin(leave, now),
-            });
+            let thinning = self.if_open(&id, |store| store.next_to_thin(leave, now));
             Some((thinning.flatten()?, id))
         };
         let mut nexts: Vec<(Thinning, String)> =

@@ -203,6 +203,9 @@ impl Image {
     fn fetch(&self, extents: &[MapExtent]) -> bool {
         let mut wanted: BTreeMap<u64, (Arc<SegmentFile>, Vec<u64>)> = BTreeMap::new();
         for extent in extents.iter().filter(|extent| extent.is_write()) {
+            if wanted.len() > FILES_KEPT / 2 {
+                return false;
+            }
             // What cannot be opened is told by whoever reads it.
             if let Ok((file, at)) = self.place_of(extent) {
                 let at = at + u64::from(extent.skip.get()) * MAP_UNIT_BYTES;

@@ -422,7 +422,10 @@ impl StoreKeys {
     /// Reads both files again, from the disk, and writes anew what is not what is in use. Says what was wrong, in words.
     #[must_use]
     pub fn mend(&self) -> Vec<String> {
-        self.mend_in(&self.root)
+        match &self.failed {
+            Some(why) => vec![why.clone()],
+            None => self.mend_in(&self.root),
+        }
     }
 
     /// The same with the files of a copy of the store.
@@ -453,6 +456,11 @@ impl StoreKeys {
                         continue;
                     }
                 },
+                // It may be newer; in a copy there is nothing that could be.
+                Err(error) if error.kind() != io::ErrorKind::NotFound && root == self.root => {
+                    wrong.push(format!("{}: {error}. It is left as it is", path.display()));
+                    continue;
+                }
                 Err(error) => error.to_string(),
             };
             wrong.push(mended(&path, &why, write_file(&path, &right)));

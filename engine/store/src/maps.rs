@@ -217,6 +217,12 @@ impl MapJob {
         write_merged(&self.path, &self.identity, cursors.collect())
     }
 
+    /// Whether a path is the map's that it makes.
+    #[must_use]
+    pub fn writes(&self, path: &Path) -> bool {
+        path == self.path || path == durable::unfinished(&self.path)
+    }
+
     /// Whether it is made of smaller maps.
     #[must_use]
     pub fn reads_maps(&self) -> bool {

@@ -325,14 +325,16 @@ impl RetentionJob {
 
     /// The time that an instant ages by: its record's, unless the machine's clock was far behind the store's then. Nothing goes because a clock was set back.
     fn ages_by(&self, lsn: Lsn, time: WallTime) -> WallTime {
+        // The store's clock may be ahead of the machine's, which ages are told by.
+        let ahead = self.now.0.saturating_sub(self.machine.0);
         // Numbers of segments and LSNs grow together; an instant is the end of the record before it.
         let index = self.taken.partition_point(|(end, _)| *end < lsn);
         let stored_at = self
             .taken
             .get(index)
-            .map_or(time, |(_, stored_at)| *stored_at);
-        match stored_at.0.saturating_sub(time.0) > WRONG_CLOCK_NS {
-            true => stored_at,
+            .map_or(time.0, |(_, stored_at)| stored_at.0.saturating_sub(ahead));
+        match stored_at.saturating_sub(time.0) > WRONG_CLOCK_NS {
+            true => WallTime(stored_at),
             false => time,
         }
     }

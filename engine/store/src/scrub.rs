@@ -428,6 +428,9 @@ impl ScrubJob {
         let mut closed = self.closed.iter();
         let again = closed.rfind(|closed| closed.from <= end && segment.lsn_start <= closed.to);
         let again = again.filter(|closed| !closed.open);
+        if before.is_none() && again.is_some() {
+            return None; // It begins late: what was before it this store has never held, or could do without since.
+        }
         Some(Damage {
             blocks: vec![(0, segment.volume_bytes)],
             from: Some((

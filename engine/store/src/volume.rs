@@ -678,6 +678,12 @@ impl VolumeStore {
         self.waits_for_key || !self.unread.is_empty()
     }
 
+    /// Whether the lists of kept instants are lost: nothing of them is decided before somebody has.
+    #[must_use]
+    pub fn kept_is_lost(&self) -> bool {
+        self.kept_is_lost
+    }
+
     pub(crate) fn keys(&self) -> &Arc<VolumeKeys> {
         &self.keys
     }

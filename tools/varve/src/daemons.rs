@@ -28,7 +28,8 @@ pub fn volume(context: &Context, name: Option<String>) -> Result<String, Control
     if let Some(name) = name {
         return Ok(name);
     }
-    let volumes = volumes(context)?;
+    let mut volumes = volumes(context)?;
+    volumes.retain(|volume| !volume.id.is_empty()); // One whose file cannot be read is not meant.
     match volumes.as_slice() {
         [only] => Ok(only.name.clone()),
         [] => Err(ControlError::new(

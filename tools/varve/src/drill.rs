@@ -128,8 +128,9 @@ pub fn run(
     };
     let when = image.instant();
     image.close()?;
-    // What could not be told about proves nothing, and disproves nothing either.
-    if !parts.iter().all(|part| part.not_to_be_mounted) {
+    // What could not be told about proves nothing, and disproves nothing either; that there is nothing known any more tells something.
+    let untold = |part: &Part| part.not_to_be_mounted && !part.file_system.is_empty();
+    if !parts.iter().all(untold) {
         let op = StoreOp::Drilled {
             volume: volume.clone(),
             drill: drill.clone(),
@@ -226,8 +227,9 @@ fn look(
             part.said += &format!("\n{why}");
         }
     }
-    if !part.is_good() && image.lacks_blocks() {
+    if (part.unfinished || !part.is_good()) && image.lacks_blocks() {
         part.unfinished = true;
+        part.not_to_be_mounted = false;
         part.said += "\nthe history lacks a part of it: varve scrub says which instants have it";
     }
     part

@@ -157,7 +157,7 @@ pub fn take_away(context: &Context, name: &str) -> Result<String, ControlError> 
         return Err(ControlError::new(
             "V036-online",
             format!(
-                "blkfilter runs: use `varve unprotect {name}` without --offline; or, if that cannot be done: varve down; varve unprotect {name} --offline"
+                "blkfilter runs: use `varve unprotect {name}` without --offline; or, if that cannot be done: systemctl stop varved blkfilter (where systemd does not run them: varve down), then varve unprotect {name} --offline"
             ),
         ));
     }
@@ -170,6 +170,11 @@ pub fn take_away(context: &Context, name: &str) -> Result<String, ControlError> 
     }
     let specs = varve_control::load_specs(&context.paths.volumes()).into_iter();
     let spec = specs.flatten().find(|spec| spec.name == name);
+    if let Some(spec) = &spec {
+        // Its history is found by that.
+        varve_control::save_former(&context.paths.former_volumes(), spec)
+            .map_err(|error| ControlError::new("V011-config", error.to_string()))?;
+    }
     std::fs::rename(&path, path.with_extension("toml.offline"))?;
     // A file that cannot be read does not say which device.
     Ok(spec.map_or_else(|| name.to_owned(), |spec| spec.device.display().to_string()))

@@ -8,7 +8,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use varve_cli::device::{refuse_in_use, same_disk, shape};
-use varve_cli::show_bytes;
+use varve_cli::{show_bytes, with_clock_times};
 use varve_control::{
     Ack, ControlError, FilterOp, FilterReply, FrontKind, Progress, StoreOp, StoreReply, VolumeInfo,
     VolumeSpec, lasting_path,
@@ -300,8 +300,7 @@ pub fn unprotect(context: &Context, name: &str, how: &Ending) -> Result<(), Cont
         Err(_) if unknown && how.forget => former(context, name)?,
         ended => ended?,
     };
-    let has_history = history.is_some();
-    if let (true, Some(id)) = (how.forget, history) {
+    if let (true, Some(id)) = (how.forget, history.clone()) {
         daemons::store(context)?.call::<_, StoreReply>(&StoreOp::Forget { id })?;
     }
     #[derive(Serialize)]
@@ -329,9 +328,9 @@ pub fn unprotect(context: &Context, name: &str, how: &Ending) -> Result<(), Cont
                 ""
             }
         ));
-        if has_history && !how.forget {
+        if let (false, Some(id)) = (how.forget, &history) {
             context.output.say(format!(
-                "  `varve history --volume {name}`, mount, files and export go on showing it; `varve unprotect {name} --forget` deletes it"
+                "  `varve history --volume {id}`, mount, files and export go on showing it (by the name {name}, too, while no other volume has it); `varve unprotect {id} --forget` deletes it"
             ));
         }
     });
@@ -399,15 +398,11 @@ fn end_protection(
             format!("no volume is named {name}; `varve status` lists them"),
         )
     })?;
-    if volume.state != "waiting" && !how.forget && !how.drop_log {
-        taken(context, name).map_err(|why| {
-            let message = format!(
-                "{name}: the history does not have all that was recorded: {}. Unprotecting it deletes the log, and what that holds with it. Nothing was changed. \
-                 Mend that first; or lose it: `varve unprotect {name} --drop-log` (--forget deletes all of the history)",
-                why.message
-            );
-            ControlError::new(&why.code, message)
-        })?;
+    if volume.state != "waiting" && !how.forget {
+        match taken(context, name) {
+            Err(why) if !how.drop_log => return Err(untaken(name, &why)),
+            _ => {}
+        }
     }
     daemons::filter(context)?.call::<_, FilterReply>(&FilterOp::Unprotect {
         name: name.to_owned(),
@@ -418,11 +413,26 @@ fn end_protection(
 
 /// Has the store take what the log still holds; an error says why it has not.
 fn taken(context: &Context, name: &str) -> Result<(), ControlError> {
-    let asked = StoreOp::History {
+    let op = StoreOp::TakeAll {
         volume: name.to_owned(),
     };
-    match daemons::store(context)?.call(&asked)? {
-        StoreReply::History { history } => history.behind.map_or(Ok(()), Err),
-        _ => Ok(()),
-    }
+    daemons::store(context)?
+        .call::<_, StoreReply>(&op)
+        .map(|_| ())
+}
+
+fn untaken(name: &str, why: &ControlError) -> ControlError {
+    // What was not found is an instant, not the volume.
+    let code = match why.code.as_str() {
+        "I006-gap" => "V020-late",
+        code => code,
+    };
+    ControlError::new(
+        code,
+        with_clock_times(&format!(
+            "{name}: what the log holds may not all be in the history: {}. Unprotecting deletes the log. Nothing was changed. Mend that first; or give up \
+             what is only there: `varve unprotect {name} --drop-log` (--forget deletes all of the history)",
+            why.message
+        )),
+    )
 }

@@ -726,10 +726,15 @@ fn broken_off(varve: &Installation) -> Outcome {
     pause(300);
     run("kill", &["-TERM", &asking.id().to_string()])?;
     asking.wait().map_err(|e| e.to_string())?;
-    match names()? == before {
-        true => Ok(()),
-        false => Err("a command that was broken off has left its copy".to_owned()),
+    // It goes when the command, which had it open, has ended.
+    let since = Instant::now();
+    while names()? != before {
+        if since.elapsed() > Duration::from_secs(15) {
+            return Err("a command that was broken off has left its copy".to_owned());
+        }
+        pause(100);
     }
+    Ok(())
 }
 
 /// Several devices at one instant: nothing is in one copy that was issued after something was answered that another copy lacks.

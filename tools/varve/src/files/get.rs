@@ -215,7 +215,10 @@ fn copy(
             "cannot preserve",
         ];
         let lines: Vec<&str> = why.lines().collect();
-        let about_them = |line: &&str| about.iter().any(|words| line.contains(words));
+        let about_them = |line: &&str| {
+            let said = line.strip_prefix("cp: ").unwrap_or_default();
+            about.iter().any(|words| said.starts_with(words))
+        };
         lines.iter().all(about_them) && part.symlink_metadata().is_ok()
     };
     let is_there = match is_tree {
