@@ -37,7 +37,7 @@ test: setup ## all rooms, with the small numbers (as root; about twenty minutes 
 
 vm: setup ## everything on every test kernel, with the large numbers (hours)
 	cargo build --workspace
-	VARVE_TEST_SIZE=large $(NEXTEST) --profile vm -E 'binary(/^vm/)'
+	VARVE_TEST_SIZE=large $(NEXTEST) --profile vm -E 'binary(/^vm/) + binary(flips) + binary(scrub) + binary(damage) + binary(failing_disk)'
 
 bench: build ## figures as ratios: raw disk, plain loop, Varve; hot copies; the store (as root)
 	@tests/bench

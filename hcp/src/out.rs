@@ -43,6 +43,14 @@ pub fn copy_out(context: &Context, cli: &Cli, device: &str, to: &str) -> Result<
         a_part: resume.is_some(),
         an_older_copy: cli.incremental_from.is_some(),
     };
+    if allowed.an_older_copy && target.file().is_none() {
+        return Err(ControlError::new(
+            "H015-base",
+            format!(
+                "{target} cannot hold an older copy: --incremental-from goes onto a file or a device. Nothing was written"
+            ),
+        ));
+    }
     target.check(&context.paths, allowed)?;
     let origin = origin(context, cli, device, resume.as_ref())?;
     if target.file().is_none()

@@ -84,6 +84,8 @@ pub struct Simulated<R: Rules = Law> {
     /// How often bypass was seen.
     pub bypasses: u64,
     kernel_writes: u64,
+    /// Which boot of the machine it is.
+    boot: [u8; 16],
     broken: Option<String>,
     comparison: Option<Comparison>,
     /// Whether the comparison with the history flushes the origin first, as it must.
@@ -140,6 +142,7 @@ impl<R: Rules> Simulated<R> {
             script_random: script.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1,
             bypasses: 0,
             kernel_writes: 0,
+            boot: [1; 16],
             broken: None,
             comparison: None,
             flush_before_comparing: true,
@@ -180,7 +183,7 @@ impl<R: Rules> Simulated<R> {
         let surviving = SurvivingMemory::new(memory, &identity);
         let kernel = Fingerprint {
             kernel_writes: self.kernel_writes,
-            boot: [1; 16],
+            boot: self.boot,
             ..Fingerprint::default()
         };
         match Volume::start(&mut self.medium, self.config, surviving, kernel, None) {
@@ -511,10 +514,10 @@ impl<R: Rules> Simulated<R> {
 
     /// Closes the volume cleanly.
     pub fn close(&mut self) {
-        let kernel_writes = self.kernel_writes;
+        let (kernel_writes, boot) = (self.kernel_writes, self.boot);
         let kernel = || Fingerprint {
             kernel_writes,
-            boot: [1; 16],
+            boot,
             ..Fingerprint::default()
         };
         self.volume
@@ -687,6 +690,18 @@ impl<R: Rules> Simulated<R> {
             .disk(Disk::Origin)
             .tamper(offset, data);
         self.kernel_writes += 1;
+    }
+
+    /// The machine is booted.
+    pub fn boot_again(&mut self) {
+        self.kernel_writes = 0;
+        self.boot[0] += 1;
+    }
+
+    /// The same under another system, which was booted in between: the counter begins anew there.
+    pub fn tamper_elsewhere(&mut self, offset: usize, data: &[u8]) {
+        self.tamper(offset, data);
+        self.boot_again();
     }
 
     /// The same, into the origin's cache only.

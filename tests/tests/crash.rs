@@ -184,6 +184,20 @@ fn clean_close_needs_no_reread_and_notices_a_foreign_write() {
         [0xee; 512],
         "what was written behind our back is in the history after healing"
     );
+    // From a rescue system: the kernel that counted it is gone, and its first blocks tell.
+    sim.close();
+    sim.tamper_elsewhere(4096, &[0xdd; 512]);
+    sim.forget_flushed();
+    assert!(sim.start());
+    assert_eq!(sim.state(), varve_format::VolumeState::Unverified);
+    assert!(sim.settle());
+    let image = sim.history().image(sim.history().end, VOLUME_BYTES);
+    assert_eq!(image[4096..4608], [0xdd; 512]);
+    // Another boot alone is no reason to read anything.
+    sim.close();
+    sim.boot_again();
+    assert!(sim.start());
+    assert_eq!(sim.reports.last().unwrap().reread_bytes, 0);
 }
 
 #[test]

@@ -249,6 +249,123 @@ fn a_segment_that_is_lost_with_its_run_is_a_hole_that_every_reading_tells() {
     }
 }
 
+/// Opened with whatever is wrong with its files, a history never gives out wrong bytes, at its end or before.
+fn is_never_wrong(root: &Path, instants: &[(varve_format::Lsn, Vec<u8>)], what: &str) {
+    let store = VolumeStore::open(root, VOLUME).unwrap();
+    for (lsn, wanted) in instants {
+        let Ok(image) = Image::open(&store, *lsn) else {
+            continue;
+        };
+        let mut bytes = [0u8; 4096];
+        for (block, wanted) in (0..).zip(wanted.chunks(4096)) {
+            if image.read(block * 4096, &mut bytes).is_ok() {
+                assert!(
+                    bytes == wanted,
+                    "{what}: wrong bytes at {lsn}, block {block}"
+                );
+            }
+        }
+    }
+}
+
+/// Cut at the border of any frame, of tables, or of a block; settled or pruned; runs and maps, too.
+#[test]
+fn files_that_are_cut_are_noticed() {
+    for pruned in [false, true] {
+        let directory = tempfile::tempdir().unwrap();
+        let mut sample = Sample::of_size(directory.path(), true, 250);
+        if pruned {
+            assert!(
+                varve_tests::sample::prune_to(&mut sample.store, 30, Compression::Lz4).unwrap() > 0
+            );
+        }
+        let end = sample.store.timeline().end();
+        let middle = varve_format::Lsn(end.0 * 3 / 4);
+        let known = [middle, end]
+            .into_iter()
+            .filter(|lsn| sample.store.timeline().check(*lsn).is_ok());
+        let instants: Vec<_> = known.map(|lsn| (lsn, sample.image(lsn))).collect();
+        let elsewhere = tempfile::tempdir().unwrap();
+        sample.store = VolumeStore::open(elsewhere.path(), VOLUME).unwrap();
+        let mut noticed = 0;
+        for kind in ["segments", "runs", "maps"] {
+            for victim in files(directory.path(), kind).into_iter().take(2) {
+                let whole = std::fs::read(&victim).unwrap();
+                let length = whole.len() as u64;
+                let mut cuts: Vec<u64> = (0..length).step_by(4096).collect();
+                if kind == "segments" {
+                    let header = SettledHeader::parse(&whole[..4096], length).unwrap();
+                    cuts.push(header.tables_at.get());
+                    if !pruned {
+                        let tables = &whole[header.tables_at.get() as usize..whole.len() - 4096];
+                        let (frames, _) =
+                            varve_format::parse_settled_tables(&header, tables).unwrap();
+                        cuts.extend(frames.iter().map(|frame| frame.offset.get()));
+                    }
+                }
+                for cut in cuts {
+                    std::fs::write(&victim, &whole[..cut as usize]).unwrap();
+                    let what = format!("{} cut to {cut} of {length}", victim.display());
+                    is_never_wrong(directory.path(), &instants, &what);
+                    let store = VolumeStore::open(directory.path(), VOLUME).unwrap();
+                    // A run was made again by now, a map was given up, which was said.
+                    let told = !store.healed().is_empty() || !scrub(&store).damage.is_empty();
+                    let now = std::fs::metadata(&victim).map(|now| now.len());
+                    let is_mended = kind != "segments" && now.map_or(true, |now| now == length);
+                    assert!(told || is_mended, "{what}: not noticed");
+                    noticed += 1;
+                    drop(store);
+                    std::fs::write(&victim, &whole).unwrap();
+                }
+            }
+        }
+        assert!(noticed > 20, "{noticed}");
+        let store = VolumeStore::open(directory.path(), VOLUME).unwrap();
+        assert_eq!(scrub(&store).damage, []);
+    }
+}
+
+/// One segment in two places is one segment.
+#[test]
+fn files_that_are_there_twice_are_noticed() {
+    for settled in [false, true] {
+        let directory = tempfile::tempdir().unwrap();
+        let sample = Sample::small(directory.path(), settled);
+        let end = sample.store.timeline().end();
+        let instants = [(end, sample.image(end))];
+        drop(sample);
+        let (segments, runs) = (
+            files(directory.path(), "segments"),
+            files(directory.path(), "runs"),
+        );
+        let behind = |files: &[std::path::PathBuf]| {
+            let last = files.last().unwrap();
+            let number: u64 = last.file_stem().unwrap().to_str().unwrap().parse().unwrap();
+            let ending = last.extension().unwrap().to_str().unwrap();
+            last.with_file_name(format!("{:020}.{ending}", number + 1))
+        };
+        let places = [
+            (behind(&segments), behind(&runs)),
+            (
+                segments[0].with_file_name("copy of it.seg"),
+                runs[0].with_file_name("copy.run"),
+            ),
+        ];
+        for (segment, run) in places {
+            std::fs::copy(&segments[1], &segment).unwrap();
+            std::fs::copy(&runs[1], &run).unwrap();
+            let store = VolumeStore::open(directory.path(), VOLUME).unwrap();
+            assert_eq!(store.timeline().end(), end, "{}", segment.display());
+            assert!(!store.damaged().is_empty(), "{}", segment.display());
+            drop(store);
+            is_never_wrong(directory.path(), &instants, "twice");
+            let store = VolumeStore::open(directory.path(), VOLUME).unwrap();
+            assert!(read(&store, end) == instants[0].1);
+            let _ = (std::fs::remove_file(segment), std::fs::remove_file(run));
+        }
+    }
+}
+
 /// Where a segment and its run are damaged, a map is the last to know what was in them: indexes made anew do without making that one.
 #[test]
 fn maps_outlive_what_they_could_not_be_made_of_again() {

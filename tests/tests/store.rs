@@ -11,6 +11,7 @@ use varve_format::{
     EpochId, FRAME_ENTRY_BYTES, Lsn, RecordKind, SettledHeader, WallTime, crc32c, frame_crc,
 };
 use varve_store::{Compression, Image, RangeKind, VolumeStore, volume_directory};
+use varve_tests::retained::{keep, length, policy, sweep};
 use varve_tests::sample::{Sample, VOLUME, files, flip, read, scrub};
 
 const VOLUME_BYTES: u64 = 4 << 20;
@@ -566,6 +567,63 @@ fn what_does_not_come_back_from_the_disk_replaces_nothing() {
         .unwrap();
     let failed = job.compress(1).unwrap().prove().err().unwrap();
     assert_eq!(failed.code(), "S010-root", "{failed}");
+}
+
+/// Readers in threads of their own see nothing of what goes on meanwhile: settling, mapping, pruning, scrubbing, new history.
+#[test]
+fn images_are_read_while_everything_goes_on() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut sample = Sample::new(directory.path(), 2 << 20, 96 << 10, true);
+    sample.mixed(1500);
+    let end = sample.store.timeline().end();
+    let pinned = Lsn(end.0 / 3);
+    sample.store.pin(pinned).unwrap();
+    let images = [pinned, end].map(|lsn| {
+        let image = Image::open(&sample.store, lsn).unwrap();
+        (image, sample.image(lsn))
+    });
+    let done = std::sync::atomic::AtomicBool::new(false);
+    let looped = std::sync::atomic::AtomicU64::new(0);
+    let relaxed = std::sync::atomic::Ordering::Relaxed;
+    std::thread::scope(|scope| {
+        for (seed, (image, wanted)) in [3u64, 5, 7, 11].into_iter().zip(images.iter().cycle()) {
+            let (done, looped) = (&done, &looped);
+            scope.spawn(move || {
+                let mut state = seed;
+                let mut whole = vec![0u8; wanted.len()];
+                while !done.load(relaxed) {
+                    image.read(0, &mut whole).unwrap();
+                    assert!(whole == *wanted);
+                    for _ in 0..50 {
+                        state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
+                        let sectors = 1 + (state >> 20) as usize % 80;
+                        let at = (state >> 33) as usize % (wanted.len() / 512 - sectors) * 512;
+                        let part = &mut whole[..sectors * 512];
+                        image.read(at as u64, part).unwrap();
+                        assert!(part == &wanted[at..at + sectors * 512], "{sectors} at {at}");
+                    }
+                    looped.fetch_add(1, relaxed);
+                }
+            });
+        }
+        for compression in [Compression::Lz4, Compression::Zstd(1)] {
+            sample.settle_all(compression);
+            sample.map_all();
+            let span = length(&sample.store);
+            keep(&mut sample.store, &policy(span, 30, &[(10, 100)]));
+            sweep(&mut sample.store);
+            let scrubbed = scrub(&sample.store);
+            assert_eq!(scrubbed.damage, []);
+            sample.store.discard_maps(&scrubbed);
+            sample.mixed(500);
+        }
+        let rounds = looped.load(relaxed);
+        while looped.load(relaxed) < rounds + 8 {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        done.store(true, relaxed);
+    });
+    assert!(sample.store.kept().below > Lsn(0), "nothing was pruned");
 }
 
 /// An image as `tests/reader.py` restores it.

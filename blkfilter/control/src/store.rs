@@ -357,6 +357,8 @@ pub struct SpaceInfo {
     pub history_ns: i64,
     /// It is too much, and nothing may go now.
     pub stuck: bool,
+    /// The volume whose history holds that up, because a part of it is not known; empty: none.
+    pub held_up_by: String,
 }
 
 impl SpaceInfo {

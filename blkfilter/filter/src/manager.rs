@@ -143,6 +143,12 @@ impl Manager {
                     self.slots().insert(spec.name.clone(), Slot::Waiting(spec));
                 }
                 Ok(spec) => {
+                    // One that is protected is not one that was.
+                    let former = self
+                        .paths
+                        .former_volumes()
+                        .join(format!("{}.toml", spec.id));
+                    let _ = std::fs::remove_file(former);
                     let name = spec.name.clone();
                     if let Err(error) = self.open(spec.clone(), None) {
                         eprintln!("blkfilter: {name}: {error}");

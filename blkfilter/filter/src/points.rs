@@ -108,6 +108,14 @@ impl Manager {
         let lsn = marked.ok_or_else(|| {
             error("V022-unprotected", format!("volume {volume} records no writes now (bypass, or no room): no point was made; see `varve status`"))
         })?;
+        let state = self
+            .info(volume)
+            .map_or_else(|_| String::new(), |info| info.state);
+        if note.is_empty() && !matches!(state.as_str(), "" | "protected") {
+            note = format!(
+                "{volume} is {state}: what is copied meanwhile is no instant, and this point may lie in that. Make it again once `varve status` says protected"
+            );
+        }
         Ok(Marked {
             lsn,
             frozen,

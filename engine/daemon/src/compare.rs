@@ -1,6 +1,6 @@
 //! The device against its history, and one instant against another.
 
-use crate::resolve::resolve;
+use crate::resolve::{ENDED, resolve};
 use crate::service::{Service, UNPROTECTED, error, now_ns, store_error};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -41,7 +41,7 @@ impl Service {
         let info = self.info(volume)?;
         if info.state == UNPROTECTED {
             return Err(error(
-                "V022-unprotected",
+                ENDED,
                 format!(
                     "{volume} is protected no more: what was written to its device since is in no history"
                 ),

@@ -32,6 +32,25 @@ impl ImageDevice {
         }
     }
 
+    /// What was written since, over the image. Where all of it was written the image is not asked: it may lack what somebody has mended.
+    fn read(&self, offset: u64, bytes: &mut [u8]) -> Result<(), Errno> {
+        let Some(overlay) = &self.overlay else {
+            return read_or_say(&self.image, offset, bytes);
+        };
+        let cover = |bytes: &mut [u8], at: u64| overlay.cover(at, bytes).map_err(|_| libc::EIO);
+        if overlay.written_bytes(offset, bytes.len() as u64) == 0 {
+            return read_or_say(&self.image, offset, bytes);
+        }
+        let sector = self.image.sector_bytes() as usize;
+        for (at, part) in (offset..).step_by(sector).zip(bytes.chunks_mut(sector)) {
+            if overlay.written_bytes(at, part.len() as u64) < part.len() as u64 {
+                read_or_say(&self.image, at, part)?;
+            }
+            cover(part, at)?;
+        }
+        Ok(())
+    }
+
     fn serve(&mut self, request: &Request) -> Result<(), Errno> {
         // A part of a sector would be answered with what lies at its beginning.
         let sector = u64::from(self.image.sector_bytes());
@@ -43,13 +62,9 @@ impl ImageDevice {
         }
         match (request.kind, &request.buffer) {
             (RequestKind::Flush, _) => Ok(()),
-            (RequestKind::Read, Some(buffer)) => buffer.write_with(|bytes| {
-                read_or_say(&self.image, request.offset, bytes)?;
-                self.overlay
-                    .as_ref()
-                    .map_or(Ok(()), |overlay| overlay.cover(request.offset, bytes))
-                    .map_err(|_| libc::EIO)
-            }),
+            (RequestKind::Read, Some(buffer)) => {
+                buffer.write_with(|bytes| self.read(request.offset, bytes))
+            }
             (kind, buffer) => {
                 let Some(overlay) = self.overlay.as_mut() else {
                     return Err(libc::EROFS);

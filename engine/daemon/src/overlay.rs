@@ -116,6 +116,15 @@ impl Overlay {
             .insert_range(offset / SECTOR..(offset + length) / SECTOR);
     }
 
+    /// Bytes of a range of whole sectors that were written.
+    pub fn written_bytes(&self, offset: u64, length: u64) -> u64 {
+        let sectors = offset / SECTOR..(offset + length) / SECTOR;
+        sectors
+            .filter(|sector| self.written.contains(*sector))
+            .count() as u64
+            * SECTOR
+    }
+
     /// Puts what was written over `bytes`, which hold the image from `offset`.
     pub fn cover(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
         if self.written.is_empty() {

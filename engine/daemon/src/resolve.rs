@@ -8,6 +8,9 @@ use varve_store::{Event, VolumeStore};
 
 /// Clocks of a moment ago may be a little ahead of ours.
 const FUTURE_SLACK_NS: i64 = 2_000_000_000;
+const DAY_NS: i64 = 86_400_000_000_000;
+/// Code of the reason why nothing newer than the end of protection is there.
+pub(crate) const ENDED: &str = "V022-unprotected";
 
 /// The LSN of an instant. `behind`: why what is newer than the history is not in it; such an instant is refused with that.
 pub(crate) fn resolve(
@@ -16,7 +19,10 @@ pub(crate) fn resolve(
     behind: Option<&ControlError>,
 ) -> Result<Lsn, ControlError> {
     let timeline = store.timeline();
-    if let Some(why) = behind.filter(|_| is_beyond(store, instant)) {
+    // The last instant of a volume that is protected no more is what `now` means there.
+    let may_be_last = |why: &&ControlError| why.code == ENDED && *instant == Instant::Now;
+    let behind_it = behind.filter(|why| !may_be_last(why));
+    if let Some(why) = behind_it.filter(|_| is_beyond(store, instant)) {
         return Err(not_there(store, why));
     }
     let wanted = match instant {
@@ -45,6 +51,7 @@ pub(crate) fn resolve(
                     "that is in the future; `now` is the newest instant",
                 ));
             }
+            refuse_after_a_set_back(store, *ns)?;
             let gap = store.gap_at(WallTime(*ns)).map_err(|e| store_error(&e))?;
             if let Some(nearest) = gap {
                 return Err(error(
@@ -62,34 +69,15 @@ pub(crate) fn resolve(
             store.at_time(WallTime(*ns)).map_err(|e| store_error(&e))?
         }
         Instant::Point(name) => {
-            // Names are encrypted with the rest.
-            let mut locked = None;
-            let mut names = store.point_names();
-            let mut is_named = |point: &&Event| match names.of(point) {
-                Ok(found) => found == *name,
-                Err(failed) if failed.wants_key() => {
-                    locked = Some(failed);
-                    false
-                }
-                Err(_) => false,
-            };
-            // One that was pruned is found last: it cannot be gone back to, but that can be said.
-            let resolves = |point: &&Event| timeline.check(point.lsn).is_ok();
-            let points = || timeline.points.iter().rev();
-            let point = points()
-                .filter(resolves)
-                .find(&mut is_named)
-                .or_else(|| points().find(&mut is_named));
-            if let Some(locked) = locked.filter(|_| point.is_none()) {
-                return Err(store_error(&locked));
-            }
-            point.map(|point| point.lsn).ok_or_else(|| match behind {
-                Some(why) => not_there(store, why),
-                None => error(
-                    "I003-point",
-                    format!("no recovery point is named {name:?}; `varve points` lists them"),
-                ),
-            })?
+            named(store, name)?
+                .map(|point| point.lsn)
+                .ok_or_else(|| match behind {
+                    Some(why) => not_there(store, why),
+                    None => error(
+                        "I003-point",
+                        format!("no recovery point is named {name:?}; `varve points` lists them"),
+                    ),
+                })?
         }
     };
     let checked = store.check(wanted).map_err(|e| store_error(&e))?;
@@ -101,6 +89,64 @@ pub(crate) fn resolve(
         };
         error(code, describe(&format!("LSN {wanted}"), why, &nearest))
     })
+}
+
+/// Records never carry a time before that of an earlier one. So while the machine's clock is behind the newest record's (it was set back), a time of the last
+/// day may mean two instants, and one of them is not to be told.
+fn refuse_after_a_set_back(store: &VolumeStore, ns: i64) -> Result<(), ControlError> {
+    let newest = store
+        .time_of(store.timeline().end())
+        .map_err(|e| store_error(&e))?;
+    let now = now_ns();
+    if newest.0 <= now + FUTURE_SLACK_NS || ns < now - DAY_NS {
+        return Ok(());
+    }
+    Err(error(
+        "I008-clock",
+        format!(
+            "the machine's clock was set back: the newest record is of {}. Until then a time of the last day may be two instants. Name a point (`varve points`), or an LSN (`varve history`)",
+            clock(newest.0)
+        ),
+    ))
+}
+
+/// The newest point of a name, whether it resolves or not: an older one of that name is another instant. One that was pruned is found last: it cannot be
+/// gone back to, but that can be said.
+fn named<'s>(store: &'s VolumeStore, name: &str) -> Result<Option<&'s Event>, ControlError> {
+    // Names are encrypted with the rest.
+    let mut names = store.point_names();
+    let (mut pruned, mut unread) = (None, None);
+    let mut found = None;
+    for point in store.timeline().points.iter().rev() {
+        match names.of(point) {
+            Ok(other) if other != name => {}
+            Ok(_) => match store.timeline().check(point.lsn) {
+                Err(outside) if outside.pruned => {
+                    pruned.get_or_insert(point);
+                }
+                _ => {
+                    found = Some(point);
+                    break;
+                }
+            },
+            Err(why) => {
+                unread.get_or_insert((point, why));
+            }
+        }
+    }
+    match (unread, found) {
+        (Some((_, why)), _) if why.wants_key() => Err(store_error(&why)),
+        (Some((newer, why)), Some(point)) => Err(error(
+            "I003-point",
+            format!(
+                "the name of a newer point (lsn:{}) cannot be read ({why}): it may be {name:?}. If the one at {} is meant: lsn:{}",
+                newer.lsn,
+                clock(point.time.0),
+                point.lsn
+            ),
+        )),
+        _ => Ok(found.or(pruned)),
+    }
 }
 
 /// Whether an instant may lie behind all that the store has.

@@ -3,7 +3,7 @@
 use crate::describe::{clock, history};
 use crate::export::{Exports, IMAGE, NbdExport};
 use crate::keys::Keys;
-use crate::resolve::resolve;
+use crate::resolve::{ENDED, resolve};
 use crate::rewind::Unfinished;
 use crate::store_clock::StoreClock;
 use std::collections::{BTreeMap, BTreeSet};
@@ -58,6 +58,8 @@ pub struct Service {
     taken: Mutex<BTreeSet<String>>,
     /// Histories take too much, and nothing of them may go.
     pub(crate) space_is_stuck: AtomicBool,
+    /// The history that holds it up, because a part of it is not known.
+    pub(crate) space_held_up_by: Mutex<String>,
     /// Histories of which what could not be read was tried again since this daemon began.
     retried: Mutex<BTreeSet<String>>,
     /// Rewinds that are open and could not be finished, by history.
@@ -106,6 +108,7 @@ impl Service {
             clock: Mutex::new(None),
             taken: Mutex::new(BTreeSet::new()),
             space_is_stuck: AtomicBool::new(false),
+            space_held_up_by: Mutex::default(),
             retried: Mutex::default(),
             unfinished_rewinds: Mutex::new(BTreeMap::new()),
         }
@@ -216,7 +219,7 @@ impl Service {
         match self.filter()?.call(&FilterOp::Status)? {
             FilterReply::Status { volumes, .. } => volumes
                 .into_iter()
-                .find(|volume| volume.name == name || volume.id == name)
+                .find(|volume| volume.name == name)
                 .map_or_else(|| self.former_spec(name).map(|spec| not_running(&spec)), Ok),
             _ => Err(error("C005-answer", "blkfilter gave an unexpected answer")),
         }
@@ -514,7 +517,7 @@ impl Service {
             return Ok(volume); // The log may not answer; history up to now can still be read.
         }
         let seal = FilterOp::Seal {
-            name: volume.name.clone(),
+            name: name.to_owned(),
         };
         match self.filter()?.call(&seal) {
             Ok(FilterReply::Sealed { sealed }) => {
@@ -547,6 +550,11 @@ impl Service {
                     info.bypass_reason
                 );
                 Ok((info, Some(error("I006-gap", why))))
+            }
+            Ok(info) if info.state == UNPROTECTED => {
+                let why =
+                    format!("{name} is protected no more: what was written since is in no history");
+                Ok((info, Some(error(ENDED, why))))
             }
             Ok(info) if info.state == "failed" => {
                 let why = format!(
@@ -731,6 +739,10 @@ impl Service {
             StoreOp::Forget { id } => {
                 let volume = VolumeId::parse(&id)
                     .ok_or_else(|| error("V029-id", "the volume's id is not 32 hex digits"))?;
+                if self.specs().iter().any(|spec| spec.id == id) {
+                    let message = "that volume is protected: its history is being recorded. Nothing was deleted";
+                    return Err(error("V012-busy", message));
+                }
                 let path = volume_directory(&self.paths.store(), volume);
                 // An image opens its segments when they are read from. From here on nobody opens the history: the lock is held until its files are gone.
                 let _stores = self.stores_without(&id)?;

@@ -7,6 +7,7 @@ use crate::retention::per_day;
 use crate::service::Service;
 use nix::sys::statvfs::statvfs;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{MutexGuard, PoisonError};
 use varve_control::{SpaceInfo, space_bytes};
 use varve_format::WallTime;
 use varve_store::{Nanoseconds, StoreError, Thinning, VolumeStore};
@@ -41,6 +42,9 @@ impl Service {
             });
         }
         space.stuck = self.space_is_stuck.load(Relaxed) && space.excess_bytes() > 0;
+        if space.stuck {
+            space.held_up_by.clone_from(&self.held_up_by());
+        }
         space
     }
 
@@ -59,16 +63,17 @@ impl Service {
         }
         let leave = if immutable > 0 { immutable } else { LEAVE_NS };
         let now = WallTime(self.clock_ns());
-        // What is not known is not decided about, nor do others pay for it.
-        let undecided = |store: &mut VolumeStore| store.is_partly_unknown() || store.kept_is_lost();
-        if self
+        // What is not known is not decided about, nor do others pay for it: which histories hold up what is no older than they are.
+        let undecided = |store: &mut VolumeStore| {
+            let is_undecided = store.is_partly_unknown() || store.kept_is_lost();
+            let first = store.segments().next().filter(|_| is_undecided);
+            first.map(|first| first.time_start)
+        };
+        let undecided: Vec<(WallTime, String)> = self
             .open_ids()
-            .iter()
-            .any(|id| self.if_open(id, undecided) == Some(true))
-        {
-            self.space_is_stuck.store(true, Relaxed);
-            return Ok(None);
-        }
+            .into_iter()
+            .filter_map(|id| Some((self.if_open(&id, undecided)??, id)))
+            .collect();
         let next = |id: String| {
             let thinning = self.if_open(&id, |store| store.next_to_thin(leave, now));
             Some((thinning.flatten()?, id))
@@ -76,8 +81,13 @@ impl Service {
         let mut nexts: Vec<(Thinning, String)> =
             self.open_ids().into_iter().filter_map(next).collect();
         nexts.sort_by_key(|(thinning, _)| thinning.oldest);
+        let mut held_up = None;
         for (thinning, id) in nexts {
-            if !ready(&id) {
+            let older = undecided
+                .iter()
+                .find(|(first, _)| *first <= thinning.oldest);
+            held_up = older.map(|(_, id)| self.name_of(id));
+            if held_up.is_some() || !ready(&id) {
                 break;
             }
             let thinned = self.if_open(&id, |store| store.thin(&thinning));
@@ -97,6 +107,13 @@ impl Service {
             }
         }
         self.space_is_stuck.store(true, Relaxed);
+        *self.held_up_by() = held_up.unwrap_or_default();
         Ok(None)
+    }
+
+    fn held_up_by(&self) -> MutexGuard<'_, String> {
+        self.space_held_up_by
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }

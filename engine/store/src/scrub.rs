@@ -108,6 +108,8 @@ pub struct ScrubJob {
     pub(crate) maps: Vec<MapPlace>,
     pub(crate) known: Vec<String>,
     closed: Vec<Closed>,
+    /// Where the history goes on from what this store never held.
+    began: Lsn,
     reading: Reading,
     /// Segments are missing that wait for their key.
     waits_for_key: bool,
@@ -124,6 +126,7 @@ impl VolumeStore {
             maps: self.maps.all(),
             known: self.damaged().to_vec(),
             closed: self.timeline().closed().to_vec(),
+            began: self.began(),
             reading: Reading::Everything,
             waits_for_key: self.waits_for_key(),
             _lease: self.lease(),
@@ -408,7 +411,7 @@ impl ScrubJob {
         segment: &StoredSegment,
         before: Option<&StoredSegment>,
     ) -> Option<Damage> {
-        let end = before.map_or(Lsn::FIRST, |before| before.lsn_end);
+        let end = before.map_or(self.began, |before| before.lsn_end);
         if segment.previous_lsn_end == end {
             return None;
         }
@@ -428,9 +431,6 @@ impl ScrubJob {
         let mut closed = self.closed.iter();
         let again = closed.rfind(|closed| closed.from <= end && segment.lsn_start <= closed.to);
         let again = again.filter(|closed| !closed.open);
-        if before.is_none() && again.is_some() {
-            return None; // It begins late: what was before it this store has never held, or could do without since.
-        }
         Some(Damage {
             blocks: vec![(0, segment.volume_bytes)],
             from: Some((

@@ -90,8 +90,8 @@ fn a_time_inside_a_gap_does_not_resolve_and_the_nearest_are_named() {
     );
     assert_eq!(
         timeline.gap_at(WallTime(150)),
-        Some((WallTime(95), Lsn(24))),
-        "a gap from 95 to 200; the catch-up ends at 23"
+        Some((WallTime(90), Lsn(24))),
+        "a gap from the last record that is there to 200; the catch-up ends at 23"
     );
     assert_eq!(
         timeline.check(Lsn(22)),

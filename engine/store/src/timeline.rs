@@ -160,7 +160,15 @@ impl Timeline {
         };
         match entry.kind() {
             Ok(RecordKind::Point) => self.points.push(event()),
-            Ok(RecordKind::Gap) => self.gaps.push(event()),
+            Ok(RecordKind::Gap) => {
+                // Records that were given up are missing, too: it begins behind the last one that is there.
+                let mut gap = event();
+                if self.end > Lsn(0) {
+                    let since = (gap.entry.offset.get() as i64).min(self.end_time.0);
+                    gap.entry.offset = (since as u64).into();
+                }
+                self.gaps.push(gap);
+            }
             Ok(RecordKind::SpanBegin) => {
                 // A new span takes over one that was never ended: from its beginning on nothing resolves.
                 let kind = SpanKind::from_code(entry.detail).unwrap_or(SpanKind::Verify);

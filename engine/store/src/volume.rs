@@ -14,6 +14,7 @@ use crate::{Nearest, Outside, StoreError, StoredSegment, Timeline, VolumeKeys, d
 use nix::fcntl::{Flock, FlockArg};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use varve_format::{EpochId, FormatError, Lsn, RunHeader, SegmentSequence, VolumeId, WallTime};
@@ -72,6 +73,8 @@ pub struct VolumeStore {
     pub(crate) lists_differ: bool,
     /// Both lists are there, or were, and neither can be read: nothing is struck, pinned or pruned by what is not known.
     pub(crate) kept_is_lost: bool,
+    /// What the first segment that this store ever had went on from.
+    began: Option<Lsn>,
     _lock: Flock<File>,
 }
 
@@ -145,6 +148,7 @@ impl VolumeStore {
             looked: Looked::new(),
             lists_differ: false,
             kept_is_lost: false,
+            began: None,
             _lock: lock,
         };
         store.load()?;
@@ -226,7 +230,34 @@ impl VolumeStore {
             self.keys.lock_if_off();
         }
         self.load_kept();
+        let noted = std::fs::read_to_string(self.directory.join(BEGAN));
+        self.began = noted
+            .ok()
+            .and_then(|text| text.trim().parse().ok().map(Lsn));
+        let first = self.segments().next().map(|first| first.previous_lsn_end);
+        self.note_beginning(first);
         Ok(())
+    }
+
+    /// Notes where the history begins, once: so a beginning that is lost later is told from one that there never was.
+    fn note_beginning(&mut self, first: Option<Lsn>) {
+        let Some(first) = first.filter(|_| self.began.is_none()) else {
+            return;
+        };
+        let path = self.directory.join(BEGAN);
+        let noted = durable::create(&path, |file| {
+            writeln!(file, "{first}").map_err(StoreError::io(&path))
+        });
+        // What could not be noted is noted when it is opened again.
+        if noted.is_ok() {
+            self.began = Some(first);
+        }
+    }
+
+    /// What the first segment that this store ever had went on from.
+    pub(crate) fn began(&self) -> Lsn {
+        let first = self.segments().next().map(|first| first.previous_lsn_end);
+        self.began.or(first).unwrap_or(Lsn::FIRST)
     }
 
     /// The run of a segment that was lost when it was the newest: what that held is said, until the log has given it again.
@@ -394,6 +425,7 @@ impl VolumeStore {
             let told = is_lost(&segment.path());
             self.damaged.retain(|what| !what.starts_with(&told));
         }
+        self.note_beginning(Some(segment.previous_lsn_end));
         self.timeline.add(&segment);
         Arc::make_mut(&mut self.segments).insert(segment.sequence, Arc::new(segment));
     }
@@ -716,6 +748,8 @@ fn is_lost(path: &Path) -> String {
     format!("{} is lost", path.display())
 }
 
+/// The file that says where the history begins: an LSN.
+const BEGAN: &str = "began";
 /// What a run is called whose segment, the newest one, was lost.
 const LOST_RUN: &str = "lost-run";
 

@@ -109,7 +109,18 @@ pub fn with_clock_times(text: &str) -> String {
             .collect();
         let number = number.trim_end_matches('.');
         out += &rest[..at];
-        match number.parse::<f64>() {
+        // As the daemons write them, and not a part of somebody's name.
+        let is_time = number
+            .split_once('.')
+            .is_some_and(|(whole, rest)| whole.len() > 8 && rest.len() == 3);
+        let stands_alone =
+            !rest[..at].ends_with(|c: char| c.is_alphanumeric() || "-_./".contains(c));
+        match number
+            .parse::<f64>()
+            .ok()
+            .filter(|_| is_time && stands_alone)
+            .ok_or(())
+        {
             Ok(seconds) => out += &show_time((seconds * 1e9) as i64),
             Err(_) => out += &rest[at..at + 1 + number.len()],
         }

@@ -26,7 +26,10 @@ pub fn volumes(context: &Context) -> Result<Vec<VolumeInfo>, ControlError> {
 /// The volume that is meant: the one named, or the only one.
 pub fn volume(context: &Context, name: Option<String>) -> Result<String, ControlError> {
     if let Some(name) = name {
-        return Ok(name);
+        // By its ID, too; one that is protected no more the store's daemon knows.
+        let known = volumes(context).unwrap_or_default().into_iter();
+        let mut known = known.filter(|volume| volume.id == name);
+        return Ok(known.next().map_or(name, |volume| volume.name));
     }
     let mut volumes = volumes(context)?;
     volumes.retain(|volume| !volume.id.is_empty()); // One whose file cannot be read is not meant.

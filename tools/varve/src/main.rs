@@ -137,7 +137,12 @@ enum Command {
         #[arg(long, value_name = "SOCKET")]
         nbd: Option<String>,
         /// With --nbd: also say what was written since this instant (`qemu:dirty-bitmap:varve`).
-        #[arg(long, value_name = "INSTANT", requires = "nbd")]
+        #[arg(
+            long,
+            value_name = "INSTANT",
+            requires = "nbd",
+            conflicts_with = "writable"
+        )]
         since: Option<String>,
         /// Writable (into a scratch overlay).
         #[arg(long)]

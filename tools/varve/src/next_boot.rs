@@ -10,6 +10,21 @@ use varve_cli::device::{mounted_on, refuse_used_parts};
 use varve_cli::show_bytes;
 use varve_control::{ControlError, FilterOp, FilterReply, VolumeSpec};
 
+/// What the table says; nothing if there is none. One that cannot be read is not empty.
+pub fn table_text(context: &Context) -> Result<String, ControlError> {
+    match std::fs::read_to_string(table(context)) {
+        Ok(text) => Ok(text),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(String::new()),
+        Err(error) => Err(ControlError::new(
+            "X018-fstab",
+            format!(
+                "{}: {error}. Nothing was changed; mend that (it must be UTF-8) and say it again",
+                table(context).display()
+            ),
+        )),
+    }
+}
+
 fn table(context: &Context) -> PathBuf {
     context.paths.root().join("etc/fstab")
 }
@@ -35,7 +50,7 @@ pub fn protect(
     dry_run: bool,
 ) -> Result<(), ControlError> {
     refuse_used_parts(device)?;
-    let text = std::fs::read_to_string(table(context)).unwrap_or_default();
+    let text = table_text(context)?;
     let entries = fstab::entries(&text, |source| fstab::means(source, device));
     let mounted = mounted_on(device);
     // Where it is mounted now, and where it would be.
@@ -95,7 +110,7 @@ pub fn protect(
         daemons::filter(context)?.call::<_, FilterReply>(&FilterOp::Prepare { spec })?;
         if !entries.is_empty() {
             // Read again: making the log may have taken a while.
-            let text = std::fs::read_to_string(table(context))?;
+            let text = table_text(context)?;
             let entries = fstab::entries(&text, |source| fstab::means(source, device));
             let new = fstab::rewritten(&text, &entries, &name, &mapped);
             fstab::replace(&table(context), &new)?;
@@ -141,7 +156,7 @@ fn say(answer: &Prepared, bytes: u64) {
 
 /// Makes /etc/fstab what it was before; whether there was anything to undo.
 pub fn restore_mounts(context: &Context, name: &str) -> Result<bool, ControlError> {
-    let text = std::fs::read_to_string(table(context)).unwrap_or_default();
+    let text = table_text(context)?;
     match fstab::restored(&text, name) {
         Some(old) => {
             fstab::replace(&table(context), &old)?;
@@ -170,8 +185,11 @@ pub fn take_away(context: &Context, name: &str) -> Result<String, ControlError> 
     }
     let specs = varve_control::load_specs(&context.paths.volumes()).into_iter();
     let spec = specs.flatten().find(|spec| spec.name == name);
-    if let Some(spec) = &spec {
-        // Its history is found by that.
+    // One that waits for the next boot has no history.
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let has_begun = |spec: &&VolumeSpec| spec.begins_after_boot != boot.trim();
+    if let Some(spec) = spec.as_ref().filter(has_begun) {
+        // It is found by that.
         varve_control::save_former(&context.paths.former_volumes(), spec)
             .map_err(|error| ControlError::new("V011-config", error.to_string()))?;
     }

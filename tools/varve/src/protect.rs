@@ -14,6 +14,8 @@ use varve_control::{
     VolumeSpec, lasting_path,
 };
 
+/// How long a log that is given up is waited for.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// Smallest device worth protecting: below this the log's own structures are larger.
 const BYTES_MIN: u64 = 1 << 20;
 
@@ -278,6 +280,8 @@ pub struct Ending {
 
 /// `varve unprotect`.
 pub fn unprotect(context: &Context, name: &str, how: &Ending) -> Result<(), ControlError> {
+    // Its mounts are to be made what they were: before anything is ended it is known whether that can be done.
+    next_boot::table_text(context)?;
     if how.forget && !how.offline {
         refuse_open_images(context, name)?;
     }
@@ -398,11 +402,11 @@ fn end_protection(
             format!("no volume is named {name}; `varve status` lists them"),
         )
     })?;
-    if volume.state != "waiting" && !how.forget {
-        match taken(context, name) {
-            Err(why) if !how.drop_log => return Err(untaken(name, &why)),
-            _ => {}
-        }
+    if volume.state != "waiting" && !how.forget && !how.drop_log {
+        taken(context, name, None).map_err(|why| untaken(name, &why))?;
+    } else if volume.state == "protected" && !how.forget {
+        // What can be taken at once is; nobody waits for a log that is given up.
+        let _ = taken(context, name, Some(PATIENCE));
     }
     daemons::filter(context)?.call::<_, FilterReply>(&FilterOp::Unprotect {
         name: name.to_owned(),
@@ -412,13 +416,15 @@ fn end_protection(
 }
 
 /// Has the store take what the log still holds; an error says why it has not.
-fn taken(context: &Context, name: &str) -> Result<(), ControlError> {
+fn taken(context: &Context, name: &str, limit: Option<Duration>) -> Result<(), ControlError> {
     let op = StoreOp::TakeAll {
         volume: name.to_owned(),
     };
-    daemons::store(context)?
-        .call::<_, StoreReply>(&op)
-        .map(|_| ())
+    let mut store = daemons::store(context)?;
+    if let Some(limit) = limit {
+        store = store.answer_within(limit)?;
+    }
+    store.call::<_, StoreReply>(&op).map(|_| ())
 }
 
 fn untaken(name: &str, why: &ControlError) -> ControlError {

@@ -29,6 +29,8 @@ struct VolumeStatus {
     last_proven: Option<DrillInfo>,
     next_risk: String,
     next_command: String,
+    /// Why nothing is known of its history; empty: it is.
+    history_unknown: String,
 }
 
 const DAY_NS: i64 = 86_400_000_000_000;
@@ -87,6 +89,10 @@ fn judge(context: &Context, volume: VolumeInfo) -> VolumeStatus {
             _ => VolumeHistory::default(),
         });
     let (next_risk, next_command) = advise(&volume, &history);
+    let history_unknown = history
+        .as_ref()
+        .err()
+        .map_or_else(String::new, ToString::to_string);
     let history = history.unwrap_or_default();
     let (exposure_seconds, exposure_bytes) = match volume.state.as_str() {
         "protected" => (0.0, 0),
@@ -113,6 +119,7 @@ fn judge(context: &Context, volume: VolumeInfo) -> VolumeStatus {
         last_proven: history.last_proven,
         next_risk,
         next_command,
+        history_unknown,
         volume,
     }
 }
@@ -183,6 +190,13 @@ fn advise(volume: &VolumeInfo, history: &Result<VolumeHistory, ControlError>) ->
             "varve key unlock (if its key files are lost: varve key init, then varve key import FILE)"
                 .to_owned(),
         ),
+        _ if says(|history| !history.space.held_up_by.is_empty()) => {
+            let by = history.as_ref().map_or("", |history| history.space.held_up_by.as_str());
+            to(
+                "histories take more space than they may, and nothing may go while a part of the oldest one is not known: soon nothing more is recorded",
+                format!("varve check --volume {by} (it says what cannot be read, and what to do)"),
+            )
+        }
         _ if says(|history| history.space.stuck) => to(
             "histories take more space than they may, and nothing of them may go: soon nothing more is recorded",
             "varve policy (then unpin, shorten `immutable`, or allow more: varve policy set --space SIZE)"
@@ -258,8 +272,10 @@ fn print(status: &VolumeStatus) {
             show_time(status.restorable_from_ns),
             show_time(status.restorable_to_ns)
         );
-    } else {
+    } else if status.history_unknown.is_empty() {
         println!("  restorable  nothing yet");
+    } else {
+        println!("  restorable  NOT KNOWN: {}", status.history_unknown);
     }
     if volume.bypass_since_ns > 0 {
         println!(
@@ -279,6 +295,7 @@ fn print(status: &VolumeStatus) {
             show_time(check.time_ns),
             show_bytes(check.differing_bytes)
         ),
+        None if !status.history_unknown.is_empty() => {}
         None => println!(
             "  last check  none; `varve compare --volume {}` makes one",
             volume.name
@@ -302,6 +319,7 @@ fn print_proof(status: &VolumeStatus) {
             show_ago(drill.time_ns, now_ns()),
             drill.found
         ),
+        None if !status.history_unknown.is_empty() => {}
         None => amber(format!(
             "  last proven NONE; `varve drill --volume {}` mounts and checks an instant",
             status.volume.name

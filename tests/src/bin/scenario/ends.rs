@@ -210,6 +210,11 @@ impl Story<'_> {
         let varve = self.varve;
         varve.varve(&["history", "--volume", "disk"])?;
         self.shows("before", "disk", before)?;
+        // Now is its last instant; a later time is in no history.
+        expect_refused(
+            varve.varve(&["export", "1 second ago", "--volume", "disk"]),
+            "V022-unprotected",
+        )?;
         let of = |command: &[&str]| varve.varve(&[command, &["--volume", "disk"]].concat());
         expect_refused(of(&["compare"]), "V022-unprotected")?;
         expect_refused(of(&["rewind", "before", "--yes"]), "V030-state")?;

@@ -1,5 +1,6 @@
 //! What the store does by itself: history is compressed while the volume is written, images stay what they were, damage is found and said.
 
+use crate::copies::{expect_refused, sh};
 use crate::{Outcome, export, protect, stamper_on_zeroes};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
@@ -136,5 +137,113 @@ pub fn store_life(varve: &Installation, device: &str) -> Outcome {
     flip().map_err(|e| e.to_string())?;
     varve.varve(&["scrub", "--rate", "1000"])?;
     varve.varve(&["scrub", "--stored"])?;
+    scrub_goes_on(varve)?;
+    what_changed(varve, &mapped)?;
+    lost_lists(varve)?;
+    salvaged(varve)?;
+    if digest_of(varve, "early")? != early || digest_of(varve, "point-9")? != later {
+        return Err("an instant is another one in the salvaged store".to_owned());
+    }
     varve.varve(&["down"]).map(drop)
+}
+
+fn told(json: &str, name: &str) -> Result<u64, String> {
+    number(json, name).ok_or_else(|| format!("no {name} in {json}"))
+}
+
+/// No faster than it is told; broken off, it goes on where it was.
+fn scrub_goes_on(varve: &Installation) -> Outcome {
+    let whole = varve.varve(&["--json", "scrub"])?;
+    let mut asking = std::process::Command::new(varve.program("varve"))
+        .arg("--root")
+        .arg(varve.root())
+        .args(["scrub", "--rate", "1"])
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .map_err(|e| e.to_string())?;
+    let (place, since) = (
+        format!(
+            "cat {}/var/lib/varve/store/volumes/*/scrub",
+            varve.root().display()
+        ),
+        Instant::now(),
+    );
+    let position = || {
+        sh(&place)
+            .ok()
+            .and_then(|text| text.trim().parse::<u64>().ok())
+    };
+    while position().unwrap_or(0) < 4 {
+        if since.elapsed() > Duration::from_secs(60) {
+            return Err("a slow scrub does not say how far it has come".to_owned());
+        }
+        pause(20);
+    }
+    run("kill", &["-INT", &asking.id().to_string()])?;
+    let _ = asking.wait();
+    pause(500);
+    let begun = Instant::now();
+    let rest = varve.varve(&["--json", "scrub", "--rate", "1"])?;
+    let (took, bytes) = (begun.elapsed(), told(&rest, "bytes")?);
+    if told(&rest, "from_segment")? == 0 || bytes >= told(&whole, "bytes")? {
+        return Err(format!("it did not go on where it was broken off: {rest}"));
+    }
+    // The last file is not waited for.
+    if took.as_secs_f64() < bytes as f64 / f64::from(1 << 20) / 3.0 {
+        return Err(format!(
+            "{bytes} bytes were read in {took:?}, at one MiB a second"
+        ));
+    }
+    Ok(())
+}
+
+/// What was written since an instant, to the block; and what a rewind would write, which changes nothing.
+fn what_changed(varve: &Installation, mapped: &str) -> Outcome {
+    varve.varve(&["mark", "unchanged"])?;
+    sh(&format!(
+        "dd if=/dev/urandom of={mapped} bs=4k seek=16384 count=3 oflag=direct conv=notrunc status=none"
+    ))?;
+    let changed = varve.varve(&["--json", "changed", "--since", "unchanged"])?;
+    let compact: String = changed.split_whitespace().collect();
+    if !compact.contains("[[67108864,12288]]") {
+        return Err(format!("12 KiB at 64 MiB were written: {changed}"));
+    }
+    let before = digest(mapped)?;
+    let would = varve.varve(&["--json", "rewind", "unchanged", "--dry-run"])?;
+    if told(&would, "written_bytes")? == 0 || digest(mapped)? != before {
+        return Err(format!("a dry run: {would}"));
+    }
+    Ok(())
+}
+
+/// Both lists of kept instants are lost: that is said, nothing is pinned by what is not known, and somebody decides.
+fn lost_lists(varve: &Installation) -> Outcome {
+    varve.varve(&["pin", "early"])?;
+    varve.varve(&["down"])?;
+    sh(&format!(
+        "for list in {}/var/lib/varve/store/volumes/*/kept*; do echo lost >$list; done",
+        varve.root().display()
+    ))?;
+    varve.varve(&["up"])?;
+    varve.wait_protected()?;
+    expect_refused(varve.varve(&["check"]), "--give-up-kept")?;
+    expect_refused(varve.varve(&["pin", "point-9"]), "S024-kept-lost")?;
+    varve.varve(&["rebuild", "--give-up-kept"])?;
+    varve.varve(&["pin", "point-9"])?;
+    varve.varve(&["check"]).map(drop)
+}
+
+/// The copy that salvaging makes takes the store's place.
+fn salvaged(varve: &Installation) -> Outcome {
+    let store = varve.root().join("var/lib/varve/store");
+    let (store, copy) = (
+        store.display(),
+        format!("{}/salvaged", varve.root().display()),
+    );
+    varve.varve(&["salvage", "--to", &copy])?;
+    varve.varve(&["down"])?;
+    sh(&format!("rm -r {store} && mv {copy} {store}"))?;
+    varve.varve(&["up"])?;
+    varve.wait_protected()?;
+    varve.varve(&["check"]).map(drop)
 }

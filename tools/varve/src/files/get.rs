@@ -10,6 +10,7 @@ use std::io::Read;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Component, Path, PathBuf};
 use std::process::Command;
+use std::sync::{Arc, Mutex, PoisonError};
 use varve_cli::{show_bytes, show_time};
 use varve_control::{ControlError, Instant, at_signal, signals};
 
@@ -34,6 +35,13 @@ struct Got {
     bytes: u64,
     /// What `cp` said of what could not be read, or kept.
     incomplete: Vec<String>,
+}
+
+/// Whether what was copied may still get its name.
+#[derive(PartialEq, Eq)]
+enum Naming {
+    Open,
+    BrokenOff,
 }
 
 fn refused(why: String) -> ControlError {
@@ -64,14 +72,17 @@ pub fn run(
         )));
     }
     let directory = beside(&to)?;
-    let leftover = directory.clone();
+    let (leftover, naming) = (directory.clone(), Arc::new(Mutex::new(Naming::Open)));
+    let broken_off = Arc::clone(&naming);
     at_signal(move |code| {
+        // What has its name is there, whole; what has none gets none any more.
+        *broken_off.lock().unwrap_or_else(PoisonError::into_inner) = Naming::BrokenOff;
         let _ = std::fs::remove_dir_all(&leftover);
         code
     });
     let part = directory.join("part");
     let copied = copy(&tree, place, &part, metadata.is_dir())
-        .and_then(|incomplete| put(&part, &to, target.overwrite).map(|()| incomplete));
+        .and_then(|incomplete| put(&part, &to, target.overwrite, &naming).map(|()| incomplete));
     let _ = std::fs::remove_dir_all(&directory);
     let incomplete = copied?;
     let got = Got {
@@ -235,7 +246,12 @@ fn copy(
 }
 
 /// Gives it its name once all of it is on the disk.
-fn put(part: &Path, to: &Path, overwrite: bool) -> Result<(), ControlError> {
+fn put(
+    part: &Path,
+    to: &Path,
+    overwrite: bool,
+    naming: &Mutex<Naming>,
+) -> Result<(), ControlError> {
     let failed = |error: std::io::Error| {
         ControlError::new("H017-write", format!("{}: {error}", to.display()))
     };
@@ -246,6 +262,10 @@ fn put(part: &Path, to: &Path, overwrite: bool) -> Result<(), ControlError> {
         true => RenameFlags::empty(),
         false => RenameFlags::RENAME_NOREPLACE,
     };
+    let naming = naming.lock().unwrap_or_else(PoisonError::into_inner);
+    if *naming == Naming::BrokenOff {
+        return Err(failed(std::io::ErrorKind::Interrupted.into()));
+    }
     match renameat2(AT_FDCWD, part, AT_FDCWD, to, flags) {
         // A file system that does not know the flag (it was looked at before).
         Err(nix::errno::Errno::EINVAL) => std::fs::rename(part, to).map_err(failed)?,
