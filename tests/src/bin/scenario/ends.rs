@@ -211,6 +211,7 @@ impl Story<'_> {
         varve.varve(&["history", "--volume", "disk"])?;
         self.shows("before", "disk", before)?;
         // Now is its last instant; a later time is in no history.
+        pause(2000);
         expect_refused(
             varve.varve(&["export", "1 second ago", "--volume", "disk"]),
             "V022-unprotected",
