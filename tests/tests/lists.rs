@@ -6,7 +6,7 @@
 )]
 
 use std::path::{Path, PathBuf};
-use varve_format::{KeptEntry, Lsn};
+use varve_format::{KeptEntry, Lsn, WallTime};
 use varve_store::{Compression, Secret, StoreError, StoreKeys, VolumeStore, volume_directory};
 use varve_tests::retained::{check, end_time, keep, length, policy, sweep};
 use varve_tests::sample::{Sample, VOLUME, files, read, scrub};
@@ -263,22 +263,29 @@ fn what_cannot_be_read_now_may_be_read_later() {
         files(root, "segments"),
     );
     let away = tempfile::tempdir().unwrap();
-    for (victim, name) in [(&runs[2], "run"), (&segments[2], "seg")] {
-        std::fs::rename(victim, away.path().join(name)).unwrap();
-        // Cannot be opened, as on a disk that gives errors.
-        std::os::unix::fs::symlink(victim, victim).unwrap();
+    // In the midst, and at the beginning: then nobody knows how far back it goes.
+    for index in [2, 0] {
+        let files_of_it = [(&runs[index], "run"), (&segments[index], "seg")];
+        for (victim, name) in files_of_it {
+            std::fs::rename(victim, away.path().join(name)).unwrap();
+            // Cannot be opened, as on a disk that gives errors.
+            std::os::unix::fs::symlink(victim, victim).unwrap();
+        }
+        again(&mut sample, root);
+        assert!(sample.store.is_partly_unknown());
+        assert!(sample.store.timeline().check(end).is_err());
+        let is_beginning_known = sample.store.oldest_time() > WallTime(i64::MIN);
+        assert_eq!(is_beginning_known, index == 2);
+        for (victim, name) in files_of_it {
+            std::fs::remove_file(victim).unwrap();
+            std::fs::rename(away.path().join(name), victim).unwrap();
+        }
+        again(&mut sample, root);
+        assert!(!sample.store.is_partly_unknown());
+        assert_eq!(files(root, "maps"), maps, "they were not made of less");
+        assert!(read(&sample.store, end) == sample.image(end));
+        assert_eq!(scrub(&sample.store).damage, []);
     }
-    again(&mut sample, root);
-    assert!(sample.store.is_partly_unknown());
-    assert!(sample.store.timeline().check(end).is_err());
-    for (victim, name) in [(&runs[2], "run"), (&segments[2], "seg")] {
-        std::fs::remove_file(victim).unwrap();
-        std::fs::rename(away.path().join(name), victim).unwrap();
-    }
-    again(&mut sample, root);
-    assert!(!sample.store.is_partly_unknown());
-    assert_eq!(files(root, "maps"), maps, "they were not made of less");
-    assert!(read(&sample.store, end) == sample.image(end));
     // One that is not there is gone.
     std::fs::remove_file(&runs[2]).unwrap();
     std::fs::remove_file(&segments[2]).unwrap();

@@ -32,23 +32,12 @@ impl ImageDevice {
         }
     }
 
-    /// What was written since, over the image. Where all of it was written the image is not asked: it may lack what somebody has mended.
     fn read(&self, offset: u64, bytes: &mut [u8]) -> Result<(), Errno> {
-        let Some(overlay) = &self.overlay else {
-            return read_or_say(&self.image, offset, bytes);
-        };
-        let cover = |bytes: &mut [u8], at: u64| overlay.cover(at, bytes).map_err(|_| libc::EIO);
-        if overlay.written_bytes(offset, bytes.len() as u64) == 0 {
-            return read_or_say(&self.image, offset, bytes);
+        let below = |at: u64, part: &mut [u8]| read_or_say(&self.image, at, part);
+        match &self.overlay {
+            Some(overlay) => overlay.read(offset, bytes, below),
+            None => below(offset, bytes),
         }
-        let sector = self.image.sector_bytes() as usize;
-        for (at, part) in (offset..).step_by(sector).zip(bytes.chunks_mut(sector)) {
-            if overlay.written_bytes(at, part.len() as u64) < part.len() as u64 {
-                read_or_say(&self.image, at, part)?;
-            }
-            cover(part, at)?;
-        }
-        Ok(())
     }
 
     fn serve(&mut self, request: &Request) -> Result<(), Errno> {

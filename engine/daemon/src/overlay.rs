@@ -10,6 +10,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use varve_front::Errno;
 
 const SECTOR: u64 = 512;
 /// Room is asked for after so many bytes were written.
@@ -116,28 +117,28 @@ impl Overlay {
             .insert_range(offset / SECTOR..(offset + length) / SECTOR);
     }
 
-    /// Bytes of a range of whole sectors that were written.
-    pub fn written_bytes(&self, offset: u64, length: u64) -> u64 {
-        let sectors = offset / SECTOR..(offset + length) / SECTOR;
-        sectors
-            .filter(|sector| self.written.contains(*sector))
-            .count() as u64
-            * SECTOR
-    }
-
-    /// Puts what was written over `bytes`, which hold the image from `offset`.
-    pub fn cover(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+    /// Reads what was written; what was not is asked of `below`, range by range: it may lack what was written over.
+    pub fn read(
+        &self,
+        offset: u64,
+        bytes: &mut [u8],
+        below: impl Fn(u64, &mut [u8]) -> Result<(), Errno>,
+    ) -> Result<(), Errno> {
         if self.written.is_empty() {
-            return Ok(());
+            return below(offset, bytes);
         }
         let (mut sector, end) = (offset / SECTOR, (offset + bytes.len() as u64) / SECTOR);
         while sector < end {
             let is_written = self.written.contains(sector);
             let alike = |next: &u64| self.written.contains(*next) == is_written;
             let next = sector + (sector..end).take_while(alike).count() as u64;
-            if is_written {
-                let part = (sector * SECTOR - offset) as usize..(next * SECTOR - offset) as usize;
-                self.file.read_exact_at(&mut bytes[part], sector * SECTOR)?;
+            let part = (sector * SECTOR - offset) as usize..(next * SECTOR - offset) as usize;
+            match is_written {
+                true => self
+                    .file
+                    .read_exact_at(&mut bytes[part], sector * SECTOR)
+                    .map_err(|_| libc::EIO)?,
+                false => below(sector * SECTOR, &mut bytes[part])?,
             }
             sector = next;
         }
@@ -167,13 +168,21 @@ mod tests {
         overlay.write(1024, &[1; 1024]).unwrap();
         overlay.zero(1536, 1 << 39).unwrap();
         overlay.write((1 << 40) - 512, &[2; 512]).unwrap();
-        let mut bytes = [9; 4096];
-        overlay.cover(512, &mut bytes).unwrap();
+        let mut bytes = [0; 4096];
+        // What was written is not asked of what lies below: that may be damaged there.
+        let below = |at: u64, part: &mut [u8]| match at >= 1024 && at < (1 << 39) {
+            true => Err(libc::EIO),
+            false => {
+                part.fill(9);
+                Ok(())
+            }
+        };
+        overlay.read(512, &mut bytes, below).unwrap();
         assert_eq!(bytes[..512], [9; 512]);
         assert_eq!(bytes[512..1024], [1; 512]);
         assert_eq!(bytes[1024..], [0; 3072]);
-        let mut end = [9; 1024];
-        overlay.cover((1 << 40) - 1024, &mut end).unwrap();
+        let mut end = [0; 1024];
+        overlay.read((1 << 40) - 1024, &mut end, below).unwrap();
         assert_eq!((end[0], end[1023]), (9, 2));
         overlay.leaves = u64::MAX / 2;
         let full = (0..3).find_map(|at| overlay.write(at << 20, &[3; 1 << 20]).err());

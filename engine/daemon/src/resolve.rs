@@ -3,7 +3,7 @@
 use crate::describe::{PRUNED, clock, describe, span_name};
 use crate::service::{error, now_ns, store_error};
 use varve_control::{ControlError, Instant};
-use varve_format::{Lsn, WallTime};
+use varve_format::{Lsn, PointDetail, WallTime};
 use varve_store::{Event, VolumeStore};
 
 /// Clocks of a moment ago may be a little ahead of ours.
@@ -129,9 +129,17 @@ fn named<'s>(store: &'s VolumeStore, name: &str) -> Result<Option<&'s Event>, Co
                     break;
                 }
             },
-            Err(why) => {
+            Err(why) if why.wants_key() => {
                 unread.get_or_insert((point, why));
             }
+            // Those that are made by themselves have names of their own, and what was pruned would not count.
+            Err(_) if point.entry.detail & PointDetail::AUTOMATIC != 0 => {}
+            Err(why) => match store.timeline().check(point.lsn) {
+                Err(outside) if outside.pruned => {}
+                _ => {
+                    unread.get_or_insert((point, why));
+                }
+            },
         }
     }
     match (unread, found) {

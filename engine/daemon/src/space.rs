@@ -66,8 +66,7 @@ impl Service {
         // What is not known is not decided about, nor do others pay for it: which histories hold up what is no older than they are.
         let undecided = |store: &mut VolumeStore| {
             let is_undecided = store.is_partly_unknown() || store.kept_is_lost();
-            let first = store.segments().next().filter(|_| is_undecided);
-            first.map(|first| first.time_start)
+            is_undecided.then(|| store.oldest_time())
         };
         let undecided: Vec<(WallTime, String)> = self
             .open_ids()

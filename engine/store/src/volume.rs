@@ -241,7 +241,9 @@ impl VolumeStore {
 
     /// Notes where the history begins, once: so a beginning that is lost later is told from one that there never was.
     fn note_beginning(&mut self, first: Option<Lsn>) {
-        let Some(first) = first.filter(|_| self.began.is_none()) else {
+        // While a part of it is not known it may begin before what is.
+        let Some(first) = first.filter(|_| self.began.is_none() && !self.is_partly_unknown())
+        else {
             return;
         };
         let path = self.directory.join(BEGAN);
@@ -708,6 +710,21 @@ impl VolumeStore {
     #[must_use]
     pub fn is_partly_unknown(&self) -> bool {
         self.waits_for_key || !self.unread.is_empty()
+    }
+
+    /// When its oldest instant may have been: the beginning of time, if what is not known may lie before all that is.
+    #[must_use]
+    pub fn oldest_time(&self) -> WallTime {
+        let first = self.segments().next();
+        let unread = self.unread.first();
+        match first {
+            Some(first)
+                if unread.is_none_or(|unread| first.sequence < *unread) && !self.waits_for_key =>
+            {
+                first.time_start
+            }
+            _ => WallTime(i64::MIN),
+        }
     }
 
     /// Whether the lists of kept instants are lost: nothing of them is decided before somebody has.

@@ -27,7 +27,12 @@ pub fn volumes(context: &Context) -> Result<Vec<VolumeInfo>, ControlError> {
 pub fn volume(context: &Context, name: Option<String>) -> Result<String, ControlError> {
     if let Some(name) = name {
         // By its ID, too; one that is protected no more the store's daemon knows.
-        let known = volumes(context).unwrap_or_default().into_iter();
+        let is_id = name.len() == 32 && name.bytes().all(|digit| digit.is_ascii_hexdigit());
+        let known = match is_id {
+            true => volumes(context).unwrap_or_default(),
+            false => Vec::new(),
+        };
+        let known = known.into_iter();
         let mut known = known.filter(|volume| volume.id == name);
         return Ok(known.next().map_or(name, |volume| volume.name));
     }

@@ -404,7 +404,7 @@ fn end_protection(
     })?;
     if volume.state != "waiting" && !how.forget && !how.drop_log {
         taken(context, name, None).map_err(|why| untaken(name, &why))?;
-    } else if volume.state == "protected" && !how.forget {
+    } else if volume.state != "waiting" && !how.forget {
         // What can be taken at once is; nobody waits for a log that is given up.
         let _ = taken(context, name, Some(PATIENCE));
     }

@@ -89,10 +89,9 @@ fn judge(context: &Context, volume: VolumeInfo) -> VolumeStatus {
             _ => VolumeHistory::default(),
         });
     let (next_risk, next_command) = advise(&volume, &history);
-    let history_unknown = history
-        .as_ref()
-        .err()
-        .map_or_else(String::new, ToString::to_string);
+    let unknown = history.as_ref().err();
+    let unknown = unknown.filter(|_| volume.state != "waiting");
+    let history_unknown = unknown.map_or_else(String::new, ToString::to_string);
     let history = history.unwrap_or_default();
     let (exposure_seconds, exposure_bytes) = match volume.state.as_str() {
         "protected" => (0.0, 0),
