@@ -170,7 +170,7 @@ mod tests {
         overlay.write((1 << 40) - 512, &[2; 512]).unwrap();
         let mut bytes = [0; 4096];
         // What was written is not asked of what lies below: that may be damaged there.
-        let below = |at: u64, part: &mut [u8]| match at >= 1024 && at < (1 << 39) {
+        let below = |at: u64, part: &mut [u8]| match (1024..1 << 39).contains(&at) {
             true => Err(libc::EIO),
             false => {
                 part.fill(9);

@@ -16,19 +16,24 @@ pub(crate) fn unfinished(path: &Path) -> PathBuf {
     path.with_extension(UNFINISHED)
 }
 
+/// An empty file, whatever was there.
+pub(crate) fn begin(new: &Path) -> Result<File, StoreError> {
+    let made = File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(new);
+    made.map_err(StoreError::io(new))
+}
+
 /// Makes `path` with what `write` puts into it.
 pub(crate) fn create<T>(
     path: &Path,
     write: impl FnOnce(&mut File) -> Result<T, StoreError>,
 ) -> Result<T, StoreError> {
     let new = unfinished(path);
-    let made = File::options()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .open(&new);
-    let mut file = made.map_err(StoreError::io(&new))?;
+    let mut file = begin(&new)?;
     let written = write(&mut file).and_then(|done| {
         file.sync_all().map_err(StoreError::io(&new))?;
         name(&new, path)?;

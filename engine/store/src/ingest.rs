@@ -158,13 +158,7 @@ fn copy(
     let damaged = |why: String| StoreError::LogDamaged(sequence, why);
     // A disk that fails to read now may read later: nothing is given up.
     let unread = StoreError::io(Path::new("the log"));
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .open(new)
-        .map_err(StoreError::io(new))?;
+    let file = durable::begin(new)?;
     let mut source = Copying {
         log,
         base: segment.base,

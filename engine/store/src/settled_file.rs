@@ -7,7 +7,7 @@
 use crate::compression::Packer;
 use crate::crypt::FileCipher;
 use crate::segment_file::{SegmentBytes, SegmentFile};
-use crate::{Compression, StoreError};
+use crate::{Compression, StoreError, durable};
 use rayon::prelude::*;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -251,13 +251,7 @@ pub(crate) fn write(
 ) -> Result<File, StoreError> {
     let io = StoreError::io(new);
     let encryption = source.keys().new_file(source.footer())?;
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .open(new)
-        .map_err(&io)?;
+    let file = durable::begin(new)?;
     let lane = |_| {
         Ok(Lane {
             packer: Packer::new(compression)?,
