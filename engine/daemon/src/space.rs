@@ -84,7 +84,7 @@ impl Service {
         for (thinning, id) in nexts {
             let older = undecided
                 .iter()
-                .find(|(first, _)| *first <= thinning.oldest);
+                .find(|(first, other)| *other == id || *first <= thinning.oldest);
             held_up = older.map(|(_, id)| self.name_of(id));
             if held_up.is_some() || !ready(&id) {
                 break;
