@@ -27,7 +27,9 @@ pub use mounts::{Mount, file_system_of, mounts};
 pub use paths::Paths;
 pub use policy::{KEY_FILE_BYTES_MAX, PointPolicy, PolicyChange, StorePolicy, space_bytes};
 pub use signals::at_signal;
-pub use spec::{Ack, FrontKind, SpecError, VolumeSpec, load_specs, save_former, save_spec};
+pub use spec::{
+    Ack, FrontKind, SpecError, VolumeSpec, find_former, load_specs, save_former, save_spec,
+};
 pub use stack::{is_used_beside, mapped_volume_under, mounts_of};
 pub use store::{
     CheckInfo, DamageInfo, DrillInfo, Instant, KeptInfo, KeysAsk, KeysStatus, PointInfo,

@@ -1,5 +1,6 @@
 //! What lasts of a protected volume: one TOML file each.
 
+use crate::ControlError;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::io::Write;
@@ -182,6 +183,34 @@ pub fn save_spec(directory: &Path, spec: &VolumeSpec) -> Result<(), SpecError> {
 /// Notes a volume that is protected no more, so that its history is found: under its ID, because its name is free again.
 pub fn save_former(directory: &Path, spec: &VolumeSpec) -> Result<(), SpecError> {
     save_toml(directory, &spec.id, spec)
+}
+
+/// The volume that is protected no more and had this name, or has this ID.
+pub fn find_former(directory: &Path, name: &str) -> Result<VolumeSpec, ControlError> {
+    let mut known = load_specs(directory);
+    known.retain(|spec| {
+        spec.as_ref()
+            .is_ok_and(|spec| spec.name == name || spec.id == name)
+    });
+    let mut known: Vec<VolumeSpec> = known.into_iter().flatten().collect();
+    match (known.pop(), known.as_slice()) {
+        (Some(only), []) => Ok(only),
+        (Some(last), others) => {
+            let ids = others.iter().chain([&last]).map(|spec| spec.id.as_str());
+            let ids: Vec<&str> = ids.collect();
+            let message = format!(
+                "several volumes were named {name}: say the ID of one of them: {}",
+                ids.join(", ")
+            );
+            Err(ControlError::new("V031-which", message))
+        }
+        (None, _) => Err(ControlError::new(
+            "V019-unknown",
+            format!(
+                "no volume is named {name}, and none that was has a history; `varve status` lists them"
+            ),
+        )),
+    }
 }
 
 /// Writes a file that lasts, durably: a new file, flushed, renamed over the old one, the directory flushed.

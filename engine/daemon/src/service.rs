@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use varve_control::{
     Client, ControlError, FilterOp, FilterReply, Instant, Paths, Reporter, StoreOp, StorePolicy,
-    StoreReply, VolumeInfo, VolumeSpec, load_specs,
+    StoreReply, VolumeInfo, VolumeSpec, find_former, load_specs,
 };
 use varve_format::{Lsn, SegmentSequence, VolumeId, WallTime};
 use varve_front::fuse;
@@ -179,27 +179,8 @@ impl Service {
         }
     }
 
-    /// A volume that is protected no more and whose history is there.
     fn former_spec(&self, name: &str) -> Result<VolumeSpec, ControlError> {
-        let former = load_specs(&self.paths.former_volumes()).into_iter();
-        let is_it = |spec: &VolumeSpec| spec.name == name || spec.id == name;
-        let mut former = former.filter_map(Result::ok).filter(is_it);
-        match (former.next(), former.next()) {
-            (Some(only), None) => Ok(only),
-            (Some(first), Some(second)) => {
-                let mut ids = vec![first.id, second.id];
-                ids.extend(former.map(|spec| spec.id));
-                let message = format!(
-                    "several volumes were named {name}: say the ID of one of them: {}",
-                    ids.join(", ")
-                );
-                Err(error("V031-which", message))
-            }
-            (None, _) => Err(error(
-                "V019-unknown",
-                format!("no volume is named {name}; `varve status` lists them"),
-            )),
-        }
+        find_former(&self.paths.former_volumes(), name)
     }
 
     pub(crate) fn filter(&self) -> Result<Client, ControlError> {

@@ -301,7 +301,10 @@ pub fn unprotect(context: &Context, name: &str, how: &Ending) -> Result<(), Cont
     };
     let (device, history) = match ended {
         // Its protection has ended before, and its history was left.
-        Err(_) if unknown && how.forget => former(context, name)?,
+        Err(_) if unknown && how.forget => {
+            let former = varve_control::find_former(&context.paths.former_volumes(), name)?;
+            (former.device.display().to_string(), Some(former.id))
+        }
         ended => ended?,
     };
     if let (true, Some(id)) = (how.forget, history.clone()) {
@@ -339,35 +342,6 @@ pub fn unprotect(context: &Context, name: &str, how: &Ending) -> Result<(), Cont
         }
     });
     Ok(())
-}
-
-/// A volume that is protected no more and whose history is there: its device, and its ID.
-fn former(context: &Context, name: &str) -> Result<(String, Option<String>), ControlError> {
-    let known = varve_control::load_specs(&context.paths.former_volumes());
-    let known: Vec<VolumeSpec> = known
-        .into_iter()
-        .flatten()
-        .filter(|spec| spec.name == name || spec.id == name)
-        .collect();
-    match known.as_slice() {
-        [only] => Ok((only.device.display().to_string(), Some(only.id.clone()))),
-        [] => Err(ControlError::new(
-            "V019-unknown",
-            format!(
-                "no volume is named {name}, and none that was has a history; `varve status` lists them"
-            ),
-        )),
-        several => {
-            let ids: Vec<&str> = several.iter().map(|spec| spec.id.as_str()).collect();
-            Err(ControlError::new(
-                "V031-which",
-                format!(
-                    "several volumes were named {name}: say the ID of one of them: {}",
-                    ids.join(", ")
-                ),
-            ))
-        }
-    }
 }
 
 /// A history of which an instant is shown cannot be deleted: that is said before anything is ended.
