@@ -522,6 +522,18 @@ pub fn flip(path: &Path, bit: u64) {
     std::fs::write(path, bytes).unwrap();
 }
 
+/// A file as a newer version might write it: its head says so, under its checksum.
+#[must_use]
+pub fn newer(bytes: &[u8]) -> Vec<u8> {
+    // Behind checksum and magic: the version.
+    let mut bytes = bytes.to_vec();
+    bytes[8] = 99;
+    let head = bytes.len().min(4096);
+    let crc = varve_format::crc32c(&bytes[4..head]);
+    bytes[..4].copy_from_slice(&crc.to_le_bytes());
+    bytes
+}
+
 /// Where two frames lie in a settled segment's file.
 ///
 /// # Panics

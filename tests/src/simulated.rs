@@ -36,6 +36,15 @@ struct Issued {
     ok: bool,
 }
 
+/// A request that waits for its answer.
+struct InFlight {
+    /// Its number.
+    number: u64,
+    /// When it was issued, by the model's clock and by the machine's.
+    issued_at: u64,
+    since_ns: u64,
+}
+
 /// What a sector holds, read from its stamp. Zero: nothing, or zeroed or discarded.
 fn stamp_of(sector: &[u8]) -> u64 {
     u64::from_le_bytes(sector[..8].try_into().unwrap())
@@ -73,7 +82,7 @@ pub struct Simulated<R: Rules = Law> {
     memory: Option<Rc<Memory>>,
     volume: Option<Volume<R>>,
     issued: Vec<Issued>,
-    in_flight: HashMap<u32, (u64, u64)>,
+    in_flight: HashMap<u32, InFlight>,
     clock: u64,
     next_tag: u32,
     snapshots: Vec<(Lsn, Vec<u8>)>,
@@ -83,6 +92,8 @@ pub struct Simulated<R: Rules = Law> {
     script_random: u64,
     /// How often bypass was seen.
     pub bypasses: u64,
+    /// The longest that a request has waited for its answer, by the machine's clock.
+    pub longest_ns: u64,
     kernel_writes: u64,
     /// Which boot of the machine it is.
     boot: [u8; 16],
@@ -141,6 +152,7 @@ impl<R: Rules> Simulated<R> {
             config,
             script_random: script.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1,
             bypasses: 0,
+            longest_ns: 0,
             kernel_writes: 0,
             boot: [1; 16],
             broken: None,
@@ -234,13 +246,15 @@ impl<R: Rules> Simulated<R> {
             let random = self.machine.borrow_mut().random();
             copies.follow(volume, &mut self.medium, random);
         }
+        let now = self.medium.now().monotonic_ns;
         while let Some(answer) = volume.take_answer() {
             self.clock += 1;
-            let Some((number, issued_at)) = self.in_flight.remove(&answer.tag) else {
+            let Some(waiting) = self.in_flight.remove(&answer.tag) else {
                 continue;
             };
-            let at = self.clock;
-            let request = &mut self.issued[number as usize];
+            let (at, issued_at) = (self.clock, waiting.issued_at);
+            self.longest_ns = self.longest_ns.max(now - waiting.since_ns);
+            let request = &mut self.issued[waiting.number as usize];
             request.answered_at = Some(at);
             request.ok = answer.result.is_ok();
             let kind = request.kind;
@@ -333,7 +347,12 @@ impl<R: Rules> Simulated<R> {
             lost: false,
             ok: false,
         });
-        self.in_flight.insert(tag, (number, self.clock));
+        let waiting = InFlight {
+            number,
+            issued_at: self.clock,
+            since_ns: self.medium.now().monotonic_ns,
+        };
+        self.in_flight.insert(tag, waiting);
         let request = Request {
             tag,
             kind,
@@ -525,6 +544,17 @@ impl<R: Rules> Simulated<R> {
             .unwrap()
             .close(&mut self.medium, kernel)
             .unwrap();
+    }
+
+    /// The regions that may be open at once, from the next start on.
+    pub fn limit_open_regions(&mut self, most: usize) {
+        self.config.open_regions_max = most;
+    }
+
+    /// How the volume is set up.
+    #[must_use]
+    pub fn config(&self) -> &VolumeConfig {
+        &self.config
     }
 
     /// The volume's figures.

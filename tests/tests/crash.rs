@@ -215,8 +215,51 @@ fn log_faults_reach_bypass_and_heal() {
         assert!(sim.start() && sim.run(script));
         sim.check().unwrap();
         bypasses += sim.bypasses;
+        // Time goes by in steps of a millisecond; the mark that goes first takes some.
+        let most = sim.config().log_wait_max_ns + 10_000_000;
+        assert!(
+            sim.longest_ns <= most,
+            "seed {seed}: a request waited for {} ns",
+            sim.longest_ns
+        );
     }
     assert!(bypasses > 0, "no run reached bypass");
+}
+
+/// The most that is read again after a power cut, wherever it comes once the first copy is whole, if so many regions may be open.
+fn most_read_again(regions: usize) -> u64 {
+    let mut most = 0;
+    for seed in 0..4 {
+        let script = Script {
+            log_faults: false,
+            ..script(seed)
+        };
+        for crash_after in (1..).step_by(3) {
+            let mut sim = Simulated::<Law>::new(script);
+            sim.limit_open_regions(regions);
+            assert!(sim.start() && sim.settle());
+            let at = sim.machine.borrow().operations() + crash_after;
+            sim.machine.borrow_mut().crash_at(at);
+            if sim.run(script) {
+                break;
+            }
+            sim.cut(Cut::Power(CrashPlan::Random));
+            assert!(sim.start());
+            most = most.max(sim.reports.last().unwrap().reread_bytes);
+        }
+    }
+    most
+}
+
+#[test]
+fn no_more_is_read_again_after_a_power_cut_than_the_bound_says() {
+    let (bounded, loose) = (most_read_again(8), most_read_again(13));
+    println!("{bounded} bytes with eight regions, {loose} with thirteen");
+    assert!((1..=8 * 8192).contains(&bounded), "{bounded}");
+    assert!(
+        loose > 8 * 8192,
+        "{loose}: these scripts would never open more than eight regions"
+    );
 }
 
 /// A volume is closed, its device is written without Varve (partly into the disk's cache only), and it is compared with its history under load; the

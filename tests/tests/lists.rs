@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use varve_format::{KeptEntry, Lsn, WallTime};
 use varve_store::{Compression, Secret, StoreError, StoreKeys, VolumeStore, volume_directory};
 use varve_tests::retained::{check, end_time, keep, length, policy, sweep};
-use varve_tests::sample::{Sample, VOLUME, files, read, scrub};
+use varve_tests::sample::{Sample, VOLUME, files, newer, read, scrub};
 
 const VOLUME_BYTES: u64 = 4 << 20;
 const SEGMENT_BYTES: u64 = 96 << 10;
@@ -50,14 +50,6 @@ fn lists_that_cannot_be_read_prune_nothing() {
     let kept = sample.store.kept().clone();
     let end = sample.store.timeline().end();
     let lists = LISTS.map(|name| std::fs::read(folder.join(name)).unwrap());
-    let newer = |bytes: &[u8]| {
-        // Behind checksum and magic: the version. A newer one may have its checksum anywhere.
-        let mut bytes = bytes.to_vec();
-        bytes[8] = 99;
-        let crc = varve_format::crc32c(&bytes[4..4096]);
-        bytes[..4].copy_from_slice(&crc.to_le_bytes());
-        bytes
-    };
     let ways: [(&str, Lose<'_>); 4] = [
         ("removed", &|path, _| std::fs::remove_file(path).unwrap()),
         ("damaged", &|path, bytes| {

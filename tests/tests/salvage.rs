@@ -43,9 +43,47 @@ fn a_salvaged_store_is_the_store() {
     drop(store);
     let again = salvage(from.path(), &to, |_, _| true);
     assert!(matches!(again, Err(StoreError::NotEmpty(_))));
-    let gone = tempfile::tempdir().unwrap();
-    let broken_off = salvage(from.path(), gone.path(), |_, _| false);
+}
+
+/// A failing disk is not read again for what it has given already.
+#[test]
+fn one_that_was_broken_off_goes_on() {
+    let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let mut sample = history(from.path());
+    let end = sample.store.timeline().end();
+    sample.store.pin(Lsn(end.0 / 3)).unwrap();
+    let mut before = 0;
+    let broken_off = salvage(from.path(), to.path(), |_, _| {
+        before += 1;
+        before < 30
+    });
     assert!(matches!(broken_off, Err(StoreError::Interrupted)));
+    // One of them has changed since: it is what it is now, not what it was.
+    let changed = &files(from.path(), "runs")[3];
+    let bytes = std::fs::read(changed).unwrap();
+    let copy = to.path().join(changed.strip_prefix(from.path()).unwrap());
+    assert!(std::fs::read(&copy).unwrap() == bytes, "it was not copied");
+    std::fs::write(&copy, &bytes[1..]).unwrap();
+    let (mut files, mut total) = (0, 0);
+    let done = salvage(from.path(), to.path(), |_, all| {
+        (files, total) = (files + 1, all);
+        true
+    })
+    .unwrap();
+    assert!(done.unreadable.is_empty() && done.bytes == total);
+    assert_eq!(
+        done.files - files,
+        before - 2,
+        "{files} of {} were copied again",
+        done.files
+    );
+    assert!(std::fs::read(&copy).unwrap() == bytes);
+    let store = VolumeStore::open(to.path(), VOLUME).unwrap();
+    assert!(scrub(&store).damage.is_empty());
+    for lsn in [Lsn(end.0 / 3), Lsn(end.0 / 2), end] {
+        assert!(read(&store, lsn) == sample.image(lsn), "{lsn}");
+    }
+    assert!(store.kept() == sample.store.kept());
 }
 
 #[test]

@@ -722,3 +722,33 @@ fn several_threads_make_the_same_file() {
         settling.prove().unwrap();
     }
 }
+
+/// History holds what everybody wrote: it is for its owner's eyes, also where an older version left it open.
+#[test]
+fn nobody_else_can_read_history() {
+    use std::os::unix::fs::PermissionsExt;
+    fn closed(path: &Path) -> usize {
+        let mode = std::fs::metadata(path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o077, 0, "{} is open: {mode:o}", path.display());
+        let entries = match path.is_dir() {
+            true => std::fs::read_dir(path).unwrap().collect(),
+            false => Vec::new(),
+        };
+        let inside = entries.into_iter().map(|entry| closed(&entry.unwrap().path()));
+        1 + inside.sum::<usize>()
+    }
+    let (root, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let mut sample = Sample::small(root.path(), true);
+    sample.store.pin(sample.store.timeline().end()).unwrap();
+    let volumes = root.path().join("volumes");
+    assert!(closed(&volumes) > 40);
+    varve_store::salvage(root.path(), to.path(), |_, _| true).unwrap();
+    closed(to.path().join("volumes").as_path());
+    drop(sample);
+    std::fs::set_permissions(&volumes, std::fs::Permissions::from_mode(0o755)).unwrap();
+    drop(VolumeStore::open(root.path(), VOLUME).unwrap());
+    assert_eq!(
+        std::fs::metadata(&volumes).unwrap().permissions().mode() & 0o777,
+        0o700
+    );
+}

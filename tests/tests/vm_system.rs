@@ -216,6 +216,39 @@ fn system_protects_a_mounted_device_at_the_next_boot_and_takes_it_back() {
             test "$(findmnt -no SOURCE /srv)" = /dev/ubdb
             test "$(cat /srv/file2)" = more
             test -z "$(systemctl --failed --no-legend)"
+            varve protect --at-next-boot /dev/ubdb --name again --log-size 64
+            ! cmp -s /etc/fstab /root/fstab
+        "#,
+        );
+        machine.boot(
+            "a second time, and the way out of a machine that does not come up",
+            false,
+            r#"
+            varve status --wait 60
+            findmnt -no SOURCE /srv | grep -E '^/dev/(ublkb|varve)'
+            echo rescued > /srv/file5; sync
+            # While blkfilter runs the other way is the right one.
+            ! varve unprotect again --offline 2>/tmp/refusal || exit 1
+            grep -q 'systemctl stop' /tmp/refusal
+            umount /srv
+            systemctl stop varved blkfilter
+            varve unprotect again --offline
+            cmp /etc/fstab /root/fstab
+            systemctl daemon-reload
+            mount /srv
+            test "$(findmnt -no SOURCE /srv)" = /dev/ubdb
+            test "$(cat /srv/file5)" = rescued
+        "#,
+        );
+        machine.boot(
+            "the way out was taken",
+            false,
+            r#"
+            test "$(findmnt -no SOURCE /srv)" = /dev/ubdb
+            test "$(cat /srv/file5)" = rescued
+            test -z "$(systemctl --failed --no-legend)"
+            ! varve status | grep -q protected || exit 1
+            varve history --volume again
         "#,
         );
     }

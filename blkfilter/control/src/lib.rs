@@ -23,7 +23,7 @@ pub use block::{is_busy, is_same_storage, lasting_path, sysfs};
 pub use copies::{CopyInfo, CopySet, CopySpec, NewCopy};
 pub use filter::{FilterOp, FilterReply, SealedInfo, VolumeInfo};
 pub use memory::keep_memory_secret;
-pub use mounts::{Mount, file_system_of, mounts};
+pub use mounts::{Mount, file_system_of, mounts, swaps};
 pub use paths::Paths;
 pub use policy::{KEY_FILE_BYTES_MAX, PointPolicy, PolicyChange, StorePolicy, space_bytes};
 pub use signals::at_signal;

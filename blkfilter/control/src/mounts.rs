@@ -23,19 +23,22 @@ pub struct Mount {
 }
 
 impl Mount {
-    fn parse(line: &str) -> Option<Mount> {
-        let (left, right) = line.split_once(" - ")?;
-        let (left, right): (Vec<&str>, Vec<&str>) =
-            (left.split(' ').collect(), right.split(' ').collect());
+    fn parse(line: &[u8]) -> Option<Mount> {
+        let middle = line.windows(3).position(|part| part == b" - ")?;
+        let words = |part: &'_ [u8]| -> Vec<Vec<u8>> {
+            part.split(|byte| *byte == b' ').map(<[u8]>::to_vec).collect()
+        };
+        let text = |word: &Vec<u8>| String::from_utf8_lossy(word).into_owned();
+        let (left, right) = (words(&line[..middle]), words(&line[middle + 3..]));
         Some(Mount {
-            number: (*left.get(2)?).to_owned(),
+            number: text(left.get(2)?),
             root: unescaped(left.get(3)?),
             on: unescaped(left.get(4)?),
-            kind: (*right.first()?).to_owned(),
+            kind: text(right.first()?),
             source: unescaped(right.get(1)?),
             read_only: right
                 .get(2)
-                .is_some_and(|options| options.split(',').any(|option| option == "ro")),
+                .is_some_and(|options| options.split(|byte| *byte == b',').any(|o| o == b"ro")),
         })
     }
 
@@ -43,18 +46,34 @@ impl Mount {
     #[must_use]
     pub fn device(&self) -> Option<String> {
         match self.number.starts_with("0:") {
-            true if self.source.is_absolute() => number_of(&self.source),
+            // What a user's file system calls its source means nothing.
+            true if self.source.is_absolute() && !self.kind.starts_with("fuse") => {
+                number_of(&self.source)
+            }
             true => None,
             false => Some(self.number.clone()),
         }
     }
 }
 
-/// All mounts that this process sees.
+/// All mounts that this process sees. Names are bytes: anybody may mount something on a directory whose name is no text.
 #[must_use]
 pub fn mounts() -> Vec<Mount> {
-    let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    table.lines().filter_map(Mount::parse).collect()
+    let table = std::fs::read("/proc/self/mountinfo").unwrap_or_default();
+    let lines = table.split(|byte| *byte == b'\n');
+    lines.filter_map(Mount::parse).collect()
+}
+
+/// The devices and files that this machine swaps to.
+#[must_use]
+pub fn swaps() -> Vec<PathBuf> {
+    let table = std::fs::read("/proc/swaps").unwrap_or_default();
+    let lines = table.split(|byte| *byte == b'\n').skip(1);
+    let first = |line: &[u8]| {
+        let mut words = line.split(|byte| byte.is_ascii_whitespace());
+        words.next().filter(|word| !word.is_empty()).map(unescaped)
+    };
+    lines.filter_map(first).collect()
 }
 
 /// The number of the file system that a path, or the nearest directory above it that exists, lies on; the same for all of its subvolumes.
@@ -73,13 +92,14 @@ pub(crate) fn nearest_mount(path: &Path) -> Option<Mount> {
 }
 
 /// The kernel writes a space as `\040`.
-pub(crate) fn unescaped(text: &str) -> PathBuf {
-    let bytes = text.as_bytes();
+fn unescaped(bytes: impl AsRef<[u8]>) -> PathBuf {
+    let bytes = bytes.as_ref();
     let (mut out, mut at) = (Vec::new(), 0);
     while at < bytes.len() {
-        let octal = text
+        let octal = bytes
             .get(at + 1..at + 4)
             .filter(|_| bytes[at] == b'\\')
+            .and_then(|digits| std::str::from_utf8(digits).ok())
             .and_then(|digits| u8::from_str_radix(digits, 8).ok());
         out.push(octal.unwrap_or(bytes[at]));
         at += if octal.is_some() { 4 } else { 1 };
@@ -90,6 +110,8 @@ pub(crate) fn unescaped(text: &str) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::{Mount, unescaped};
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
     use std::path::Path;
 
     #[test]
@@ -102,7 +124,7 @@ mod tests {
     #[test]
     fn a_line_of_the_table_is_understood() {
         let line = r"36 35 98:0 /sub /mnt/a\040b rw,noatime master:1 - ext3 /dev/root rw";
-        let mount = Mount::parse(line).unwrap();
+        let mount = Mount::parse(line.as_bytes()).unwrap();
         assert_eq!(
             (mount.root.as_path(), mount.on.as_path()),
             (Path::new("/sub"), Path::new("/mnt/a b"))
@@ -111,6 +133,20 @@ mod tests {
             (mount.kind.as_str(), mount.source.as_path()),
             ("ext3", Path::new("/dev/root"))
         );
-        assert_eq!(Mount::parse("36 35"), None);
+        assert_eq!(Mount::parse(b"36 35"), None);
+    }
+    /// Whoever may mount something may name the directory as he likes: that must cost nobody else's mounts.
+    #[test]
+    fn a_name_that_is_no_text_is_a_name() {
+        let line = b"36 35 0:40 / /home/m/\xff\\040x rw - fuse.x m\xfe rw";
+        let mount = Mount::parse(line).unwrap();
+        assert_eq!(
+            mount.on,
+            Path::new(OsStr::from_bytes(b"/home/m/\xff x"))
+        );
+        assert_eq!(mount.source, Path::new(OsStr::from_bytes(b"m\xfe")));
+        assert!(!mount.read_only);
+        let line = b"36 35 0:40 / /home/m rw - fuse.x /dev/null rw";
+        assert_eq!(Mount::parse(line).unwrap().device(), None);
     }
 }

@@ -2,7 +2,9 @@
 
 use crate::Paths;
 use crate::block::{is_busy, number_of, sysfs};
-use crate::mounts::{Mount, mounts, nearest_mount, unescaped};
+use crate::mounts::{Mount, mounts, nearest_mount, swaps};
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -37,11 +39,10 @@ fn devices_under(path: &Path) -> Vec<PathBuf> {
         }
         // A partition's disk is the directory around it.
         for disk in place.ancestors().take(2) {
-            let file = std::fs::read_to_string(disk.join("loop/backing_file"));
-            left.extend(
-                file.ok()
-                    .and_then(|file| number_under(Path::new(file.trim_end()))),
-            );
+            let file = std::fs::read(disk.join("loop/backing_file"));
+            left.extend(file.ok().and_then(|file| {
+                number_under(Path::new(OsStr::from_bytes(file.trim_ascii_end())))
+            }));
         }
         found.push(place);
     }
@@ -95,9 +96,8 @@ pub fn is_used_beside(mapped: &str, places: &[PathBuf]) -> bool {
         mount.read_only || places.contains(&mount.on) && !is_covered(&all, *index)
     };
     let frozen = all.iter().enumerate().filter(is_frozen);
-    let swaps = std::fs::read_to_string("/proc/swaps").unwrap_or_default();
-    let swaps = swaps.lines().skip(1);
-    let swaps = swaps.filter_map(|line| number_of(&unescaped(line.split_whitespace().next()?)));
+    let swaps = swaps();
+    let swaps = swaps.iter().filter_map(|path| number_of(path));
     let known: Vec<String> = frozen
         .filter_map(|(_, mount)| mount.device())
         .chain(swaps)

@@ -8,7 +8,7 @@ use nix::sys::statvfs::fstatvfs;
 use roaring::RoaringTreemap;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use varve_front::Errno;
 
@@ -47,7 +47,7 @@ impl Overlay {
     }
 
     fn at(place: &Scratch<'_>, bytes: u64) -> io::Result<Overlay> {
-        std::fs::create_dir_all(place.directory)?;
+        varve_store::private_directory(place.directory)?;
         let path = place.directory.join(format!(
             "overlay-{}-{:p}",
             std::process::id(),
@@ -57,6 +57,7 @@ impl Overlay {
             .read(true)
             .write(true)
             .create_new(true)
+            .mode(0o600)
             .open(&path)?;
         std::fs::remove_file(&path)?;
         file.set_len(bytes)?;

@@ -2,10 +2,14 @@
 //!
 //! Crash: before the rename a `.new` file is left, which the next open of the store removes; after it the whole file is there. The directory is
 //! flushed last: until then the old file, or none, may come back, never a half one.
+//!
+//! History holds what every user of the machine ever wrote, deleted files included: nobody but its owner may read it.
 
 use crate::StoreError;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
-use std::fs::File;
+use std::fs::{File, Permissions};
+use std::io::ErrorKind;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 /// What files are called until they are whole.
@@ -23,8 +27,36 @@ pub(crate) fn begin(new: &Path) -> Result<File, StoreError> {
         .write(true)
         .create(true)
         .truncate(true)
+        .mode(0o600)
         .open(new);
     made.map_err(StoreError::io(new))
+}
+
+/// Makes a directory that only its owner may look into, durably; one that is there, and open to others, is closed. What lies above it is made, if need be.
+pub fn private_directory(path: &Path) -> std::io::Result<()> {
+    if let Ok(found) = std::fs::metadata(path) {
+        let mode = found.permissions().mode();
+        return match found.is_dir() && mode & 0o077 != 0 {
+            true => or_read_only(std::fs::set_permissions(path, Permissions::from_mode(0o700))),
+            false => Ok(()),
+        };
+    }
+    let parent = path.parent().unwrap_or(path);
+    std::fs::create_dir_all(parent)?;
+    match std::fs::DirBuilder::new().mode(0o700).create(path) {
+        // Another made it meanwhile.
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+        made => made?,
+    }
+    File::open(parent)?.sync_all()
+}
+
+/// What cannot be changed can still be read.
+fn or_read_only(changed: std::io::Result<()>) -> std::io::Result<()> {
+    match changed {
+        Err(error) if error.kind() == ErrorKind::ReadOnlyFilesystem => Ok(()),
+        other => other,
+    }
 }
 
 /// Makes `path` with what `write` puts into it.

@@ -46,6 +46,7 @@ pub use changed::Changes;
 pub use check::Check;
 pub use compression::Compression;
 pub use drill::Drill;
+pub use durable::private_directory;
 pub use error::StoreError;
 pub use image::{Image, ImageRange, RangeKind};
 pub use ingest::{Ingested, ingest};

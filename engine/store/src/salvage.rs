@@ -2,18 +2,21 @@
 //!
 //! Files are copied as they are. What cannot be read becomes zeroes, block by block; no checksum in a store matches zeroes, so exactly that is damaged in
 //! the copy, and is told with its instants and blocks. A run is kept even if its segment is lost: it says what that held.
-//! Nothing of the old store is changed, and the new place must be empty.
+//! Nothing of the old store is changed, and the new place must be empty, or hold a salvage that was broken off: that goes on. Files that were read without
+//! fault, and have not changed since, are not read again: each time costs a failing disk some of its life.
 
 use crate::{StoreError, durable};
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io::{ErrorKind, Write};
-use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 const BLOCK: usize = 4096;
 const STEP: usize = 1 << 20;
 /// Not worth a copy: it belongs to a process. Maps are: where a segment and its run are damaged they may be the last to know what it held.
 const LEFT_OUT: [&str; 3] = ["lock", "scratch", "scrub"];
+/// Is in the new store until it is whole.
+const UNDER_WAY: &str = "salvage-unfinished";
 
 /// What was salvaged.
 #[derive(Clone, Debug, Default)]
@@ -56,12 +59,17 @@ fn list(
     salvaged: &mut Salvaged,
 ) -> Result<(), StoreError> {
     let io = StoreError::io(directory);
+    let mut entries = Vec::new();
     for entry in std::fs::read_dir(directory).map_err(&io)? {
-        let Ok(entry) = entry else {
+        match entry {
+            Ok(entry) => entries.push(entry),
             // What stands behind it in the directory is not known.
-            salvaged.unreadable.push((directory.to_path_buf(), 0, 0));
-            continue;
-        };
+            Err(_) => salvaged.unreadable.push((directory.to_path_buf(), 0, 0)),
+        }
+    }
+    // Runs before segments: a segment that is taken meanwhile then is there without its run, which is made of it.
+    entries.sort_by_key(std::fs::DirEntry::file_name);
+    for entry in entries {
         let (path, name) = (entry.path(), entry.file_name());
         let unfinished = path
             .extension()
@@ -85,19 +93,35 @@ fn list(
     Ok(())
 }
 
-/// Copies the store under `from` into the empty directory `to`. `go_on` hears (bytes done, bytes in all), and can end it.
+/// Whether a file was copied before, whole, and is the same still.
+fn is_there(source: &std::fs::Metadata, target: &Path) -> bool {
+    std::fs::metadata(target).is_ok_and(|there| {
+        let same_time = there.modified().ok() == source.modified().ok();
+        there.is_file() && there.len() == source.len() && same_time
+    })
+}
+
+/// Begins a salvage into an empty directory, or goes on with one; gives the file that says that it is not whole.
+fn begin(to: &Path) -> Result<PathBuf, StoreError> {
+    let io = StoreError::io(to);
+    std::fs::create_dir_all(to).map_err(&io)?;
+    let under_way = to.join(UNDER_WAY);
+    let mut there = std::fs::read_dir(to).map_err(&io)?;
+    if there.next().is_some() && !under_way.is_file() {
+        return Err(StoreError::NotEmpty(to.to_path_buf()));
+    }
+    std::fs::set_permissions(to, Permissions::from_mode(0o700)).map_err(&io)?;
+    drop(durable::begin(&under_way)?);
+    Ok(under_way)
+}
+
+/// Copies the store under `from` into the directory `to`, which is empty or holds a part of it. `go_on` hears (bytes done, bytes in all), and can end it.
 pub fn salvage(
     from: &Path,
     to: &Path,
     mut go_on: impl FnMut(u64, u64) -> bool,
 ) -> Result<Salvaged, StoreError> {
-    let io = StoreError::io(to);
-    std::fs::create_dir_all(to).map_err(&io)?;
-    let mut there = std::fs::read_dir(to).map_err(&io)?;
-    if there.next().is_some() {
-        return Err(StoreError::NotEmpty(to.to_path_buf()));
-    }
-    std::fs::set_permissions(to, std::fs::Permissions::from_mode(0o700)).map_err(&io)?;
+    let under_way = begin(to)?;
     let (mut sources, mut salvaged) = (Vec::new(), Salvaged::default());
     list(from, &mut sources, &mut salvaged)?;
     // Pruning may go on meanwhile. It replaces a segment before its run, and strikes instants before either: so copied the other way round, the copy is what
@@ -111,7 +135,9 @@ pub fn salvage(
         };
         let target = to.join(inside);
         if let Some(parent) = target.parent() {
-            std::fs::create_dir_all(parent).map_err(StoreError::io(parent))?;
+            let mut private = std::fs::DirBuilder::new();
+            let made = private.recursive(true).mode(0o700).create(parent);
+            made.map_err(StoreError::io(parent))?;
         }
         let file = match File::open(&source.path) {
             Ok(file) => file,
@@ -127,11 +153,14 @@ pub fn salvage(
         let bytes = metadata
             .as_ref()
             .map_or(source.bytes, std::fs::Metadata::len);
-        let mode = metadata.map(|metadata| metadata.permissions());
+        if metadata.as_ref().is_ok_and(|found| is_there(found, &target)) {
+            salvaged.files += 1;
+            salvaged.bytes += bytes;
+            continue;
+        }
+        let modified = metadata.and_then(|metadata| metadata.modified());
+        let lost = salvaged.unreadable.len();
         durable::create(&target, |out| {
-            if let Ok(mode) = mode {
-                out.set_permissions(mode).map_err(StoreError::io(&target))?;
-            }
             let mut at = 0;
             while at < bytes {
                 let part = &mut buffer[..STEP.min((bytes - at) as usize)];
@@ -142,11 +171,18 @@ pub fn salvage(
                     return Err(StoreError::Interrupted);
                 }
             }
-            Ok(())
+            // By that it is known as whole; and where a run is lost history ages by it.
+            match modified {
+                Ok(modified) if salvaged.unreadable.len() == lost => {
+                    out.set_modified(modified).map_err(StoreError::io(&target))
+                }
+                _ => Ok(()),
+            }
         })?;
         salvaged.files += 1;
         salvaged.bytes += bytes;
     }
+    std::fs::remove_file(&under_way).map_err(StoreError::io(&under_way))?;
     Ok(salvaged)
 }
 

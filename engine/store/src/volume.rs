@@ -117,13 +117,15 @@ impl VolumeStore {
         keys: Arc<VolumeKeys>,
     ) -> Result<VolumeStore, StoreError> {
         let directory: Arc<Path> = volume_directory(root, volume).into();
-        for part in ["segments", "runs", "maps"] {
-            let path = directory.join(part);
-            std::fs::create_dir_all(&path).map_err(StoreError::io(&path))?;
+        let parts = ["segments", "runs", "maps"].map(|part| directory.join(part));
+        let above = directory.ancestors().skip(1).take(1);
+        let folders = above.chain([&*directory]).chain(parts.iter().map(|p| &**p));
+        for folder in folders {
+            durable::private_directory(folder).map_err(StoreError::io(folder))?;
         }
         let lock_path = directory.join("lock");
         if !lock_path.exists() {
-            File::create(&lock_path).map_err(StoreError::io(&lock_path))?;
+            drop(durable::begin(&lock_path)?);
         }
         // Not for writing: that would keep the file system from being remounted read-only.
         let file = File::open(&lock_path).map_err(StoreError::io(&lock_path))?;

@@ -89,12 +89,10 @@ pub fn refuse_used_parts(device: &Path) -> Result<(), ControlError> {
             format!("{} {what}. Nothing was changed", device.display()),
         ))
     };
-    let swaps = std::fs::read_to_string("/proc/swaps").unwrap_or_default();
+    let swaps = varve_control::swaps();
     let is_swap = |path: &Path| {
-        swaps
-            .lines()
-            .filter_map(|line| line.split_whitespace().next())
-            .any(|swap| std::fs::canonicalize(swap).is_ok_and(|swap| swap == path))
+        let mut swaps = swaps.iter();
+        swaps.any(|swap| std::fs::canonicalize(swap).is_ok_and(|swap| swap == path))
     };
     if is_swap(device) {
         return refuse(format!(

@@ -218,6 +218,10 @@ fn forecast(space: &SpaceInfo) -> String {
         false => "then the oldest instants go first".to_owned(),
     };
     let left = match space.room_bytes().checked_div(space.bytes_per_day) {
+        _ if !space.held_up_by.is_empty() => format!(
+            "IT IS TOO MUCH, and nothing may go while a part of the history of {} is not known (`varve check` says which)",
+            space.held_up_by
+        ),
         _ if space.stuck => {
             "IT IS TOO MUCH, and nothing of it may go: pins, what is too young, or one image alone takes that much".to_owned()
         }
@@ -255,4 +259,73 @@ pub fn pin(
         });
     });
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::forecast;
+    use varve_control::SpaceInfo;
+
+    const GIB: u64 = 1 << 30;
+
+    #[test]
+    fn it_is_said_how_long_the_space_lasts_and_what_comes_then() {
+        let space = SpaceInfo {
+            policy: "100G".to_owned(),
+            limit_bytes: 100 * GIB,
+            stored_bytes: 18 * GIB,
+            free_bytes: 500 * GIB,
+            bytes_per_day: 2 * GIB,
+            ..SpaceInfo::default()
+        };
+        let says = |space: &SpaceInfo, what: &[&str]| {
+            let said = forecast(space);
+            for what in what {
+                assert!(said.contains(what), "{said}");
+            }
+        };
+        says(
+            &space,
+            &["history left: 41 days", "then the oldest instants go first"],
+        );
+        // The disk is smaller than the policy thinks.
+        let little = SpaceInfo {
+            free_bytes: 10 * GIB,
+            ..space.clone()
+        };
+        says(&little, &["history left: 5 days", "NOTHING MORE IS RECORDED"]);
+        let unlimited = SpaceInfo {
+            limit_bytes: 0,
+            ..space.clone()
+        };
+        says(
+            &unlimited,
+            &["no limit but the disk", "history left: 250 days", "RECORDED"],
+        );
+        let fast = SpaceInfo {
+            bytes_per_day: 83 * GIB,
+            ..space.clone()
+        };
+        says(&fast, &["LESS THAN A DAY"]);
+        let idle = SpaceInfo {
+            bytes_per_day: 0,
+            ..space.clone()
+        };
+        says(&idle, &["nothing was added lately"]);
+        let too_much = SpaceInfo {
+            stored_bytes: 101 * GIB,
+            ..space
+        };
+        says(&too_much, &["that is too much: the oldest instants go"]);
+        let stuck = SpaceInfo {
+            stuck: true,
+            ..too_much
+        };
+        says(&stuck, &["IT IS TOO MUCH", "pins"]);
+        let held_up = SpaceInfo {
+            held_up_by: "mail".to_owned(),
+            ..stuck
+        };
+        says(&held_up, &["IT IS TOO MUCH", "the history of mail"]);
+    }
 }

@@ -101,9 +101,29 @@ fn devices(varve: &Installation, files: &Path) -> Outcome {
         Err(refusal) if refusal.contains("B002") || refusal.contains("V014-log") => {}
         outcome => return Err(format!("somebody's file as a log: {outcome:?}")),
     }
+    // The same as a state file; and one that has no place, or is a device that is in use.
+    let with_state = |state: &str| {
+        let device = text(&device);
+        let arguments = [
+            "protect", &device, "--name", "d", "--state", state, "--log-size", "16",
+        ];
+        varve.varve(&arguments)
+    };
+    let nowhere = text(&files.join("small").join("state"));
+    for state in [&text(&other), &nowhere] {
+        match with_state(state) {
+            Err(refusal) if refusal.contains("V015-state") => {}
+            outcome => return Err(format!("{state} as a state file: {outcome:?}")),
+        }
+    }
     if sum(&other)? != other_before {
         return Err("somebody's file was overwritten".to_owned());
     }
+    refused(
+        varve,
+        "V037-same",
+        &["protect", &text(&device), "--state", &text(&device)],
+    )?;
     // Things that would overwrite each other.
     refused(
         varve,
@@ -369,9 +389,42 @@ fn full_and_read_only(varve: &Installation, root: &Path, files: &Path) -> Outcom
     varve.varve(&["history"])?;
     varve.compare()?;
     varve.varve(&["unprotect", "s", "--forget"])?;
+    rewind_without_room(varve, files, &place)?;
     varve.varve(&["down"])?;
     sh(&format!("umount {place}"))?;
     varve.varve(&["up"]).map(|_| ())
+}
+
+/// A rewind whose records would have no room, neither in the store nor in the log, is not begun.
+fn rewind_without_room(varve: &Installation, files: &Path, store: &str) -> Outcome {
+    let device = file_of(files, "room", 48 * MIB)?;
+    let device = device.display().to_string();
+    varve.varve(&["protect", &device, "--name", "r", "--log-size", "16"])?;
+    varve.wait_protected()?;
+    varve.varve(&["mark", "empty"])?;
+    let mapped = varve.device("r")?;
+    for part in 0..12 {
+        sh(&format!(
+            "dd if=/dev/urandom of={mapped} bs=1M count=4 seek={} oflag=direct status=none",
+            part * 4
+        ))?;
+        varve.varve(&["history"])?; // The store takes it, so that the log has room for the next.
+    }
+    varve.compare()?;
+    let before = sum(Path::new(&mapped))?;
+    let room = |mib: &str| sh(&format!("mount -o remount,size={mib} {store}"));
+    room(&format!(
+        "$(($(df --output=used -BM {store} | tail -n1 | tr -dc 0-9) + 2))m"
+    ))?;
+    refused(varve, "R004-room", &["rewind", "empty", "--yes"])?;
+    if varve.device("r")? != mapped || sum(Path::new(&mapped))? != before {
+        return Err("a rewind that was refused changed the device".to_owned());
+    }
+    varve.compare()?;
+    room("400m")?;
+    varve.varve(&["rewind", "empty", "--yes"])?;
+    sh(&format!("cmp -n $((48 << 20)) {} /dev/zero", varve.device("r")?))?;
+    varve.varve(&["unprotect", "r", "--forget"]).map(|_| ())
 }
 
 /// A log, or the store, on a device that is protected itself would record its own writes.

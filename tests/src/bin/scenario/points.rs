@@ -112,6 +112,7 @@ pub fn points(varve: &Installation, device: &str) -> Outcome {
     say(start, "a mount has its point");
     frozen(&story, start)?;
     scheduled(&story, start)?;
+    unwanted(&story, &mapped)?;
     sh(&format!("umount {}", story.live))?;
     let unmounted = story.wait_for("unmounted", 1)?;
     let last = unmounted.last().ok_or("no point")?;
@@ -299,6 +300,28 @@ fn frozen(story: &Story<'_>, start: Instant) -> Outcome {
         return Err("no other point was dirty either: freezing proved nothing".to_owned());
     }
     Ok(())
+}
+
+/// Who wants no points at mount and unmount gets none.
+fn unwanted(story: &Story<'_>, mapped: &str) -> Outcome {
+    let count = || -> Result<usize, String> {
+        let mut points = story.points()?;
+        points.retain(|point| point.name.contains("mounted"));
+        Ok(points.len())
+    };
+    story.policy("[points]\nevents = false\n")?;
+    pause(1500);
+    let before = count()?;
+    sh(&format!("umount {}", story.live))?;
+    pause(1500);
+    sh(&format!("mount {mapped} {}", story.live))?;
+    pause(1500);
+    story.policy("")?;
+    pause(1500);
+    match count()? {
+        after if after == before => Ok(()),
+        after => Err(format!("{} points that nobody wants", after - before)),
+    }
 }
 
 /// On a schedule; what goes wrong with the commands is told, and never costs the point.

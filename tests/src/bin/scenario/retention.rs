@@ -46,6 +46,36 @@ fn kept(history: &str) -> Vec<u64> {
         .collect()
 }
 
+/// A file of which a part is wrong says nothing, although another part would prune at once; nor does its absence for a moment.
+fn nothing_by_a_broken_policy(varve: &Installation) -> Outcome {
+    let file = varve.root().join("etc/varve/store.toml");
+    let before = std::fs::read_to_string(&file).map_err(|e| e.to_string())?;
+    let pruned = || number(&varve.varve(&["--json", "history"])?, "pruned_below_lsn");
+    for wrong in [
+        "keep = \"all 3s, 5s 1h\"\nspace = \"rubbish\"\n",
+        "keep = \"all 3s, 5s 1h\"\nkeeps = 3\n",
+        "keep = \"all 3s, 5s 1h\"\nkeep",
+    ] {
+        std::fs::write(&file, wrong).map_err(|e| e.to_string())?;
+        pause(5000);
+        if pruned()? != 0 {
+            return Err(format!("pruned by a policy that is none: {wrong}"));
+        }
+        if !varve.messages().contains("Nothing is pruned") {
+            return Err(format!("nothing is said of {wrong}: {}", varve.messages()));
+        }
+        expect_refused(
+            varve.varve(&["policy", "simulate", "--keep", "all 3s, 5s 1h"]),
+            "X006-policy",
+        )?;
+        expect_refused(
+            varve.varve(&["policy", "set", "--keep", "all"]),
+            "store.toml",
+        )?;
+    }
+    std::fs::write(&file, before).map_err(|e| e.to_string())
+}
+
 /// Everything in one life.
 pub fn retention(varve: &Installation, device: &str) -> Outcome {
     let start = Instant::now();
@@ -89,6 +119,7 @@ pub fn retention(varve: &Installation, device: &str) -> Outcome {
         "{}",
         varve.varve(&["policy", "simulate", "--keep", "all 3s, 5s 1h"])?
     );
+    nothing_by_a_broken_policy(varve)?;
     varve.varve(&["policy", "set", "--keep", "all 3s, 5s 1h"])?;
     let since = Instant::now();
     let mut rounds = 0;

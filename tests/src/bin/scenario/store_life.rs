@@ -144,7 +144,49 @@ pub fn store_life(varve: &Installation, device: &str) -> Outcome {
     if digest_of(varve, "early")? != early || digest_of(varve, "point-9")? != later {
         return Err("an instant is another one in the salvaged store".to_owned());
     }
+    throttled(varve, &mapped)?;
     varve.varve(&["down"]).map(drop)
+}
+
+/// Compressing takes no more of a processor than the policy says.
+fn throttled(varve: &Installation, mapped: &str) -> Outcome {
+    let policy = varve.root().join("etc/varve/store.toml");
+    let policy = |text: &str| std::fs::write(&policy, text).map_err(|e| e.to_string());
+    until_settled(varve)?;
+    policy("compression = \"zstd:19\"\nbackground_percent = 10\n")?;
+    pause(2000);
+    for _ in 0..3 {
+        sh(&format!(
+            "head -c 6M /dev/urandom | base64 -w0 | dd of={mapped} bs=1M iflag=fullblock oflag=direct count=8 status=none"
+        ))?;
+        varve.varve(&["history"])?;
+    }
+    let unsettled = || told(&varve.varve(&["--json", "history"])?, "unsettled_bytes");
+    let process = format!("varved --root {}", varve.root().display());
+    let process = run("pgrep", &["-o", "-f", &process])?;
+    let used = || -> Result<f64, String> {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", process.trim()));
+        let stat = stat.map_err(|e| e.to_string())?;
+        // Behind the name, which may have spaces: user and system time, in hundredths of a second.
+        let times = stat.rsplit(')').next().unwrap_or_default();
+        let times = times.split_whitespace().skip(11).take(2);
+        Ok(times
+            .filter_map(|time| time.parse::<f64>().ok())
+            .sum::<f64>()
+            / 100.0)
+    };
+    let (before, begun, first) = (unsettled()?, Instant::now(), used()?);
+    pause(8000);
+    let share = (used()? - first) / begun.elapsed().as_secs_f64();
+    let left = unsettled()?;
+    println!("compressing took {share:.2} of a processor; {left} of {before} bytes are left");
+    if left == 0 {
+        return Err("it had too little to do".to_owned());
+    }
+    if share > 0.4 {
+        return Err(format!("{share:.2} of a processor, instead of a tenth"));
+    }
+    policy("background_percent = 100\n")
 }
 
 fn told(json: &str, name: &str) -> Result<u64, String> {
