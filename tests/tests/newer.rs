@@ -81,7 +81,10 @@ fn a_segment_of_a_newer_version_is_named_and_the_rest_is_read() {
             }
         }
     }
-    assert!(bad > 0 && good > bad, "{good} blocks are read, {bad} are not");
+    assert!(
+        bad > 0 && good > bad,
+        "{good} blocks are read, {bad} are not"
+    );
     for scrubbed in [scrub(&store), scrub_stored(&store)] {
         let told = format!("{:?}", scrubbed.damage);
         assert!(told.contains("newer"), "{told}");
@@ -95,10 +98,13 @@ fn nothing_is_pruned_beside_what_a_newer_version_wrote() {
     let directory = tempfile::tempdir().unwrap();
     let root = directory.path();
     let (end, image) = history(root);
-    let victims = [files(root, "segments")[7].clone(), files(root, "runs")[7].clone()];
+    let victims = [
+        files(root, "segments")[7].clone(),
+        files(root, "runs")[7].clone(),
+    ];
     let before = victims.clone().map(|path| std::fs::read(path).unwrap());
     let written = make_newer(&victims);
-    let mut store = open(root);
+    let store = open(root);
     assert!(store.is_partly_unknown());
     let told = store.damaged().join("\n");
     assert!(told.contains("newer"), "{told}");
@@ -122,17 +128,31 @@ fn keys_of_a_newer_version_lock_the_store_and_stay() {
     let mut sample = Sample::with(open_keyed(root).unwrap(), 1 << 20, 32 << 10, true);
     sample.mixed(120);
     sample.settle_all(Compression::Lz4);
-    let (end, image) = (sample.store.timeline().end(), sample.image(sample.store.timeline().end()));
+    let (end, image) = (
+        sample.store.timeline().end(),
+        sample.image(sample.store.timeline().end()),
+    );
     drop(sample);
     let keys: Vec<PathBuf> = std::fs::read_dir(root)
         .unwrap()
         .map(|entry| entry.unwrap().path())
-        .filter(|path| path.file_name().unwrap().to_string_lossy().starts_with("keys"))
+        .filter(|path| {
+            path.file_name()
+                .unwrap()
+                .to_string_lossy()
+                .starts_with("keys")
+        })
         .collect();
     assert_eq!(keys.len(), 2, "{keys:?}");
-    let before: Vec<Vec<u8>> = keys.iter().map(|path| std::fs::read(path).unwrap()).collect();
+    let before: Vec<Vec<u8>> = keys
+        .iter()
+        .map(|path| std::fs::read(path).unwrap())
+        .collect();
     let written = make_newer(&keys);
-    let refused = open_keyed(root).err().map(|error| error.to_string()).unwrap_or_default();
+    let refused = open_keyed(root)
+        .err()
+        .map(|error| error.to_string())
+        .unwrap_or_default();
     assert!(refused.contains("newer"), "{refused}");
     are_untouched(&written);
     for (path, bytes) in keys.iter().zip(before) {

@@ -734,7 +734,9 @@ fn nobody_else_can_read_history() {
             true => std::fs::read_dir(path).unwrap().collect(),
             false => Vec::new(),
         };
-        let inside = entries.into_iter().map(|entry| closed(&entry.unwrap().path()));
+        let inside = entries
+            .into_iter()
+            .map(|entry| closed(&entry.unwrap().path()));
         1 + inside.sum::<usize>()
     }
     let (root, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());

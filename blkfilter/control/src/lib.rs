@@ -24,7 +24,7 @@ pub use copies::{CopyInfo, CopySet, CopySpec, NewCopy};
 pub use filter::{FilterOp, FilterReply, SealedInfo, VolumeInfo};
 pub use memory::keep_memory_secret;
 pub use mounts::{Mount, file_system_of, mounts, swaps};
-pub use paths::Paths;
+pub use paths::{IMAGE, IMAGE_RECORD, Paths};
 pub use policy::{KEY_FILE_BYTES_MAX, PointPolicy, PolicyChange, StorePolicy, space_bytes};
 pub use signals::at_signal;
 pub use spec::{

@@ -26,7 +26,9 @@ impl Mount {
     fn parse(line: &[u8]) -> Option<Mount> {
         let middle = line.windows(3).position(|part| part == b" - ")?;
         let words = |part: &'_ [u8]| -> Vec<Vec<u8>> {
-            part.split(|byte| *byte == b' ').map(<[u8]>::to_vec).collect()
+            part.split(|byte| *byte == b' ')
+                .map(<[u8]>::to_vec)
+                .collect()
         };
         let text = |word: &Vec<u8>| String::from_utf8_lossy(word).into_owned();
         let (left, right) = (words(&line[..middle]), words(&line[middle + 3..]));
@@ -140,10 +142,7 @@ mod tests {
     fn a_name_that_is_no_text_is_a_name() {
         let line = b"36 35 0:40 / /home/m/\xff\\040x rw - fuse.x m\xfe rw";
         let mount = Mount::parse(line).unwrap();
-        assert_eq!(
-            mount.on,
-            Path::new(OsStr::from_bytes(b"/home/m/\xff x"))
-        );
+        assert_eq!(mount.on, Path::new(OsStr::from_bytes(b"/home/m/\xff x")));
         assert_eq!(mount.source, Path::new(OsStr::from_bytes(b"m\xfe")));
         assert!(!mount.read_only);
         let line = b"36 35 0:40 / /home/m rw - fuse.x /dev/null rw";

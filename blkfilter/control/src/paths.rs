@@ -2,6 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
+/// Begins the names of images of the past that are shown as devices.
+pub const IMAGE: &str = "image-";
+/// Ends the names of files in the run directory that say which ublk device shows an image: for udev.
+pub const IMAGE_RECORD: &str = ".image-ublk";
+
 /// The places of one installation.
 #[derive(Clone, Debug)]
 pub struct Paths {

@@ -1,6 +1,7 @@
 //! What the store does by itself: `etc/varve/store.toml`. Without the file everything has a sane default.
 
 use serde::{Deserialize, Serialize};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use toml_edit::{DocumentMut, Item, Table, Value};
 
@@ -82,14 +83,24 @@ impl StorePolicy {
         let old = std::fs::read_to_string(path).unwrap_or_default();
         let text = self.text(&old).map_err(|why| wrong(&why))?;
         let new = path.with_extension("new");
+        let folder = path.parent().unwrap_or(path);
         let write = || {
-            let mut file = std::fs::File::create(&new)?;
+            std::fs::create_dir_all(folder)?;
+            // Commands in it may have passwords: who could not read the old file cannot read the new one.
+            let mode = std::fs::metadata(path).map_or(0o600, |old| old.permissions().mode());
+            let _ = std::fs::remove_file(&new);
+            let mut file = std::fs::File::options()
+                .write(true)
+                .create_new(true)
+                .mode(0o600)
+                .open(&new)?;
+            file.set_permissions(std::fs::Permissions::from_mode(mode & 0o777))?;
             std::io::Write::write_all(&mut file, text.as_bytes())?;
             file.sync_all()?;
-            std::fs::rename(&new, path)
+            std::fs::rename(&new, path)?;
+            std::fs::File::open(folder)?.sync_all()
         };
-        let folder = path.parent().map_or(Ok(()), std::fs::create_dir_all);
-        folder.and_then(|()| write()).map_err(|error| wrong(&error))
+        write().map_err(|error| wrong(&error))
     }
 
     /// Its text, made of another one's.
@@ -283,6 +294,29 @@ mod tests {
         assert!(load("background_percent = 1601").is_err());
         std::fs::remove_file(&path).unwrap();
         assert_eq!(StorePolicy::load(&path).unwrap(), StorePolicy::default());
+    }
+
+    #[test]
+    fn who_could_not_read_the_file_cannot_read_the_new_one() {
+        use std::os::unix::fs::PermissionsExt;
+        let path = std::env::temp_dir().join(format!("varve-policy-mode-{}", std::process::id()));
+        let mode = || std::fs::metadata(&path).unwrap().permissions().mode() & 0o777;
+        let mut policy = StorePolicy::default();
+        for (given, days) in [
+            (None, 7),
+            (Some(0o640), 8),
+            (Some(0o644), 9),
+            (Some(0o600), 10),
+        ] {
+            if let Some(given) = given {
+                std::fs::set_permissions(&path, std::fs::Permissions::from_mode(given)).unwrap();
+            }
+            policy.keep = format!("all {days}d");
+            policy.save(&path).unwrap();
+            assert_eq!(mode(), given.unwrap_or(0o600));
+            assert_eq!(StorePolicy::load(&path).unwrap(), policy);
+        }
+        std::fs::remove_file(&path).unwrap();
     }
 
     #[test]

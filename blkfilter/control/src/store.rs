@@ -114,8 +114,8 @@ pub enum StoreOp {
         /// The image's device, or socket.
         device: String,
     },
-    /// Whether something that was read of an image could not be read.
-    LacksBlocks {
+    /// Whether something that was read of an image could not be read, or what was written to it had no room: then what it shows says nothing of the past.
+    ImageTrouble {
         /// The image's device, or socket.
         device: String,
     },
@@ -462,10 +462,12 @@ pub enum StoreReply {
         /// Its time, ns.
         time_ns: i64,
     },
-    /// Whether an image lacks blocks that were asked for.
-    LacksBlocks {
-        /// It does.
-        lacks: bool,
+    /// What an image could not do.
+    ImageTrouble {
+        /// Blocks that were asked for are lacking.
+        lacks_blocks: bool,
+        /// Something was written to it, and there was no room for it.
+        no_room: bool,
     },
     /// What is shown: (device, what).
     Exports {

@@ -13,7 +13,7 @@ const HELP: &str = "blkfilter: the data path of Varve: records every write to pr
 Usage: blkfilter [--root DIR]
        blkfilter --is-origin DEVICE [LINK...]  (for udev: exit code 0 if DEVICE is a protected volume's)
        blkfilter --mapped-name DEVICE  (for udev: the name of the volume that DEVICE shows)
-       blkfilter --copy-name DEVICE  (for udev: the name of the hot copy that DEVICE shows)
+       blkfilter --copy-name DEVICE  (for udev: the name of the hot copy, or image of the past, that DEVICE shows)
        blkfilter --freeze DIR...  (its own helper: freezes until told to thaw, or for 5 s)
 
 It opens all volumes in DIR/etc/varve/volumes (DIR is / by default, or VARVE_ROOT) and answers `varve` on

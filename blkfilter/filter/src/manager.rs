@@ -35,6 +35,8 @@ pub(crate) enum Slot {
     Failed(VolumeSpec, ControlError),
     /// Begins at the next boot.
     Waiting(VolumeSpec),
+    /// Is closed and opened again: it is protected, and comes back in a moment.
+    Starting(VolumeSpec),
 }
 
 /// Code of the error for a device that is not there (yet).
@@ -68,7 +70,7 @@ impl Slot {
     pub(crate) fn spec(&self) -> &VolumeSpec {
         match self {
             Slot::Running(running) => &running.spec,
-            Slot::Failed(spec, _) | Slot::Waiting(spec) => spec,
+            Slot::Failed(spec, _) | Slot::Waiting(spec) | Slot::Starting(spec) => spec,
         }
     }
 }
@@ -379,6 +381,7 @@ impl Manager {
                 "waiting",
                 "protection begins at the next boot",
             )),
+            Some(Slot::Starting(spec)) => Ok(idle_info(spec, "starting", "it is being opened")),
             None => Err(error(
                 "V019-unknown",
                 format!("no volume is named {name}; `varve status` lists them"),
@@ -478,7 +481,7 @@ impl Manager {
         Ok(())
     }
 
-    /// Stops a volume cleanly; gives back its spec.
+    /// Stops a volume cleanly; gives back its spec. Until its caller opens it again, or takes it out, it is said to be starting.
     pub(crate) fn stop(&self, name: &str) -> Result<VolumeSpec, ControlError> {
         {
             let slots = self.slots();
@@ -495,6 +498,10 @@ impl Manager {
                     }
                 }
                 Some(Slot::Failed(spec, _) | Slot::Waiting(spec)) => return Ok(spec.clone()),
+                Some(Slot::Starting(_)) => {
+                    let message = format!("{name} is being opened; say it again in a moment");
+                    return Err(error("V012-busy", message));
+                }
                 None => {
                     return Err(error(
                         "V019-unknown",
@@ -503,11 +510,23 @@ impl Manager {
                 }
             }
         }
-        let Some(Slot::Running(running)) = self.slots().remove(name) else {
-            return Err(error(
-                "V019-unknown",
-                format!("no running volume is named {name}"),
-            ));
+        let running = {
+            let mut slots = self.slots();
+            match slots.remove(name) {
+                Some(Slot::Running(running)) => {
+                    // Whoever looks meanwhile is not told that there is no such volume.
+                    let slot = Slot::Starting(running.spec.clone());
+                    slots.insert(name.to_owned(), slot);
+                    running
+                }
+                other => {
+                    other.and_then(|slot| slots.insert(name.to_owned(), slot));
+                    return Err(error(
+                        "V019-unknown",
+                        format!("no running volume is named {name}"),
+                    ));
+                }
+            }
         };
         running.stopper.stop();
         let closed = running
@@ -565,7 +584,11 @@ impl Manager {
                 let _ = std::fs::remove_file(former.join(format!("{}.toml", spec.id)));
             }
         })?;
-        std::fs::remove_file(self.paths.volumes().join(format!("{name}.toml")))?;
+        if let Err(failed) = std::fs::remove_file(self.paths.volumes().join(format!("{name}.toml")))
+        {
+            let _ = self.reopen(spec);
+            return Err(failed.into());
+        }
         self.slots().remove(name);
         self.wipe_places(&spec, |_| true);
         // It is nobody's origin any more: udev and systemd are to look at it again.
@@ -581,7 +604,6 @@ impl Manager {
         let _changing = self.changing();
         self.refuse_copied(name, "following another size")?;
         let spec = self.stop(name)?;
-        self.slots().remove(name);
         self.reopen(spec)?;
         self.info(name)
     }

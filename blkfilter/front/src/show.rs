@@ -55,8 +55,12 @@ pub fn show(
                 let started = move |id: u32| {
                     let _ = shown_in.send(format!("/dev/ublkb{id}"));
                 };
-                return ublk::serve(&options, factory, &waker, &stopper, started)
-                    .map_err(|error| error.to_string());
+                let served = ublk::serve(&options, factory, &waker, &stopper, started);
+                // Its number is another's soon.
+                if let Some(record) = options.record.filter(|_| !options.lasting) {
+                    let _ = std::fs::remove_file(record);
+                }
+                return served.map_err(|error| error.to_string());
             }
             let started = move |path: &str| {
                 let _ = shown_in.send(path.to_owned());

@@ -36,15 +36,14 @@ pub(crate) fn history(store: &VolumeStore) -> Result<VolumeHistory, StoreError> 
         .iter()
         .map(|gap| (gap.entry.offset.get() as i64, gap.time.0))
         .collect();
-    let mut names = store.point_names();
     answer.points = timeline
         .points
         .iter()
         // What the policy has pruned cannot be gone back to.
         .filter(|point| timeline.check(point.lsn).is_ok())
         .map(|point| PointInfo {
-            // A name that cannot be read does not hide the others.
-            name: names.of(point).unwrap_or_default(),
+            // They were read before, without the lock. A name that cannot be read does not hide the others.
+            name: store.known_name(point).unwrap_or_default(),
             lsn: point.lsn.0,
             time_ns: point.time.0,
             file_system_consistent: point.entry.detail & PointDetail::FILE_SYSTEM != 0,

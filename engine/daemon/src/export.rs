@@ -6,22 +6,20 @@ use crate::overlay::{Overlay, Scratch};
 use crossbeam_channel::bounded;
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
-use varve_control::{ControlError, Paths, is_busy};
-use varve_front::channel;
+use varve_control::{ControlError, IMAGE, IMAGE_RECORD, Paths, is_busy};
 use varve_front::nbd_context::{BASE_ALLOCATION, MetaContext, STATE_DIRTY, STATE_HOLE, STATE_ZERO};
 use varve_front::{
     Device, DeviceFactory, Geometry, ReadBytes, RingPort, Showing, Stopper, Waker, nbd, show,
     show_partitions, ublk,
 };
+use varve_front::{channel, fuse};
 use varve_store::{Image, RangeKind};
 
 /// Memory that an overlay in /run leaves.
 const MEMORY_LEFT_BYTES: u64 = 16 << 20;
-/// Begins the names of directories that images are shown in, where the kernel has no ublk.
-pub(crate) const IMAGE: &str = "image-";
 const SHOW_WAIT: Duration = Duration::from_secs(30);
 /// How long a device that is to end may seem to be in use: who has just unmounted it is not told to do so.
 const UNUSED_WAIT: Duration = Duration::from_secs(3);
@@ -37,6 +35,8 @@ struct Export {
     /// It stays when whoever asked for it has gone.
     kept: bool,
     image: Arc<Image>,
+    /// What was written to it had no room.
+    no_room: Arc<AtomicBool>,
     stopper: Stopper,
     thread: std::thread::JoinHandle<Result<(), String>>,
 }
@@ -115,6 +115,26 @@ fn dirty_bitmap(ranges: Vec<(u64, u64)>) -> MetaContext {
     }
 }
 
+/// Takes away what a daemon that was killed has left of its images: mounts of which nothing can be asked any more, and what says which device shows one.
+pub fn clear_dead(paths: &Paths) {
+    for record in std::fs::read_dir(paths.run())
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
+        if record.file_name().to_string_lossy().ends_with(IMAGE_RECORD) {
+            let _ = std::fs::remove_file(record.path());
+        }
+    }
+    let shown = std::fs::read_dir(paths.run().join("fuse"));
+    for directory in shown.into_iter().flatten().flatten() {
+        if directory.file_name().to_string_lossy().starts_with(IMAGE) {
+            fuse::clear_dead(&directory.path());
+            let _ = std::fs::remove_dir(directory.path());
+        }
+    }
+}
+
 /// All exports.
 #[derive(Default)]
 pub struct Exports {
@@ -168,6 +188,7 @@ impl Exports {
         } else {
             None
         };
+        let no_room = overlay.as_ref().map(Overlay::failed).unwrap_or_default();
         let image = Arc::new(image);
         let shown_image = Arc::clone(&image);
         // What is written to an overlay is not told of.
@@ -211,7 +232,7 @@ impl Exports {
                     geometry,
                     recover: None,
                     lasting: false,
-                    record: None,
+                    record: Some(paths.run().join(format!("{name}{IMAGE_RECORD}"))),
                     directory: paths.run().join("fuse").join(name),
                 };
                 let shown = show(showing, factory, &waker, &stopper)?;
@@ -230,6 +251,7 @@ impl Exports {
                         what,
                         kept: false,
                         image: shown_image,
+                        no_room,
                         stopper,
                         thread,
                     },
@@ -278,11 +300,12 @@ impl Exports {
         Ok(())
     }
 
-    /// Whether something that was read of it could not be read.
-    pub fn lacks_blocks(&self, name: &str) -> Result<bool, ControlError> {
+    /// Whether something that was read of it could not be read, and whether something that was written to it had no room.
+    pub fn trouble(&self, name: &str) -> Result<(bool, bool), ControlError> {
         let shown = self.shown();
         let export = shown.get(name).ok_or_else(|| unknown(name))?;
-        Ok(export.image.lacks_blocks())
+        let no_room = export.no_room.load(Ordering::Relaxed);
+        Ok((export.image.lacks_blocks(), no_room))
     }
 
     /// Ends an export that nobody uses. Who has just unmounted it is waited for: udev may be looking at it.

@@ -22,11 +22,12 @@ pub(crate) fn refuse_others(path: &Path) -> Result<(), String> {
     ))
 }
 
-/// Runs a command through the shell; when its time is over it is killed, with all that it started. `begun` hears of the process.
+/// Runs a command through the shell; when its time is over, or `is_over` says so, it is killed, with all that it started. `begun` hears of the process.
 pub(crate) fn run(
     command: &str,
     variables: &[(&str, &str)],
     limit: Duration,
+    is_over: &dyn Fn() -> bool,
     begun: impl FnOnce(&Running),
 ) -> Result<(), String> {
     let mut shell = Command::new("sh");
@@ -42,16 +43,19 @@ pub(crate) fn run(
     if let Some(running) = &running {
         begun(running);
     }
-    match wait(&mut child, limit) {
+    match wait(&mut child, limit, is_over) {
         Some(status) if status.success() => Ok(()),
         Some(status) => Err(format!("`{command}`: {status}")),
         None => {
             kill_all(child.id());
             let _ = child.wait();
-            Err(format!(
-                "`{command}` was ended: it took more than {} s",
-                limit.as_secs()
-            ))
+            Err(match is_over() {
+                true => format!("`{command}` was ended: varved ends"),
+                false => format!(
+                    "`{command}` was ended: it took more than {} s",
+                    limit.as_secs()
+                ),
+            })
         }
     }
 }
@@ -103,9 +107,9 @@ impl Running {
     }
 }
 
-fn wait(child: &mut Child, limit: Duration) -> Option<ExitStatus> {
+fn wait(child: &mut Child, limit: Duration, is_over: &dyn Fn() -> bool) -> Option<ExitStatus> {
     let since = Instant::now();
-    while since.elapsed() < limit {
+    while since.elapsed() < limit && !is_over() {
         match child.try_wait() {
             Ok(None) => std::thread::sleep(LOOK_EVERY),
             Ok(Some(status)) => return Some(status),
@@ -122,14 +126,14 @@ mod tests {
     use std::time::{Duration, Instant};
 
     fn run(command: &str, variables: &[(&str, &str)], limit: Duration) -> Result<(), String> {
-        super::run(command, variables, limit, |_| ())
+        super::run(command, variables, limit, &|| false, |_| ())
     }
 
     #[test]
     fn one_that_outlives_its_daemon_is_known_again() {
         let limit = Duration::from_secs(20);
         let mut noted = None;
-        let whole = super::run("sleep 0.3", &[], limit, |running| {
+        let whole = super::run("sleep 0.3", &[], limit, &|| false, |running| {
             noted = Running::parse(&running.line());
             // Still there: it is waited for.
             let begun = Instant::now();
@@ -149,7 +153,7 @@ mod tests {
         assert!(begun.elapsed() < Duration::from_secs(5));
         // One that does not end is ended.
         let begun = Instant::now();
-        let outcome = super::run("sleep 30", &[], limit, |running| {
+        let outcome = super::run("sleep 30", &[], limit, &|| false, |running| {
             running.end(Duration::from_millis(200));
         });
         assert!(outcome.is_err() && begun.elapsed() < Duration::from_secs(10));

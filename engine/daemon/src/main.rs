@@ -4,6 +4,7 @@ mod background;
 mod compare;
 mod describe;
 mod export;
+mod forget;
 mod hook;
 mod image_device;
 mod keys;
@@ -57,13 +58,14 @@ fn main() -> ExitCode {
     varve_control::keep_memory_secret("varved");
     let paths = Paths::new(root);
     let socket = paths.store_socket();
+    export::clear_dead(&paths);
     let service = Arc::new(Service::new(paths));
     let ending = Arc::clone(&service);
     varve_control::at_signal(move |_| {
-        ending.hide_all();
+        ending.end_all();
         0
     });
-    service.clear_dead_images();
+    service.forget_the_rest();
     let follower = Arc::clone(&service);
     std::thread::spawn(move || follower.follow());
     let worker = Arc::clone(&service);

@@ -10,6 +10,8 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use varve_front::Errno;
 
 const SECTOR: u64 = 512;
@@ -31,6 +33,8 @@ pub struct Overlay {
     leaves: u64,
     /// Bytes until room is asked for again.
     unasked: u64,
+    /// Something could not be written.
+    failed: Arc<AtomicBool>,
 }
 
 impl Overlay {
@@ -66,9 +70,15 @@ impl Overlay {
             written: RoaringTreemap::new(),
             leaves: place.leaves,
             unasked: LOOK_EVERY,
+            failed: Arc::default(),
         };
         overlay.has_room()?;
         Ok(overlay)
+    }
+
+    /// Becomes true once something could not be written.
+    pub fn failed(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.failed)
     }
 
     fn has_room(&self) -> io::Result<()> {
@@ -81,6 +91,11 @@ impl Overlay {
 
     /// Writes over the image. Whole sectors.
     pub fn write(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let written = self.try_write(offset, bytes);
+        written.inspect_err(|_| self.failed.store(true, Ordering::Relaxed))
+    }
+
+    fn try_write(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         let length = bytes.len() as u64;
         self.unasked = self.unasked.saturating_sub(length);
         if self.unasked == 0 {
@@ -109,7 +124,10 @@ impl Overlay {
                     self.write(at, &zeroes[..part as usize])
                 })
             }
-            Err(errno) => Err(errno.into()),
+            Err(errno) => {
+                self.failed.store(true, Ordering::Relaxed);
+                Err(errno.into())
+            }
         }
     }
 

@@ -7,6 +7,7 @@ use crate::service::{Service, error, now_ns};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use varve_control::{
@@ -14,6 +15,8 @@ use varve_control::{
 };
 use varve_store::parse_span;
 
+/// How long points on the schedule may take to end with the daemon; after it the next one runs their second command. systemd waits for longer.
+const POINTS_END: Duration = Duration::from_secs(60);
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 /// Points are no closer than this.
 const EVERY_MIN_NS: i64 = 1_000_000_000;
@@ -272,7 +275,43 @@ impl Point {
     }
 }
 
+/// A point on the schedule that is being made.
+pub(crate) struct UnderWay {
+    service: Arc<Service>,
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.service.points_under_way.fetch_sub(1, SeqCst);
+    }
+}
+
 impl Service {
+    /// Says that a point on the schedule begins; none: it may not any more.
+    pub(crate) fn point_under_way(self: &Arc<Self>) -> Option<UnderWay> {
+        // Said first: whoever ends the daemon says that first, then waits for those that have.
+        self.points_under_way.fetch_add(1, SeqCst);
+        let under_way = UnderWay {
+            service: Arc::clone(self),
+        };
+        (!self.is_ending()).then_some(under_way)
+    }
+
+    /// Whether the daemon was told to end.
+    pub(crate) fn is_ending(&self) -> bool {
+        self.ending.load(SeqCst)
+    }
+
+    /// To be called before the process ends: what a point on the schedule holds of applications is let go, and images end.
+    pub fn end_all(&self) {
+        self.ending.store(true, SeqCst);
+        let since = Instant::now();
+        while self.points_under_way.load(SeqCst) > 0 && since.elapsed() < POINTS_END {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        self.hide_all();
+    }
+
     /// Where it stands when a volume's last scheduled point was due, in nanoseconds since 1970.
     fn last_point(&self, id: &str) -> PathBuf {
         let volumes = self.paths().store().join("volumes");

@@ -1,7 +1,9 @@
 //! Where a rewind goes that was taken back, or sent elsewhere, after it had begun: the log says only where it began to go.
 //!
 //! Order: the note is durable before the first block is written to the new end, and removed before the next rewind begins. Crash before it: the rewind goes
-//! where it began to, and nothing was written for another end.
+//! where it began to, and nothing was written for another end. A rewind that is sent on once more has blocks of the end before: the note of that goes when the
+//! new one is durable, not before. Notes are numbered: where the disk takes none any more there is one in memory beside an older one on it, or the other way
+//! round, and the later one counts.
 
 use crate::service::{Service, error};
 use std::fs::File;
@@ -20,16 +22,16 @@ impl Service {
     }
 
     pub(crate) fn note_redirected(&self, id: &str, from: Lsn, to: Lsn) -> Result<(), ControlError> {
-        self.forget_redirected(id);
         let [in_memory, on_disk] = self.redirections(id);
+        let number = self.notes(id, from).map(|(number, _)| number + 1).max();
+        let text = format!("{from} {to} {} end\n", number.unwrap_or_default());
         let write = |path: &Path| {
             let new = path.with_extension("new");
             let mut file = File::create(&new)?;
-            let written =
-                std::io::Write::write_all(&mut file, format!("{from} {to} end\n").as_bytes())
-                    .and_then(|()| file.sync_all())
-                    .and_then(|()| std::fs::rename(&new, path))
-                    .and_then(|()| flush_directory_of(path));
+            let written = std::io::Write::write_all(&mut file, text.as_bytes())
+                .and_then(|()| file.sync_all())
+                .and_then(|()| std::fs::rename(&new, path))
+                .and_then(|()| flush_directory_of(path));
             written.inspect_err(|_| drop(std::fs::remove_file(&new)))
         };
         let noted = write(&on_disk).or_else(|_| write(&in_memory));
@@ -41,16 +43,23 @@ impl Service {
 
     /// Where a rewind that began to `target` goes now.
     pub(crate) fn redirected(&self, id: &str, target: Lsn) -> Lsn {
-        let to = |path: PathBuf| {
+        let last = self.notes(id, target).max();
+        last.map_or(target, |(_, to)| to)
+    }
+
+    /// What is noted of a rewind that began to `target`: the note's number, and where it goes.
+    fn notes(&self, id: &str, target: Lsn) -> impl Iterator<Item = (u64, Lsn)> {
+        let note = move |path: PathBuf| {
             let text = std::fs::read_to_string(path).ok()?;
             let words: Vec<&str> = text.split_whitespace().collect();
             match words.as_slice() {
-                [from, to, "end"] if from.parse() == Ok(target.0) => to.parse().ok().map(Lsn),
+                [from, to, number, "end"] if from.parse() == Ok(target.0) => {
+                    Some((number.parse().ok()?, Lsn(to.parse().ok()?)))
+                }
                 _ => None,
             }
         };
-        let mut noted = self.redirections(id).into_iter().filter_map(to);
-        noted.next().unwrap_or(target)
+        self.redirections(id).into_iter().filter_map(note)
     }
 
     pub(crate) fn forget_redirected(&self, id: &str) {

@@ -22,7 +22,7 @@ use std::time::Duration;
 use varve_control::{
     ControlError, FilterOp, FilterReply, Instant, Reporter, StoreReply, VolumeInfo,
 };
-use varve_format::Lsn;
+use varve_format::{Lsn, SegmentSequence};
 use varve_restore::differences;
 use varve_store::Image;
 
@@ -32,6 +32,11 @@ const REST: Duration = Duration::from_secs(60);
 const STOPPED_REST: Duration = Duration::from_secs(5);
 /// One of which only the end is not recorded, after this.
 const END_REST: Duration = Duration::from_secs(2);
+/// How long a rewind waits for the store at a time, and how often it looks.
+const FOLLOW_WAIT: Duration = Duration::from_secs(20);
+const FOLLOW_LOOK: Duration = Duration::from_millis(20);
+/// After so many bytes it looks whether the store follows, if the size of segments is not known.
+const LOOK_EVERY: u64 = 1 << 20;
 
 /// Why a rewind could not be finished, and until when it rests.
 pub(crate) struct Unfinished {
@@ -284,7 +289,15 @@ impl Service {
         let errors = self.info(&info.name)?.origin_errors;
         let mut filter = self.filter()?;
         let name = info.name.clone();
+        let spec = self.specs().into_iter().find(|spec| spec.id == info.id);
+        let look_every = spec.map_or(LOOK_EVERY, |spec| spec.segment_bytes);
+        let mut unlooked = 0;
         let write = |offset: u64, bytes: &[u8]| {
+            unlooked += bytes.len() as u64;
+            if unlooked >= look_every {
+                unlooked = 0;
+                self.let_the_store_follow(&name);
+            }
             let op = FilterOp::RewindWrite {
                 name: name.clone(),
                 offset,
@@ -304,6 +317,22 @@ impl Service {
         match self.info(&info.name)?.origin_errors == errors {
             true => Ok(written),
             false => Err(error(LOST, "the device has reported errors meanwhile")),
+        }
+    }
+
+    /// What is written is recorded. A rewind can wait, so that it does not fill its log: that would be a bypass, and its end could be told only after all was
+    /// read again. A store that takes nothing is not waited for.
+    fn let_the_store_follow(&self, name: &str) {
+        let since = std::time::Instant::now();
+        while let Ok(info) = self.info(name)
+            && info.segments_held * 2 > info.segment_count
+            && info.state != "bypass"
+            && since.elapsed() < FOLLOW_WAIT
+        {
+            if self.take(&info, SegmentSequence(info.sequence)).is_err() {
+                return;
+            }
+            std::thread::sleep(FOLLOW_LOOK);
         }
     }
 

@@ -7,6 +7,8 @@
 //! Before the note is there nothing was run. From then on until it goes, the next start of the daemon runs the second command: perhaps although the first
 //! never ran, or once more. A first command that outlived the daemon is waited for as long as it would have been, else the second would come before it. While
 //! the policy cannot be read the note stays. It is not flushed: after a power cut most of what a command can hold is gone, too.
+//!
+//! A daemon that is told to end ends the first command, makes no point any more, and runs the second.
 
 use crate::hook::{self, Running};
 use crate::points::{Point, named};
@@ -30,6 +32,7 @@ pub(crate) struct ScheduledPoint {
 impl ScheduledPoint {
     /// Makes it; gives the volume's counter of writes afterwards, if it was made.
     pub(crate) fn run(&self) -> Option<u64> {
+        let _under_way = self.service.point_under_way()?;
         let mut point = Point {
             name: named(SCHEDULED),
             freeze: self.policy.freeze,
@@ -42,19 +45,24 @@ impl ScheduledPoint {
             let noted = |running: &Running| {
                 let _ = self.note(&point.name, Some(running));
             };
-            match self.command(&self.policy.before, &point.name, noted) {
+            let ends = || self.service.is_ending();
+            match self.command(&self.policy.before, &point.name, &ends, noted) {
                 Ok(ran) => point.application = ran,
                 Err(why) => self.say(&format!("before: {why}")),
             }
         }
-        let made = point.make(&self.service, &self.volume).map(Some);
+        let make = |point: &Point| match self.service.is_ending() {
+            true => Ok(None),
+            false => point.make(&self.service, &self.volume).map(Some),
+        };
+        let made = make(&point);
         let made = made.or_else(|refused| {
             // What cannot be frozen gets its point without.
             self.say(&refused.to_string());
             match refused.code.starts_with('H') {
                 true => {
                     point.freeze = false;
-                    point.make(&self.service, &self.volume).map(Some)
+                    make(&point)
                 }
                 false => Ok(None),
             }
@@ -85,6 +93,9 @@ impl ScheduledPoint {
 
     /// Ends a point at which an earlier daemon was killed.
     pub(crate) fn run_rest(&self) {
+        let Some(_under_way) = self.service.point_under_way() else {
+            return;
+        };
         let note = std::fs::read_to_string(&self.begun).unwrap_or_default();
         let mut lines = note.lines();
         let point = lines.next().unwrap_or_default();
@@ -99,7 +110,7 @@ impl ScheduledPoint {
 
     /// Runs the second command. Failed or not, it has had its turn.
     fn end(&self, point: &str) {
-        if let Err(why) = self.command(&self.policy.after, point, |_| ()) {
+        if let Err(why) = self.command(&self.policy.after, point, &|| false, |_| ()) {
             self.say(&format!("after: {why}"));
         }
         let _ = std::fs::remove_file(&self.begun);
@@ -118,6 +129,7 @@ impl ScheduledPoint {
         &self,
         command: &str,
         point: &str,
+        is_over: &dyn Fn() -> bool,
         begun: impl FnOnce(&Running),
     ) -> Result<bool, String> {
         if command.trim().is_empty() {
@@ -128,6 +140,6 @@ impl ScheduledPoint {
             ("VARVE_VOLUME", self.volume.as_str()),
             ("VARVE_POINT", point),
         ];
-        hook::run(command, &variables, self.limit(), begun).map(|()| true)
+        hook::run(command, &variables, self.limit(), is_over, begun).map(|()| true)
     }
 }

@@ -1,13 +1,13 @@
 //! What `varved` does: follows the logs, answers questions about the past.
 
 use crate::describe::{clock, history};
-use crate::export::{Exports, IMAGE, NbdExport};
+use crate::export::{Exports, NbdExport};
 use crate::keys::Keys;
 use crate::resolve::{ENDED, resolve};
 use crate::rewind::Unfinished;
 use crate::store_clock::StoreClock;
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use varve_control::{
@@ -15,16 +15,15 @@ use varve_control::{
     StoreReply, VolumeInfo, VolumeSpec, find_former, load_specs,
 };
 use varve_format::{Lsn, SegmentSequence, VolumeId, WallTime};
-use varve_front::fuse;
 use varve_log::DirectFile;
-use varve_store::{Drill, Image, StoreError, VolumeStore, ingest, volume_directory};
+use varve_store::{Drill, Image, StoreError, VolumeStore, ingest};
 
 /// How often the logs are looked at.
 const FOLLOW_EVERY: Duration = Duration::from_millis(500);
 
 /// Where a rewind goes that has begun, and after which the device was not shown again.
 pub(crate) fn open_rewind(volume: &VolumeInfo) -> Option<u64> {
-    let runs = !matches!(volume.state.as_str(), "failed" | "waiting");
+    let runs = !matches!(volume.state.as_str(), "failed" | "waiting" | "starting");
     volume.rewind_target.filter(|_| runs)
 }
 
@@ -62,6 +61,9 @@ pub struct Service {
     pub(crate) space_held_up_by: Mutex<String>,
     /// Histories of which what could not be read was tried again since this daemon began.
     retried: Mutex<BTreeSet<String>>,
+    /// The daemon was told to end; and points on the schedule that are being made.
+    pub(crate) ending: AtomicBool,
+    pub(crate) points_under_way: AtomicUsize,
     /// Rewinds that are open and could not be finished, by history.
     unfinished_rewinds: Mutex<BTreeMap<String, Unfinished>>,
 }
@@ -108,6 +110,8 @@ impl Service {
             clock: Mutex::new(None),
             taken: Mutex::new(BTreeSet::new()),
             space_is_stuck: AtomicBool::new(false),
+            ending: AtomicBool::new(false),
+            points_under_way: AtomicUsize::new(0),
             space_held_up_by: Mutex::default(),
             retried: Mutex::default(),
             unfinished_rewinds: Mutex::new(BTreeMap::new()),
@@ -277,7 +281,9 @@ impl Service {
                 };
                 if self.makes_room(&volume, &outcome) {
                     self.note_taken(&volume.id, true);
-                } else if open_rewind(&volume).is_some() || volume.state == "failed" {
+                } else if open_rewind(&volume).is_some()
+                    || matches!(volume.state.as_str(), "failed" | "starting")
+                {
                     self.note_taken(&volume.id, false);
                 } else if outcome.is_ok() {
                     self.note_taken(&volume.id, true);
@@ -300,17 +306,6 @@ impl Service {
     /// Takes away all that is shown.
     pub fn hide_all(&self) {
         self.exports.hide_all();
-    }
-
-    /// Takes away what a daemon that was killed has left of the images that it showed.
-    pub fn clear_dead_images(&self) {
-        let shown = std::fs::read_dir(self.paths.run().join("fuse"));
-        for directory in shown.into_iter().flatten().flatten() {
-            if directory.file_name().to_string_lossy().starts_with(IMAGE) {
-                fuse::clear_dead(&directory.path());
-                let _ = std::fs::remove_dir(directory.path());
-            }
-        }
     }
 
     pub(crate) fn paths(&self) -> &Paths {
@@ -431,7 +426,11 @@ impl Service {
     }
 
     /// Takes every sealed segment below `below` into the store and lets the log recycle it.
-    fn take(&self, volume: &VolumeInfo, below: SegmentSequence) -> Result<(), ControlError> {
+    pub(crate) fn take(
+        &self,
+        volume: &VolumeInfo,
+        below: SegmentSequence,
+    ) -> Result<(), ControlError> {
         let spec = self.specs().into_iter().find(|spec| spec.id == volume.id);
         let spec = spec.ok_or_else(|| {
             error(
@@ -494,7 +493,10 @@ impl Service {
     /// Brings the store up to this moment.
     pub(crate) fn refresh(&self, name: &str) -> Result<VolumeInfo, ControlError> {
         let volume = self.info(name)?;
-        if matches!(volume.state.as_str(), "failed" | "bypass" | UNPROTECTED) {
+        if matches!(
+            volume.state.as_str(),
+            "failed" | "starting" | "bypass" | UNPROTECTED
+        ) {
             return Ok(volume); // The log may not answer; history up to now can still be read.
         }
         let seal = FilterOp::Seal {
@@ -537,7 +539,7 @@ impl Service {
                     format!("{name} is protected no more: what was written since is in no history");
                 Ok((info, Some(error(ENDED, why))))
             }
-            Ok(info) if info.state == "failed" => {
+            Ok(info) if matches!(info.state.as_str(), "failed" | "starting") => {
                 let why = format!(
                     "{name} does not run ({}): what its log holds and the history does not is not there",
                     info.note
@@ -563,6 +565,7 @@ impl Service {
             StoreOp::Ping => Ok(StoreReply::Done),
             StoreOp::History { volume } => {
                 let (info, behind) = self.refresh_if_possible(&volume)?;
+                self.read_point_names(&info.id)?;
                 let asked = |store: &mut VolumeStore| {
                     let known = history(store).map_err(|e| store_error(&e))?;
                     Ok((known, store.volume()))
@@ -580,8 +583,8 @@ impl Service {
                 })
             }
             StoreOp::Resolve { volume, instant } => {
-                let (info, behind) = self.refresh_if_possible(&volume)?;
-                self.with_store(&info.id, |store| {
+                let (id, behind) = self.refreshed_for(&volume, &instant)?;
+                self.with_store(&id, |store| {
                     let lsn = resolve(store, &instant, behind.as_ref())?;
                     Ok(StoreReply::Resolved {
                         lsn: lsn.0,
@@ -662,9 +665,13 @@ impl Service {
                     None => Ok(StoreReply::Done),
                 }
             }
-            StoreOp::LacksBlocks { device } => Ok(StoreReply::LacksBlocks {
-                lacks: self.exports.lacks_blocks(&device)?,
-            }),
+            StoreOp::ImageTrouble { device } => {
+                let (lacks_blocks, no_room) = self.exports.trouble(&device)?;
+                Ok(StoreReply::ImageTrouble {
+                    lacks_blocks,
+                    no_room,
+                })
+            }
             StoreOp::GiveUpKept { volume } => {
                 self.with_store(&self.id_of(&volume)?, |store| {
                     store.give_up_kept().map_err(|e| store_error(&e))
@@ -717,28 +724,9 @@ impl Service {
                 secret_bytes,
                 is_key_file,
             } => self.keys_asked(ask, (secret_bytes, is_key_file), attached),
-            StoreOp::Forget { id } => {
-                let volume = VolumeId::parse(&id)
-                    .ok_or_else(|| error("V029-id", "the volume's id is not 32 hex digits"))?;
-                if self.specs().iter().any(|spec| spec.id == id) {
-                    let message = "that volume is protected: its history is being recorded. Nothing was deleted";
-                    return Err(error("V012-busy", message));
-                }
-                let path = volume_directory(&self.paths.store(), volume);
-                // An image opens its segments when they are read from. From here on nobody opens the history: the lock is held until its files are gone.
-                let _stores = self.stores_without(&id)?;
-                match std::fs::remove_dir_all(&path) {
-                    Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                        return Err(error("S001-io", format!("{}: {e}", path.display())));
-                    }
-                    _ => {}
-                }
-                let former = self.paths.former_volumes().join(format!("{id}.toml"));
-                let _ = std::fs::remove_file(former);
-                Ok(StoreReply::Done)
-            }
+            StoreOp::Forget { id } => self.forget(&id),
             StoreOp::Shutdown => {
-                self.hide_all();
+                self.end_all();
                 std::process::exit(0);
             }
         }
@@ -760,7 +748,23 @@ impl Service {
             }
         }
         let (info, behind) = self.refresh_if_possible(volume)?;
+        if matches!(instant, Instant::Point(_)) {
+            self.read_point_names(&info.id)?;
+        }
         Ok((info.id, behind))
+    }
+
+    /// Reads the names of recovery points, so that they are known: without the lock of the stores, because each lies in a segment.
+    fn read_point_names(&self, id: &str) -> Result<(), ControlError> {
+        let job = self.with_store(id, |store| Ok(store.names_to_read()))?;
+        if let Some(job) = job {
+            let names = job.run();
+            self.with_store(id, |store| {
+                store.learn_names(names);
+                Ok(())
+            })?;
+        }
+        Ok(())
     }
 
     pub(crate) fn image(

@@ -106,7 +106,9 @@ impl Service {
             }
         }
         self.space_is_stuck.store(true, Relaxed);
-        *self.held_up_by() = held_up.unwrap_or_default();
+        // Behind a hole nothing may go for now: there is nothing that is next.
+        let unknown = || undecided.first().map(|(_, id)| self.name_of(id));
+        *self.held_up_by() = held_up.or_else(unknown).unwrap_or_default();
         Ok(None)
     }
 

@@ -37,7 +37,10 @@ pub fn private_directory(path: &Path) -> std::io::Result<()> {
     if let Ok(found) = std::fs::metadata(path) {
         let mode = found.permissions().mode();
         return match found.is_dir() && mode & 0o077 != 0 {
-            true => or_read_only(std::fs::set_permissions(path, Permissions::from_mode(0o700))),
+            true => or_read_only(std::fs::set_permissions(
+                path,
+                Permissions::from_mode(0o700),
+            )),
             false => Ok(()),
         };
     }

@@ -54,7 +54,7 @@ pub use kept::KeptInstants;
 pub use keys::{KeysInfo, Secret, SecretKey, StoreKeys, VolumeKeys};
 pub use ladder::{Ladder, Nanoseconds, Rung, parse_span, show_span};
 pub use maps::MapJob;
-pub use point_names::PointNames;
+pub use point_names::{NamesJob, PointNames};
 pub use prune::{PrunedSegment, Sweep, Swept, Verdict};
 pub use retention::{Plan, Policy, RetentionJob};
 pub use salvage::{Salvaged, salvage};

@@ -153,7 +153,10 @@ pub fn salvage(
         let bytes = metadata
             .as_ref()
             .map_or(source.bytes, std::fs::Metadata::len);
-        if metadata.as_ref().is_ok_and(|found| is_there(found, &target)) {
+        if metadata
+            .as_ref()
+            .is_ok_and(|found| is_there(found, &target))
+        {
             salvaged.files += 1;
             salvaged.bytes += bytes;
             continue;

@@ -150,16 +150,17 @@ fn look(
         }
         Err(failed) => return Err(failed),
     };
-    // Damage to the history is not what is searched for.
-    let verdict = match verdict {
-        Verdict::Bad if image.lacks_blocks() => {
-            eprintln!(
-                "{}: the history lacks a part of it (`varve scrub` says which)",
-                image.instant()
-            );
+    // Neither damage to the history nor a full disk is what is searched for.
+    let trouble = match verdict {
+        Verdict::Bad => image.trouble(),
+        Verdict::Good | Verdict::Skip => None,
+    };
+    let verdict = match trouble {
+        Some(why) => {
+            eprintln!("{}: {why}", image.instant());
             Verdict::Skip
         }
-        verdict => verdict,
+        None => verdict,
     };
     let found = Found {
         lsn: image.lsn,

@@ -127,7 +127,6 @@ pub fn run(
         found: words.join("; "),
     };
     let when = image.instant();
-    image.close()?;
     // What could not be told about proves nothing, and disproves nothing either; that there is nothing known any more tells something.
     let untold = |part: &Part| part.not_to_be_mounted && !part.file_system.is_empty();
     if !parts.iter().all(untold) {
@@ -158,6 +157,7 @@ pub fn run(
         };
         println!("{} at {when}: {verdict}", held.volume);
     });
+    image.close()?;
     Ok(match proven {
         true => ExitCode::SUCCESS,
         false => ExitCode::from(7),
@@ -227,10 +227,12 @@ fn look(
             part.said += &format!("\n{why}");
         }
     }
-    if (part.unfinished || !part.is_good()) && image.lacks_blocks() {
+    if (part.unfinished || !part.is_good())
+        && let Some(why) = image.trouble()
+    {
         part.unfinished = true;
         part.not_to_be_mounted = false;
-        part.said += "\nthe history lacks a part of it: varve scrub says which instants have it";
+        part.said += &format!("\n{why}");
     }
     part
 }
@@ -270,14 +272,17 @@ fn mount_and_check(
     let options = ["nosuid", "nodev"];
     image.mount(part.partition, directory, MountMode::Writable, &options)?;
     part.mounted = true;
-    if let Some(command) = &args.exec {
-        part.command = match command::run(command, image, directory)? {
-            Verdict::Good => Some(true),
-            Verdict::Bad => Some(false),
-            Verdict::Skip => None,
-        };
-    }
+    let ran = args
+        .exec
+        .as_ref()
+        .map(|command| command::run(command, image, directory));
+    // Whatever became of the command: the next partition is mounted in the same place.
     image.unmount()?;
+    part.command = match ran.transpose()? {
+        Some(Verdict::Good) => Some(true),
+        Some(Verdict::Bad) => Some(false),
+        Some(Verdict::Skip) | None => None,
+    };
     let node = node_of(&image.device, part.partition);
     let Some((program, arguments, package)) = checker(&part.file_system) else {
         return Ok(());

@@ -8,7 +8,7 @@ mod place;
 mod versions;
 
 use crate::Context;
-use crate::image::{HeldImage, looking};
+use crate::image::{HeldImage, Trouble, looking};
 use crate::past::instant;
 use clap::Subcommand;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2, readlinkat};
@@ -138,14 +138,18 @@ impl Tree {
         let directory = looking(context);
         let mut options = MOUNT_OPTIONS.to_vec();
         options.extend(place.top_level.then_some("subvolid=5"));
-        image
-            .mount(place.partition, &directory, MountMode::ReadOnly, &options)
-            .map_err(|mut failed| {
-                if place.partition.is_none() {
-                    failed.message += ". If the volume is a whole disk, say --partition N";
-                }
-                failed
-            })?;
+        let mounted = image.mount(place.partition, &directory, MountMode::ReadOnly, &options);
+        if let Err(mut failed) = mounted {
+            // That says nothing of what there was at that instant.
+            if let Some(why) = image.trouble().filter(|why| *why == Trouble::NoRoom) {
+                let message = format!("{}: {why}", image.instant());
+                return Err(ControlError::new("X001-overlay", message));
+            }
+            if place.partition.is_none() {
+                failed.message += ". If the volume is a whole disk, say --partition N";
+            }
+            return Err(failed);
+        }
         let root = File::open(&directory)?;
         Ok(Tree { image, root })
     }

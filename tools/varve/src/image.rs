@@ -2,6 +2,7 @@
 
 use crate::past::unexpected;
 use crate::{Context, daemons};
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use varve_cli::{MountMode, mount_copy, node_of, show_time, with_clock_times};
@@ -22,6 +23,28 @@ pub struct HeldImage {
     /// Its time, ns.
     pub time_ns: i64,
     mounted: Option<PathBuf>,
+}
+
+/// What keeps an image from telling anything about the past.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trouble {
+    /// A part of it that was looked at could not be read: it is the history that is damaged, not what it shows.
+    LacksBlocks,
+    /// What was written to it, as mounting does, had no room.
+    NoRoom,
+}
+
+impl fmt::Display for Trouble {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Trouble::LacksBlocks => {
+                "the history lacks a part of it: varve scrub says which instants have it"
+            }
+            Trouble::NoRoom => {
+                "there was no room for what mounting it writes: make room on the store's disk, then try again"
+            }
+        })
+    }
 }
 
 impl HeldImage {
@@ -94,15 +117,18 @@ impl HeldImage {
         Ok(())
     }
 
-    /// Whether a part of it that was looked at could not be read: then it is the history that is damaged, not what it shows.
-    pub fn lacks_blocks(&mut self) -> bool {
-        let op = StoreOp::LacksBlocks {
+    /// What kept it from being looked at: then nothing is known of what it shows.
+    pub fn trouble(&mut self) -> Option<Trouble> {
+        let op = StoreOp::ImageTrouble {
             device: self.device.clone(),
         };
-        matches!(
-            self.client.call(&op),
-            Ok(StoreReply::LacksBlocks { lacks: true })
-        )
+        match self.client.call(&op) {
+            Ok(StoreReply::ImageTrouble {
+                lacks_blocks: true, ..
+            }) => Some(Trouble::LacksBlocks),
+            Ok(StoreReply::ImageTrouble { no_room: true, .. }) => Some(Trouble::NoRoom),
+            _ => None,
+        }
     }
 
     /// Unmounts it; it goes on being shown.

@@ -293,14 +293,21 @@ mod tests {
             free_bytes: 10 * GIB,
             ..space.clone()
         };
-        says(&little, &["history left: 5 days", "NOTHING MORE IS RECORDED"]);
+        says(
+            &little,
+            &["history left: 5 days", "NOTHING MORE IS RECORDED"],
+        );
         let unlimited = SpaceInfo {
             limit_bytes: 0,
             ..space.clone()
         };
         says(
             &unlimited,
-            &["no limit but the disk", "history left: 250 days", "RECORDED"],
+            &[
+                "no limit but the disk",
+                "history left: 250 days",
+                "RECORDED",
+            ],
         );
         let fast = SpaceInfo {
             bytes_per_day: 83 * GIB,

@@ -137,6 +137,10 @@ fn advise(volume: &VolumeInfo, history: &Result<VolumeHistory, ControlError>) ->
             unfinished.map_or("", |error| error.message.as_str()),
             "varve status --wait 600, or what is said above; varve scrub".to_owned(),
         ),
+        "starting" => to(
+            "it is being opened",
+            format!("varve status --wait 60 (then: varve history --volume {})", volume.name),
+        ),
         "failed" => to(
             "the volume does not run",
             "correct what the note says, then: varve down; varve up".to_owned(),

@@ -6,9 +6,14 @@ use crate::hot_copy::{CopyDevice, CopyFiles, CopyMemory, SpoolMemory};
 use crate::manager::{Manager, START_WAIT, error, is_busy};
 use crate::origin;
 use crate::running::{link, not_shown};
+use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
-use varve_control::{ControlError, CopySet, CopySpec, FrontKind, Paths, VolumeSpec};
+use std::path::Path;
+use varve_control::{
+    ControlError, CopySet, CopySpec, FrontKind, IMAGE, IMAGE_RECORD, Paths, VolumeSpec,
+};
 use varve_front::{
     Device, DeviceFactory, Geometry, RingPort, Showing, Stopper, Waker, show, show_partitions, ublk,
 };
@@ -170,18 +175,38 @@ impl Manager {
     }
 }
 
-/// For udev: the hot copy that a device shows.
+/// For udev: the hot copy, or the image of the past, that a device shows. Both carry the UUIDs and labels of the volume, by which nobody may find them.
 #[must_use]
 pub fn copy_name(paths: &Paths, device: &str) -> Option<String> {
+    if let Some(number) = device.strip_prefix("/dev/loop") {
+        return looped_name(paths, number.split('p').next()?);
+    }
     let number = device.strip_prefix("/dev/ublkb")?;
     let number = number.split('p').next()?;
-    std::fs::read_dir(paths.run())
-        .ok()?
-        .flatten()
-        .find_map(|entry| {
+    let recorded = |ending: &str| {
+        let mut entries = std::fs::read_dir(paths.run()).ok()?.flatten();
+        entries.find_map(|entry| {
             let name = entry.file_name().to_string_lossy().into_owned();
-            let name = name.strip_suffix(".copy-ublk")?.to_owned();
+            let name = name.strip_suffix(ending)?.to_owned();
             let recorded = std::fs::read_to_string(entry.path()).ok()?;
             (recorded.trim() == number).then_some(name)
         })
+    };
+    // A volume's own device is none of them, whatever a dead daemon has left there.
+    match recorded(".ublk") {
+        Some(_) => None,
+        None => recorded(".copy-ublk").or_else(|| recorded(IMAGE_RECORD)),
+    }
+}
+
+/// The same for the fallback: a loop device lies on a file in a directory of that name.
+fn looped_name(paths: &Paths, number: &str) -> Option<String> {
+    let backing = std::fs::read(format!("/sys/block/loop{number}/loop/backing_file")).ok()?;
+    let backing = Path::new(OsStr::from_bytes(backing.trim_ascii_end()));
+    let directory = backing.parent()?;
+    let shown = std::fs::canonicalize(paths.run()).ok()?.join("fuse");
+    let name = directory.file_name()?.to_str()?;
+    let is_second = name.starts_with("copy-") || name.starts_with(IMAGE);
+    let is_volume = || paths.volumes().join(format!("{name}.toml")).exists();
+    (directory.parent() == Some(&shown) && is_second && !is_volume()).then(|| name.to_owned())
 }

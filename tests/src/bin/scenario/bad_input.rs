@@ -5,7 +5,7 @@ use crate::rewinds::begin;
 use crate::{Outcome, export};
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 use varve_tests::scenario::{Installation, pause, run};
 
@@ -105,7 +105,14 @@ fn devices(varve: &Installation, files: &Path) -> Outcome {
     let with_state = |state: &str| {
         let device = text(&device);
         let arguments = [
-            "protect", &device, "--name", "d", "--state", state, "--log-size", "16",
+            "protect",
+            &device,
+            "--name",
+            "d",
+            "--state",
+            state,
+            "--log-size",
+            "16",
         ];
         varve.varve(&arguments)
     };
@@ -395,6 +402,13 @@ fn full_and_read_only(varve: &Installation, root: &Path, files: &Path) -> Outcom
     varve.varve(&["up"]).map(|_| ())
 }
 
+fn begin_rewind(varve: &Installation, instant: &str) -> Result<Child, String> {
+    let mut rewind = Command::new(varve.program("varve"));
+    rewind.arg("--root").arg(varve.root());
+    let rewind = rewind.args(["-q", "rewind", instant, "--yes"]).spawn();
+    rewind.map_err(|e| e.to_string())
+}
+
 /// A rewind whose records would have no room, neither in the store nor in the log, is not begun.
 fn rewind_without_room(varve: &Installation, files: &Path, store: &str) -> Outcome {
     let device = file_of(files, "room", 48 * MIB)?;
@@ -422,8 +436,28 @@ fn rewind_without_room(varve: &Installation, files: &Path, store: &str) -> Outco
     }
     varve.compare()?;
     room("400m")?;
-    varve.varve(&["rewind", "empty", "--yes"])?;
-    sh(&format!("cmp -n $((48 << 20)) {} /dev/zero", varve.device("r")?))?;
+    // It writes three times what the log holds, and waits for the store. The volume is known all the while.
+    let mut rewind = begin_rewind(varve, "empty")?;
+    let mut seen = 0;
+    let ended = loop {
+        if let Some(ended) = rewind.try_wait().map_err(|e| e.to_string())? {
+            break ended;
+        }
+        let status = varve.varve(&["--json", "status"]);
+        let status = status.unwrap_or_else(|told| told);
+        if !status.contains("\"name\": \"r\"") {
+            return Err(format!("in a rewind its volume is not known: {status}"));
+        }
+        seen += 1;
+    };
+    let status = varve.varve(&["--json", "status"])?;
+    if !ended.success() || seen < 3 || !status.contains("\"bypasses\": 0,") {
+        return Err(format!("{ended}, seen {seen} times: {status}"));
+    }
+    sh(&format!(
+        "cmp -n $((48 << 20)) {} /dev/zero",
+        varve.device("r")?
+    ))?;
     varve.varve(&["unprotect", "r", "--forget"]).map(|_| ())
 }
 

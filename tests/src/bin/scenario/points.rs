@@ -426,12 +426,52 @@ fn scheduled(story: &Story<'_>, start: Instant) -> Outcome {
         story,
         &policy("touch $VARVE_BEGUN; sleep 10; touch $VARVE_HELD", 20),
     )?;
+    stopped_between(
+        story,
+        &policy("touch $VARVE_BEGUN; touch $VARVE_HELD; sleep 100", 120),
+    )?;
     varve.varve(&["policy", "set", "--points", "0"])?;
     say(
         start,
-        "the daemon killed between the commands: the second one is run at its start",
+        "the daemon stopped or killed between the commands: the second one is run at its start",
     );
     Ok(())
+}
+
+/// A daemon that is stopped lets go what the first command holds, and does not wait for that.
+fn stopped_between(story: &Story<'_>, policy: &str) -> Outcome {
+    let (varve, held) = (story.varve, story.varve.root().join("held-2"));
+    let begun = varve.root().join("begun-2");
+    let policy = policy.replace("$VARVE_HELD", &held.display().to_string());
+    let policy = policy.replace("$VARVE_BEGUN", &begun.display().to_string());
+    let let_go = format!("after = \"rm -f {}; ", held.display());
+    story.policy(&policy.replace("after = \"", &let_go))?;
+    story.write("work-before-a-stop")?;
+    let since = Instant::now();
+    while !held.exists() {
+        if since.elapsed() > Duration::from_secs(30) {
+            return Err(format!("no command was run: {}", varve.messages()));
+        }
+        pause(50);
+    }
+    let process = sh(&format!(
+        "pgrep -o -f 'varved --root {}'",
+        varve.root().display()
+    ))?;
+    let since = Instant::now();
+    sh(&format!("kill -TERM {}", process.trim()))?;
+    while sh(&format!("kill -0 {} 2>/dev/null", process.trim())).is_ok() {
+        if since.elapsed() > Duration::from_secs(40) {
+            return Err("a daemon that is stopped waits for a command".to_owned());
+        }
+        pause(50);
+    }
+    if held.exists() {
+        return Err("what the first command holds stays held without the daemon".to_owned());
+    }
+    story.policy("")?;
+    varve.varve(&["up"])?;
+    varve.wait_protected()
 }
 
 /// What the first command holds, the second lets go, although the daemon that ran the one was killed while it was still about to take hold.

@@ -144,12 +144,13 @@ pub fn store_life(varve: &Installation, device: &str) -> Outcome {
     if digest_of(varve, "early")? != early || digest_of(varve, "point-9")? != later {
         return Err("an instant is another one in the salvaged store".to_owned());
     }
-    throttled(varve, &mapped)?;
+    throttled(varve)?;
     varve.varve(&["down"]).map(drop)
 }
 
 /// Compressing takes no more of a processor than the policy says.
-fn throttled(varve: &Installation, mapped: &str) -> Outcome {
+fn throttled(varve: &Installation) -> Outcome {
+    let mapped = varve.device("disk")?;
     let policy = varve.root().join("etc/varve/store.toml");
     let policy = |text: &str| std::fs::write(&policy, text).map_err(|e| e.to_string());
     until_settled(varve)?;

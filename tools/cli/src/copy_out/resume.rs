@@ -1,7 +1,7 @@
 //! How far a copy to a file has come, beside the file: `FILE.varve-progress`. Everything below what it says is durably there.
 
 use std::io::Write;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use varve_control::sysfs;
 /// What is being copied: it never changes, and nothing else is named like this.
@@ -109,7 +109,14 @@ impl Resume {
     pub fn note(&self, done: u64) -> std::io::Result<()> {
         let mut new = self.path.clone().into_os_string();
         new.push(".new");
-        let mut file = std::fs::File::create(&new)?;
+        // In a directory that others may write a link could lie there.
+        let _ = std::fs::remove_file(&new);
+        let mut options = std::fs::File::options();
+        let mut file = options
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&new)?;
         writeln!(
             file,
             "copy-2 {} {} {} {} {done} end",

@@ -1,13 +1,19 @@
 //! Getting a file or a tree back. `cp` copies, because it keeps what there is to keep; what is there already is replaced only if that was said, and in
 //! one step, when the new one is whole.
+//!
+//! The target may lie in a directory that somebody else owns, who may rename what is in it and put links in its place at any moment. So nothing is written by
+//! a path: directories are opened once, looked at, and named by what is open.
 
 use crate::Context;
 use crate::files::place::Place;
 use crate::files::{Tree, kind_of, name_of};
-use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, RenameFlags, openat, renameat, renameat2};
+use nix::sys::stat::{Mode, mkdirat};
 use serde::Serialize;
+use std::fs::File;
 use std::io::Read;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -71,8 +77,8 @@ pub fn run(
             to.display()
         )));
     }
-    let directory = beside(&to)?;
-    let (leftover, naming) = (directory.clone(), Arc::new(Mutex::new(Naming::Open)));
+    let workshop = Workshop::beside(&to)?;
+    let (leftover, naming) = (workshop.path.clone(), Arc::new(Mutex::new(Naming::Open)));
     let broken_off = Arc::clone(&naming);
     at_signal(move |code| {
         // What has its name is there, whole; what has none gets none any more.
@@ -80,10 +86,9 @@ pub fn run(
         let _ = std::fs::remove_dir_all(&leftover);
         code
     });
-    let part = directory.join("part");
-    let copied = copy(&tree, place, &part, metadata.is_dir())
-        .and_then(|incomplete| put(&part, &to, target.overwrite, &naming).map(|()| incomplete));
-    let _ = std::fs::remove_dir_all(&directory);
+    let copied = copy(&tree, place, &workshop.part(), metadata.is_dir())
+        .and_then(|incomplete| put(&workshop, &to, target.overwrite, &naming).map(|()| incomplete));
+    let _ = std::fs::remove_dir_all(&workshop.path);
     let incomplete = copied?;
     let got = Got {
         volume: place.volume.clone(),
@@ -169,15 +174,51 @@ fn destination(place: &Place, target: &Target) -> Result<PathBuf, ControlError> 
     Ok(to)
 }
 
+/// What is copied is called so until it is whole.
+const PART: &str = "part";
+
 /// A directory of its own beside the target, for as long as what is copied is not whole: nobody else's, and under a name that nobody knows before.
-fn beside(to: &Path) -> Result<PathBuf, ControlError> {
-    let parent = to.parent().unwrap_or(Path::new("/"));
-    let mut random = [0u8; 8];
-    std::fs::File::open("/dev/urandom")?.read_exact(&mut random)?;
-    let directory = parent.join(format!(".varve-{:016x}", u64::from_ne_bytes(random)));
-    let made = std::fs::DirBuilder::new().mode(0o700).create(&directory);
-    made.map_err(|error| refused(format!("{}: {error}", directory.display())))?;
-    Ok(directory)
+struct Workshop {
+    /// The directory that the target gets its name in.
+    parent: File,
+    /// The one beside the target, and its path: by that it is removed, which follows no link.
+    directory: File,
+    path: PathBuf,
+}
+
+impl Workshop {
+    fn beside(to: &Path) -> Result<Workshop, ControlError> {
+        let above = to.parent().unwrap_or(Path::new("/"));
+        let mut random = [0u8; 8];
+        File::open("/dev/urandom")?.read_exact(&mut random)?;
+        let name = format!(".varve-{:016x}", u64::from_ne_bytes(random));
+        let path = above.join(&name);
+        let failed = |error: std::io::Error| refused(format!("{}: {error}", path.display()));
+        let parent = File::open(above).map_err(failed)?;
+        mkdirat(&parent, name.as_str(), Mode::S_IRWXU).map_err(|errno| failed(errno.into()))?;
+        // `cp` gets it, too: it is not closed for children.
+        let how = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW;
+        let opened = openat(&parent, name.as_str(), how, Mode::empty());
+        let directory = File::from(opened.map_err(|errno| failed(errno.into()))?);
+        let is = directory.metadata().map_err(failed)?;
+        let ours = is.uid() == nix::unistd::geteuid().as_raw() && is.mode() & 0o077 == 0;
+        if !ours {
+            return Err(refused(format!(
+                "somebody puts other things in the place of what is made in {}. Nothing was written; choose a directory with --to that only you can write",
+                above.display()
+            )));
+        }
+        Ok(Workshop {
+            parent,
+            directory,
+            path,
+        })
+    }
+
+    /// Where the part is copied to.
+    fn part(&self) -> PathBuf {
+        name_of(&self.directory).join(PART)
+    }
 }
 
 /// Copies; gives what was said of parts of a tree that could not be copied. The rest of it is there.
@@ -247,7 +288,7 @@ fn copy(
 
 /// Gives it its name once all of it is on the disk.
 fn put(
-    part: &Path,
+    workshop: &Workshop,
     to: &Path,
     overwrite: bool,
     naming: &Mutex<Naming>,
@@ -255,9 +296,9 @@ fn put(
     let failed = |error: std::io::Error| {
         ControlError::new("H017-write", format!("{}: {error}", to.display()))
     };
-    let parent = to.parent().unwrap_or(Path::new("/"));
-    let directory = std::fs::File::open(parent).map_err(failed)?;
-    nix::unistd::syncfs(&directory).map_err(|errno| failed(errno.into()))?;
+    let (from, parent) = (&workshop.directory, &workshop.parent);
+    let name = to.file_name().unwrap_or_default();
+    nix::unistd::syncfs(parent).map_err(|errno| failed(errno.into()))?;
     let flags = match overwrite {
         true => RenameFlags::empty(),
         false => RenameFlags::RENAME_NOREPLACE,
@@ -266,10 +307,11 @@ fn put(
     if *naming == Naming::BrokenOff {
         return Err(failed(std::io::ErrorKind::Interrupted.into()));
     }
-    match renameat2(AT_FDCWD, part, AT_FDCWD, to, flags) {
+    let named = match renameat2(from, PART, parent, name, flags) {
         // A file system that does not know the flag (it was looked at before).
-        Err(nix::errno::Errno::EINVAL) => std::fs::rename(part, to).map_err(failed)?,
-        other => other.map_err(|errno| failed(errno.into()))?,
-    }
-    directory.sync_all().map_err(failed)
+        Err(Errno::EINVAL) => renameat(from, PART, parent, name),
+        other => other,
+    };
+    named.map_err(|errno| failed(errno.into()))?;
+    parent.sync_all().map_err(failed)
 }
