@@ -6,7 +6,7 @@
 )]
 
 use blkfilter::{AckPolicy, Law, Rules};
-use varve_log::{CrashPlan, Disk};
+use varve_log::{CrashPlan, Disk, DiskFault};
 use varve_tests::crashing::{self, crash_and_check, operations_of};
 use varve_tests::simulated::{Cut, Script, Simulated, VOLUME_BYTES};
 
@@ -224,6 +224,40 @@ fn log_faults_reach_bypass_and_heal() {
         );
     }
     assert!(bypasses > 0, "no run reached bypass");
+}
+
+/// The log hangs while a volume starts, and what hung lands later: the header of a segment that never counted stands before the segments of the epoch that lives.
+#[test]
+fn a_header_that_lands_late_hides_nothing() {
+    let mut late = 0;
+    for seed in 0..12 {
+        let script = Script {
+            log_faults: false,
+            ..script(seed)
+        };
+        let mut sim = Simulated::<Law>::new(script);
+        assert!(sim.start() && sim.run(script));
+        sim.cut(Cut::Kill);
+        sim.machine.borrow_mut().disk(Disk::Log).fault = DiskFault::StalledWrites;
+        assert!(sim.start());
+        late += u64::from(sim.reports.last().unwrap().in_bypass);
+        sim.machine.borrow_mut().disk(Disk::Log).fault = DiskFault::None;
+        assert!(sim.run(script));
+        sim.check()
+            .unwrap_or_else(|broken| panic!("seed {seed}: {broken}"));
+        let end = sim.history().end;
+        sim.cut(Cut::Kill);
+        assert!(sim.start());
+        assert!(
+            sim.history().end >= end,
+            "seed {seed}: the history ended at {end}, now at {}",
+            sim.history().end
+        );
+        assert!(sim.run(script));
+        sim.check()
+            .unwrap_or_else(|broken| panic!("seed {seed}: {broken}"));
+    }
+    assert!(late > 6, "only {late} starts met a log that hung");
 }
 
 /// The most that is read again after a power cut, wherever it comes once the first copy is whole, if so many regions may be open.

@@ -69,7 +69,7 @@ pub(crate) fn old_epoch(found: &Found) -> OldEpoch {
         (Some(scan), _) => OldEpoch {
             sequence: scan.tail.sequence,
             epoch: scan.tail.epoch,
-            durable: scan.tail.lsn_end,
+            durable: scan.tail.durable,
             next: scan.tail.lsn_end,
             bytes: scan.tail.bytes,
             hash: scan.tail.hash,

@@ -441,13 +441,16 @@ impl<R: Rules> Volume<R> {
         rewinding: Option<(SpanKind, Lsn, u64)>,
         report: &mut StartReport,
     ) {
+        let begun = self.writer.epoch();
         self.writer
             .stand_by(old.epoch, old.sequence, old.oldest_held, old.next);
         let mut old = old;
         if !self.writer.is_quiet() {
-            // What hangs may still land in the place that comes next: leave that out.
+            // What hangs may still land in the place that comes next: leave that out. Its header, if it lands, is of the epoch that was begun: what comes behind
+            // it descends from that, else it would not seem to belong to the log.
             self.writer.forget_flights();
             old.sequence.0 += 1;
+            old.epoch = begun;
         }
         self.writer.poison(error);
         self.state = VolumeState::Bypass;

@@ -122,7 +122,12 @@ pub fn clear_dead(paths: &Paths) {
         .flatten()
         .flatten()
     {
-        if record.file_name().to_string_lossy().ends_with(IMAGE_RECORD) {
+        let name = record.file_name().to_string_lossy().into_owned();
+        let process = name
+            .strip_suffix(IMAGE_RECORD)
+            .and_then(|name| name.strip_prefix(IMAGE)?.split('-').next());
+        // One that was started beside another is refused in a moment: what that shows is there.
+        if process.is_some_and(|process| !Path::new("/proc").join(process).exists()) {
             let _ = std::fs::remove_file(record.path());
         }
     }

@@ -41,6 +41,13 @@ impl Service {
     ) -> Result<u64, ControlError> {
         self.refresh(&volume.name)?;
         let image = self.with_store(&volume.id, |store| {
+            // What is equal to an image that lacks a segment is another block once that can be read: everything is copied.
+            if store.is_partly_unknown() {
+                return Err(error(
+                    "S026-unknown",
+                    "a part of the history cannot be read now: nothing is taken for equal, everything is copied",
+                ));
+            }
             Image::open(store, store.timeline().end()).map_err(|e| store_error(&e))
         })?;
         let origin = open_origin(&volume.device)?;

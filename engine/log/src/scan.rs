@@ -8,7 +8,8 @@ use crate::{Buffer, Disk, LogGeometry, Medium, Operation, run_blocking};
 use std::io;
 use varve_format::{
     BATCH_HEADER_BYTES, BATCH_PAYLOAD_BYTES_MAX, Checkpoint, EpochId, FormatError, Hash128, Lsn,
-    Record, RecordKind, SegmentHeader, SegmentSequence, SpanKind, VolumeState, WallTime,
+    OPEN_REGIONS_MAX, Record, RecordKind, SegmentHeader, SegmentSequence, SpanKind, VolumeState,
+    WallTime,
 };
 
 /// A segment that lies in the ring.
@@ -33,8 +34,10 @@ pub struct Tail {
     pub bytes: u64,
     /// Hash of its last valid batch.
     pub hash: Hash128,
-    /// LSN after its last valid record.
+    /// LSN after its last valid record: the next one's.
     pub lsn_end: Lsn,
+    /// LSN after the last valid record of the log. Less than `lsn_end` if the newest segment has none, and begins behind numbers that were given up.
+    pub durable: Lsn,
     /// Wall time of its last record, or of its opening.
     pub time: WallTime,
 }
@@ -50,7 +53,8 @@ pub struct ScanResult {
     pub failed: Vec<(u64, u64)>,
     /// The last record was a clean close.
     pub clean_close: bool,
-    /// Oldest segment in the ring that the store may still need: of the unbroken sequence that ends with the tail, and not released when the tail's segment was opened.
+    /// Oldest segment in the ring that the store may still need: it was not released when the tail's segment was opened. Whether those between can be read says
+    /// nothing about that.
     pub oldest: SegmentSequence,
     /// What stopped the scan, for the report.
     pub broke_at: Option<String>,
@@ -149,7 +153,7 @@ pub fn scan(
         let _ = foreign;
         return Err(FormatError::Foreign("volume").into());
     }
-    for (index, segment) in headers.iter().enumerate().rev() {
+    for segment in headers.iter().rev() {
         // A header whose checkpoint is torn was never flushed: nothing in that segment was durable, the one before it is whole.
         match SegmentReader::open(
             &mut source as &mut dyn ReadAt,
@@ -157,8 +161,10 @@ pub fn scan(
             geometry.segment_bytes,
         ) {
             Ok(opened) => {
-                let released = SegmentSequence(opened.header().oldest_held.get());
-                let oldest = oldest_of(&headers[..=index]).max(released);
+                let released = opened.header().oldest_held.get();
+                let (tail, count) = (opened.header().sequence.get(), geometry.segment_count);
+                let first_place = (tail + 1).saturating_sub(count);
+                let oldest = SegmentSequence(released.max(first_place).min(tail));
                 return scan_segment(opened, oldest).map(Some);
             }
             Err(SegmentError::Format(
@@ -176,17 +182,6 @@ impl ReadAt for &mut dyn ReadAt {
     }
 }
 
-fn oldest_of(headers: &[RingSegment]) -> SegmentSequence {
-    let mut oldest = headers[headers.len() - 1].header.sequence.get();
-    for segment in headers.iter().rev().skip(1) {
-        if segment.header.sequence.get() + 1 != oldest {
-            break;
-        }
-        oldest -= 1;
-    }
-    SegmentSequence(oldest)
-}
-
 fn scan_segment(
     mut reader: SegmentReader<&mut dyn ReadAt>,
     oldest: SegmentSequence,
@@ -198,6 +193,7 @@ fn scan_segment(
     let mut clean_close = false;
     let mut time = header.wall_time();
     let mut volume_bytes = header.volume_bytes.get();
+    let mut too_long = false;
     let broke_at = loop {
         match reader.advance() {
             Ok(true) => {}
@@ -216,7 +212,7 @@ fn scan_segment(
                 RecordKind::SizeChange => volume_bytes = found.record.length.get(),
                 _ => {}
             }
-            note_record(
+            too_long |= !note_record(
                 &mut checkpoint,
                 found.kind,
                 found.lsn,
@@ -225,8 +221,15 @@ fn scan_segment(
                 region_bytes,
             );
         })?;
+        if too_long {
+            return Err(FormatError::Field("record.length").into());
+        }
     };
     let (bytes, hash, lsn_end) = reader.tail();
+    let durable = match lsn_end == header.lsn_start() {
+        true => Lsn(header.previous_lsn_end.get()),
+        false => lsn_end,
+    };
     let tail = Tail {
         sequence: header.sequence(),
         epoch: header.epoch(),
@@ -234,6 +237,7 @@ fn scan_segment(
         bytes,
         hash,
         lsn_end,
+        durable,
         time,
     };
     Ok(ScanResult {
@@ -247,7 +251,7 @@ fn scan_segment(
     })
 }
 
-/// Brings a checkpoint up to date with a record behind it.
+/// Brings a checkpoint up to date with a record behind it. False: it is longer than any record of ours, and opens nothing.
 pub fn note_record(
     checkpoint: &mut Checkpoint,
     kind: RecordKind,
@@ -255,7 +259,7 @@ pub fn note_record(
     record: &Record,
     payload: &[u8],
     region_bytes: u64,
-) {
+) -> bool {
     match kind {
         RecordKind::Stable => {
             if let Ok(newer) = Checkpoint::parse(payload) {
@@ -268,7 +272,7 @@ pub fn note_record(
         | RecordKind::Intent
         | RecordKind::Undefined
         | RecordKind::Failed => {
-            open_regions(
+            return open_regions(
                 checkpoint,
                 record.offset.get(),
                 record.length.get(),
@@ -302,6 +306,7 @@ pub fn note_record(
         | RecordKind::SizeChange
         | RecordKind::CleanClose => {}
     }
+    true
 }
 
 fn state_of(kind: SpanKind) -> VolumeState {
@@ -313,14 +318,22 @@ fn state_of(kind: SpanKind) -> VolumeState {
     }
 }
 
-fn open_regions(checkpoint: &mut Checkpoint, offset: u64, length: u64, region_bytes: u64) {
+fn open_regions(checkpoint: &mut Checkpoint, offset: u64, length: u64, region_bytes: u64) -> bool {
     if length == 0 {
-        return;
+        return true;
     }
-    for region in offset / region_bytes..=(offset + length - 1) / region_bytes {
-        let region = region as u32;
+    let first = offset / region_bytes;
+    let last = offset.saturating_add(length - 1) / region_bytes;
+    let (Ok(first), Ok(last)) = (u32::try_from(first), u32::try_from(last)) else {
+        return false;
+    };
+    if (last - first) as usize >= OPEN_REGIONS_MAX {
+        return false;
+    }
+    for region in first..=last {
         if let Err(at) = checkpoint.regions.binary_search(&region) {
             checkpoint.regions.insert(at, region);
         }
     }
+    true
 }

@@ -22,6 +22,8 @@ pub enum DiskFault {
     FailWrites,
     /// Nothing completes.
     Stalled,
+    /// Reads complete, nothing else does.
+    StalledWrites,
     /// Flushes answer at once and do nothing: a disk, or a build, that lies.
     IgnoreFlush,
 }
@@ -316,7 +318,12 @@ impl Medium for SimMedium {
         }
         let ready: Vec<usize> = (0..machine.in_flight.len())
             .filter(|i| {
-                machine.disks[machine.in_flight[*i].disk as usize].fault != DiskFault::Stalled
+                let flight = &machine.in_flight[*i];
+                match machine.disks[flight.disk as usize].fault {
+                    DiskFault::Stalled => false,
+                    DiskFault::StalledWrites => matches!(flight.operation, Operation::Read { .. }),
+                    DiskFault::None | DiskFault::FailWrites | DiskFault::IgnoreFlush => true,
+                }
             })
             .collect();
         if ready.is_empty() {

@@ -141,3 +141,91 @@ fn log_of_another_volume_is_refused() {
     };
     assert!(scan(&mut SimMedium::new(&machine), &other).is_err());
 }
+
+/// A log of three segments, the second and third full to some degree, and its writer, all durable.
+fn three_segments() -> (Rc<RefCell<SimMachine>>, LogWriter) {
+    let machine = Rc::new(RefCell::new(SimMachine::new(
+        9,
+        [0, SEGMENT as usize * 6, 0, 0],
+    )));
+    let mut medium = SimMedium::new(&machine);
+    let mut writer = writer(&mut medium);
+    while writer.status().sequence < SegmentSequence(3) {
+        if writer.has_room(1, 4096, false) {
+            let record = Record::new(RecordKind::Write, 0, 4096, 0);
+            writer.append(medium.now(), record, 4096, |bytes| bytes.fill(1));
+        }
+        settle(&mut writer, &mut medium);
+    }
+    (machine, writer)
+}
+
+fn settle(writer: &mut LogWriter, medium: &mut SimMedium) {
+    writer.want_durable(writer.next_lsn());
+    while writer.durable_lsn() < writer.next_lsn() || !writer.is_quiet() {
+        writer.pump(medium);
+        if writer.wants_roll() {
+            writer.roll(medium, &checkpoint());
+        }
+        if let Some(completion) = medium.poll(false) {
+            writer.complete(completion.token, completion.result);
+        }
+    }
+}
+
+#[test]
+fn a_damaged_header_does_not_release_what_lies_before_it() {
+    let (machine, writer) = three_segments();
+    assert_eq!(writer.status().segments_held, 3);
+    let found = |machine: &Rc<RefCell<SimMachine>>| {
+        scan(&mut SimMedium::new(machine), &geometry())
+            .unwrap()
+            .unwrap()
+    };
+    assert_eq!(found(&machine).oldest, SegmentSequence(1));
+    // The second segment lies in the third place.
+    let mut log = machine.borrow_mut();
+    log.disk(crate::Disk::Log)
+        .tamper(2 * SEGMENT as usize + 100, &[0xee; 8]);
+    drop(log);
+    assert_eq!(found(&machine).oldest, SegmentSequence(1));
+}
+
+/// Only the header of a segment landed, of an epoch that began behind numbers that were given up: nothing of them is durable.
+#[test]
+fn a_segment_without_records_makes_nothing_durable() {
+    let (machine, mut writer) = three_segments();
+    let mut medium = SimMedium::new(&machine);
+    let end = writer.next_lsn();
+    let opening = SegmentOpening {
+        epoch: EpochId([2; 16]),
+        parent_epoch: EpochId([1; 16]),
+        sequence: SegmentSequence(4),
+        lsn_start: Lsn(end.0 + 50),
+        previous_lsn_end: end,
+        previous_bytes: 0,
+        previous_hash: Hash128::default(),
+    };
+    writer.begin_epoch(&mut medium, opening, SegmentSequence(1), &checkpoint());
+    while !writer.is_quiet() {
+        writer.pump(&mut medium);
+        if let Some(completion) = medium.poll(false) {
+            writer.complete(completion.token, completion.result);
+        }
+    }
+    let found = scan(&mut medium, &geometry()).unwrap().unwrap();
+    assert_eq!(found.tail.sequence, SegmentSequence(4));
+    assert_eq!(found.tail.lsn_end, Lsn(end.0 + 50));
+    assert_eq!(found.tail.durable, end);
+}
+
+/// Whoever can write the log may write a record of any length: it costs neither time nor memory.
+#[test]
+fn a_record_longer_than_any_is_damage() {
+    let (machine, mut writer) = three_segments();
+    let mut medium = SimMedium::new(&machine);
+    let record = Record::new(RecordKind::Discard, 0, 1 << 62, 0);
+    writer.append(medium.now(), record, 0, |_| {});
+    settle(&mut writer, &mut medium);
+    assert!(scan(&mut medium, &geometry()).is_err());
+}
