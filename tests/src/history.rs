@@ -42,7 +42,11 @@ impl History {
     #[must_use]
     pub fn read(log: &[u8], segment_bytes: u64, segment_count: u64) -> History {
         let mut source = log;
-        let headers = read_headers(&mut source, segment_bytes, segment_count).unwrap();
+        let mut headers = read_headers(&mut source, segment_bytes, segment_count).unwrap();
+        // What lies before that was given up.
+        if let Some(held) = headers.last().map(|newest| newest.header.oldest_held.get()) {
+            headers.retain(|segment| segment.header.sequence.get() >= held);
+        }
         let mut history = History::default();
         for (index, segment) in headers.iter().enumerate() {
             let next = headers.get(index + 1);

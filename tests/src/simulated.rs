@@ -11,7 +11,9 @@ use blkfilter::{
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::rc::Rc;
-use varve_format::{Fingerprint, Lsn, RecordKind, VolumeId, VolumeState};
+use varve_format::{
+    Fingerprint, Lsn, RecordKind, SegmentSequence, VolumeId, VolumeState, WallTime,
+};
 use varve_front::{Request, RequestKind};
 use varve_log::{Buffer, CrashPlan, Disk, DiskFault, Medium, Memory, SimMachine, SimMedium};
 
@@ -101,6 +103,8 @@ pub struct Simulated<R: Rules = Law> {
     comparison: Option<Comparison>,
     /// Whether the comparison with the history flushes the origin first, as it must.
     pub flush_before_comparing: bool,
+    /// Whether somebody compares a volume in doubt with its history.
+    pub compares: bool,
     /// Bytes that comparisons have found equal.
     pub found_equal: u64,
     /// Hot copies, if the script has some.
@@ -158,6 +162,7 @@ impl<R: Rules> Simulated<R> {
             broken: None,
             comparison: None,
             flush_before_comparing: true,
+            compares: true,
             found_equal: 0,
             copies: None,
         }
@@ -225,7 +230,7 @@ impl<R: Rules> Simulated<R> {
 
     /// One turn: run, maybe one completion, answers. False: crashed.
     fn turn(&mut self) -> bool {
-        if self.volume.is_some() && self.random(3) == 0 {
+        if self.volume.is_some() && self.random(3) == 0 && self.compares {
             self.compare_some();
         }
         let Some(volume) = self.volume.as_mut() else {
@@ -529,6 +534,28 @@ impl<R: Rules> Simulated<R> {
                 self.machine.borrow_mut().kill_process();
             }
         }
+    }
+
+    /// Seals the open segment, so that all of the log can be taken.
+    pub fn seal(&mut self) {
+        assert!(self.settle());
+        for _ in 0..100_000 {
+            if self.volume.as_ref().unwrap().segment_is_empty() {
+                // The header of the next one lands a moment later.
+                for _ in 0..50 {
+                    assert!(self.turn());
+                }
+                return;
+            }
+            assert!(self.turn());
+        }
+        panic!("the segment is never sealed");
+    }
+
+    /// Tells the volume where the history ends, behind its log.
+    pub fn go_on_above(&mut self, end: (SegmentSequence, Lsn), since: WallTime) -> bool {
+        let volume = self.volume.as_mut().unwrap();
+        volume.go_on_above(&mut self.medium, end, since)
     }
 
     /// Closes the volume cleanly.

@@ -61,6 +61,17 @@ pub enum FilterOp {
         /// Name of the volume.
         name: String,
     },
+    /// The history ends behind the log, which was put back to an older state: give up what the log holds, go on behind the history, compare the device.
+    GoOnAbove {
+        /// Name of the volume.
+        name: String,
+        /// The history's last segment.
+        sequence: u64,
+        /// Its end.
+        lsn: u64,
+        /// The time of that, ns.
+        since_ns: i64,
+    },
     /// A comparison of an unverified volume with its history has come this far.
     Verified {
         /// Name of the volume.

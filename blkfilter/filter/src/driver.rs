@@ -8,7 +8,7 @@ use crate::{Law, StartReport, VolumeStatus};
 use crossbeam_channel::{Receiver, Sender};
 use std::collections::VecDeque;
 use std::time::Duration;
-use varve_format::{Fingerprint, Lsn, SegmentSequence, VolumeState};
+use varve_format::{Fingerprint, Lsn, SegmentSequence, VolumeState, WallTime};
 use varve_front::{Answer, Device, Request, RingPort};
 use varve_log::{Disk, Medium, OwnRing, UringMedium};
 
@@ -24,6 +24,8 @@ pub enum Message {
     Release(SegmentSequence),
     /// The history lacks something: begin a span of doubt. Answered with whether there is one now.
     Doubt(Sender<bool>),
+    /// The history ends here, behind this log, at this time: begin an epoch behind it. Answered with whether that is done.
+    GoOnAbove((SegmentSequence, Lsn), WallTime, Sender<bool>),
     /// A comparison has come this far: its number, the end of what it has seen, ranges that are equal. Answered with whether to go on.
     Verified(u64, u64, Vec<(u64, u64)>, Sender<bool>),
     /// End the rewind span; answered once that is durable.
@@ -215,6 +217,9 @@ impl Device for VolumeDevice {
                 Message::Release(below) => self.volume.release_segments_below(below),
                 Message::Doubt(reply) => {
                     let _ = reply.send(self.volume.doubt(medium));
+                }
+                Message::GoOnAbove(end, since, reply) => {
+                    let _ = reply.send(self.volume.go_on_above(medium, end, since));
                 }
                 Message::Verified(number, below, equal, reply) => {
                     let now = medium.now().monotonic_ns;

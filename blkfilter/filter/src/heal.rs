@@ -9,6 +9,8 @@
 //! * The state file speaks for the new epoch, the exact checkpoint is not yet durable: the epoch's first checkpoint said "copy everything".
 //! * The mark cannot be written either: production goes on, the volume is `unverified` from then on, and healing reads everything again. A power cut in
 //!   this double fault is the one case that leaves no trace on any disk; it is reported while it lasts.
+//! * The log is another one than the history's (`go_on_above`): as above, and everything is compared. Before the new epoch is durable the old log is found again,
+//!   and with it that it is another one.
 
 use crate::config::Rules;
 use crate::state_file::StateWord;
@@ -239,6 +241,37 @@ impl<R: Rules> Volume<R> {
         } else {
             self.mark(medium, now);
         }
+    }
+
+    /// The history ends behind this log, at `end`: the log was put back to an older state, or is new. A bypass that is as short as can be: a new epoch begins
+    /// behind the history, what this log holds is given up, and the device is compared. The gap begins where the history ends, at `since`. False: not now.
+    pub fn go_on_above(
+        &mut self,
+        medium: &mut dyn Medium,
+        end: (SegmentSequence, Lsn),
+        since: WallTime,
+    ) -> bool {
+        if !self.is_logging() || self.healer.stage != Stage::Normal {
+            return false;
+        }
+        self.enter_bypass(medium, IoError(libc::ESTALE));
+        let old = self.healer.old;
+        let (sequence, next) = (old.sequence.max(end.0), old.next.max(end.1));
+        let oldest_held = SegmentSequence(sequence.0 + 1);
+        self.healer.old = OldEpoch {
+            sequence,
+            durable: end.1,
+            next,
+            bytes: 0,
+            hash: Hash128::default(),
+            oldest_held,
+            ..old
+        };
+        self.writer.stand_by(old.epoch, sequence, oldest_held, next);
+        self.healer.gap_since = since;
+        // What the device and the history differ in is not known.
+        self.healer.unmarked = true;
+        true
     }
 
     pub(crate) fn complete_state(&mut self, medium: &mut dyn Medium, result: Result<(), IoError>) {

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 use varve_control::{ControlError, FilterOp, FilterReply, Paths, SealedInfo};
-use varve_format::{Lsn, PointDetail, SegmentSequence};
+use varve_format::{Lsn, PointDetail, SegmentSequence, WallTime};
 
 const HELP: &str = "blkfilter: the data path of Varve: records every write to protected devices.
 
@@ -240,6 +240,18 @@ fn answer(manager: &Manager, op: FilterOp, attached: Vec<u8>) -> Result<FilterRe
         }
         FilterOp::Doubt { name } => FilterReply::Wanted {
             wanted: manager.doubt(&name)?,
+        },
+        FilterOp::GoOnAbove {
+            name,
+            sequence,
+            lsn,
+            since_ns,
+        } => FilterReply::Wanted {
+            wanted: manager.go_on_above(
+                &name,
+                (SegmentSequence(sequence), Lsn(lsn)),
+                WallTime(since_ns),
+            )?,
         },
         FilterOp::Verified {
             name,

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use varve_control::{Ack, ControlError, Paths, SpecError, VolumeInfo, VolumeSpec};
-use varve_format::{Lsn, SegmentSequence, VolumeId};
+use varve_format::{Lsn, SegmentSequence, VolumeId, WallTime};
 use varve_front::Geometry;
 
 /// How long a volume's start may take: its newest log segment is read, and a surviving buffer written.
@@ -460,6 +460,18 @@ impl Manager {
     /// The history lacks something: everything is compared, and what differs copied. Whether that has begun.
     pub fn doubt(&self, name: &str) -> Result<bool, ControlError> {
         self.ask(name, ANSWER_WAIT, Message::Doubt)
+    }
+
+    /// The history ends behind the log: an epoch begins behind it. Whether that could be done now.
+    pub fn go_on_above(
+        &self,
+        name: &str,
+        end: (SegmentSequence, Lsn),
+        since: WallTime,
+    ) -> Result<bool, ControlError> {
+        self.ask(name, ANSWER_WAIT, |reply| {
+            Message::GoOnAbove(end, since, reply)
+        })
     }
 
     /// A comparison with the history has come this far; whether it should go on.

@@ -1,5 +1,6 @@
 //! `varved`: the store's daemon. Takes sealed segments out of the logs, shows images of the past, rewinds. A Unix socket, never the network.
 
+mod another_log;
 mod background;
 mod compare;
 mod describe;

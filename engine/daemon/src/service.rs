@@ -1,5 +1,6 @@
 //! What `varved` does: follows the logs, answers questions about the past.
 
+use crate::another_log::OTHER_LOG;
 use crate::describe::{clock, history};
 use crate::export::{Exports, NbdExport};
 use crate::keys::Keys;
@@ -464,7 +465,11 @@ impl Service {
                 below,
             )
             .map_err(|e| store_error(&e))
-        })?;
+        });
+        if done.as_ref().is_err_and(|why| why.code == OTHER_LOG) {
+            self.go_on_behind(volume)?;
+        }
+        let done = done?;
         for problem in &done.problems {
             eprintln!("varved: {}: {problem}", volume.name);
         }

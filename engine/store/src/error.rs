@@ -50,6 +50,8 @@ pub enum StoreError {
     },
     /// A segment is not what it was when it was sealed.
     Root(SegmentSequence),
+    /// The log does not go on where the history ends: this segment of it is another one than the history has, or begins before its end.
+    OtherLog(SegmentSequence),
     /// What was written cannot be read back as it was.
     Proof(PathBuf),
     /// There is something where a new store is to be.
@@ -96,6 +98,7 @@ impl StoreError {
             StoreError::Frame { .. } => "S009-frame",
             StoreError::Root(_) => "S010-root",
             StoreError::Proof(_) => "S011-proof",
+            StoreError::OtherLog(_) => "S025-other-log",
             StoreError::Pruned(_) | StoreError::PrunedInstant(_) => "S014-pruned",
             StoreError::Interrupted => "S012-interrupted",
             StoreError::NotEmpty(_) => "S020-not-empty",
@@ -201,6 +204,11 @@ impl fmt::Display for StoreError {
             StoreError::Root(segment) => write!(
                 f,
                 "segment {segment} is not what it was when it was sealed; it is left as it is. `varve scrub` says what is lost"
+            ),
+            StoreError::OtherLog(segment) => write!(
+                f,
+                "the log does not go on where the history ends (its segment {segment} is another one): log and state file were restored from an older copy, or made anew. \
+                 What the log holds is not part of the history"
             ),
             StoreError::NotEmpty(path) => write!(
                 f,

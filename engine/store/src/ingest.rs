@@ -35,22 +35,29 @@ pub fn ingest(
     below: SegmentSequence,
 ) -> Result<Ingested, StoreError> {
     let log_path = Path::new("the log");
-    let headers = read_headers(&mut *log, segment_bytes, segment_count)
+    let mut headers = read_headers(&mut *log, segment_bytes, segment_count)
         .map_err(StoreError::segment(log_path))?;
+    // What lies before that was taken, or given up: nobody asks for it any more.
+    if let Some(held) = headers.last().map(|newest| newest.header.oldest_held.get()) {
+        headers.retain(|segment| segment.header.sequence.get() >= held);
+    }
     let mut done = Ingested {
         below: store
             .newest()
             .map_or(SegmentSequence(0), |newest| SegmentSequence(newest.0 + 1)),
         ..Ingested::default()
     };
-    for (index, segment) in headers.iter().enumerate() {
-        let sequence = segment.header.sequence();
+    for segment in &headers {
         if segment.header.volume() != store.volume() {
             return Err(StoreError::LogDamaged(
-                sequence,
+                segment.header.sequence(),
                 "it belongs to another volume".to_owned(),
             ));
         }
+    }
+    refuse_another(store, &headers)?;
+    for (index, segment) in headers.iter().enumerate() {
+        let sequence = segment.header.sequence();
         if sequence >= below || store.newest().is_some_and(|newest| sequence <= newest) {
             continue;
         }
@@ -61,7 +68,9 @@ pub fn ingest(
             .newest()
             .is_some_and(|newest| newest.0 + 1 != sequence.0)
             && index == 0
+            && Lsn(segment.header.previous_lsn_end.get()) != store.timeline().end()
         {
+            // Numbers that were left out hold nothing, if it follows the history's end all the same.
             done.problems
                 .push(StoreError::Missing(SegmentSequence(sequence.0 - 1)).to_string());
         }
@@ -79,6 +88,38 @@ pub fn ingest(
         done.below = SegmentSequence(sequence.0 + 1);
     }
     Ok(done)
+}
+
+/// Refuses a log that does not go on where the history ends. It was put back to an older state (a backup of the system's disk, a snapshot of the machine), or
+/// was lost together with the state file: its numbers were all used before, and by them alone its segments would seem to be in the history already, or would
+/// be put behind it with LSNs that it has.
+fn refuse_another(store: &VolumeStore, headers: &[RingSegment]) -> Result<(), StoreError> {
+    let (Some(newest), Some(last)) = (store.newest(), headers.last()) else {
+        return Ok(());
+    };
+    let is_known = |segment: &RingSegment| {
+        let stored = store.segment(segment.header.sequence());
+        stored.map(|stored| {
+            stored.epoch == segment.header.epoch() && stored.lsn_start == segment.header.lsn_start()
+        })
+    };
+    let end = store.timeline().end();
+    for segment in headers {
+        let header = &segment.header;
+        let is_another = match header.sequence() <= newest {
+            true => is_known(segment) == Some(false),
+            false => header.lsn_start() < end,
+        };
+        if is_another {
+            return Err(StoreError::OtherLog(header.sequence()));
+        }
+    }
+    // The open segment lies behind the history; where its header cannot be read, the one before it is the history's last.
+    let sequence = last.header.sequence();
+    match sequence <= newest && is_known(last).is_none() && !store.is_partly_unknown() {
+        true => Err(StoreError::OtherLog(sequence)),
+        false => Ok(()),
+    }
 }
 
 /// Copies one segment. `Ok(None)`: it never counted.
