@@ -5,13 +5,13 @@ use blkfilter::{Law, Rules};
 use varve_log::{Disk, DiskFault};
 
 /// Runs the script, crashes at operation `crash_at`, restarts (crashing again at `again` operations into the restart, if given), and
-/// checks every promise. Returns whether the crash happened before the script's end.
+/// checks every promise. Returns whether the crash happened before the script's end, and how many instants between were compared.
 pub fn crash_and_check<R: Rules>(
     script: Script,
     crash_at: u64,
     cut: Cut,
     again: Option<u64>,
-) -> Result<bool, String> {
+) -> Result<(bool, u64), String> {
     let mut sim = Simulated::<R>::new(script);
     sim.machine.borrow_mut().crash_at(crash_at);
     let finished = sim.start() && sim.run(script);
@@ -39,7 +39,7 @@ pub fn crash_and_check<R: Rules>(
     if !sim.run(after) {
         return Err("did not settle".to_owned());
     }
-    sim.check().map(|()| !finished)
+    sim.check().map(|()| (!finished, sim.instants.get()))
 }
 
 /// Operations of a script that is not crashed.

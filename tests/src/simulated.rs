@@ -8,7 +8,7 @@ use crate::simulated_copies::{SPOOL_BYTES, SimCopies};
 use blkfilter::{
     AckPolicy, Law, Rules, StartReport, SurvivingIdentity, SurvivingMemory, Volume, VolumeConfig,
 };
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::rc::Rc;
 use varve_format::{
@@ -107,6 +107,8 @@ pub struct Simulated<R: Rules = Law> {
     pub compares: bool,
     /// Bytes that comparisons have found equal.
     pub found_equal: u64,
+    /// How many instants between were compared with what the device was then.
+    pub instants: Cell<u64>,
     /// Hot copies, if the script has some.
     pub copies: Option<SimCopies>,
 }
@@ -164,6 +166,7 @@ impl<R: Rules> Simulated<R> {
             flush_before_comparing: true,
             compares: true,
             found_equal: 0,
+            instants: Cell::new(0),
             copies: None,
         }
         .with_copies(script.copies)
@@ -635,6 +638,7 @@ impl<R: Rules> Simulated<R> {
             if !history.resolves(*lsn) {
                 continue; // Given up in a bypass: a gap says so.
             }
+            self.instants.set(self.instants.get() + 1);
             if history.image(*lsn, VOLUME_BYTES) != *content {
                 return Err(format!(
                     "the image at {lsn} is not what the origin was then"

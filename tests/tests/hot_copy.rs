@@ -36,7 +36,7 @@ fn every_operation(seeds: std::ops::Range<u64>) {
         for crash_at in (1..=operations_of(script)).step_by(2) {
             let again = crash_at.is_multiple_of(3).then_some(crash_at % 97);
             match crash_and_check::<Law>(script, crash_at, cut(seed, crash_at), again) {
-                Ok(crashed) => points += u64::from(crashed),
+                Ok((crashed, _)) => points += u64::from(crashed),
                 Err(broken) => panic!(
                     "seed {seed}, crash at {crash_at}, {:?}, again {again:?}: {broken}",
                     cut(seed, crash_at)

@@ -50,7 +50,10 @@ fn take_all(store: &mut VolumeStore, sim: &mut Simulated) -> Lsn {
 fn image(store: &VolumeStore, lsn: Lsn) -> Vec<u8> {
     assert_eq!(store.timeline().check(lsn), Ok(lsn));
     let mut bytes = vec![0; VOLUME_BYTES];
-    Image::open(store, lsn).unwrap().read(0, &mut bytes).unwrap();
+    Image::open(store, lsn)
+        .unwrap()
+        .read(0, &mut bytes)
+        .unwrap();
     bytes
 }
 

@@ -606,17 +606,26 @@ fn images_are_read_while_everything_goes_on() {
                 }
             });
         }
+        let mut beside = 0;
         for compression in [Compression::Lz4, Compression::Zstd(1)] {
+            let before = looped.load(relaxed);
             sample.settle_all(compression);
             sample.map_all();
             let span = length(&sample.store);
             keep(&mut sample.store, &policy(span, 30, &[(10, 100)]));
+            // One that is opened meanwhile, and read while its segments are rewritten.
+            let opened = Image::open(&sample.store, pinned).unwrap();
             sweep(&mut sample.store);
+            let mut whole = vec![0u8; images[0].1.len()];
+            opened.read(0, &mut whole).unwrap();
+            assert!(whole == images[0].1);
             let scrubbed = scrub(&sample.store);
             assert_eq!(scrubbed.damage, []);
             sample.store.discard_maps(&scrubbed);
+            beside += looped.load(relaxed) - before;
             sample.mixed(500);
         }
+        assert!(beside > 0, "nobody read while all that went on");
         let rounds = looped.load(relaxed);
         while looped.load(relaxed) < rounds + 8 {
             std::thread::sleep(std::time::Duration::from_millis(5));

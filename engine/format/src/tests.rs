@@ -133,6 +133,36 @@ fn state_slot_survives_a_round_trip_and_no_bit_flip() {
     }
 }
 
+/// Magics of everything that has a head.
+const MAGICS: [&[u8; 4]; 10] = [
+    b"VSEG", b"VEND", b"VRUN", b"VMAP", b"VSET", b"VKPT", b"VKEY", b"VSTA", b"VSPO", b"VSPB",
+];
+
+/// Reads bytes, whose checksum over the first `head` is made right, as everything that they could be.
+fn parse_heads(bytes: &mut [u8], head: usize, file_bytes: u64) {
+    let crc = crate::crc32c(&bytes[4..head]);
+    bytes[..4].copy_from_slice(&crc.to_le_bytes());
+    let length = bytes.len() as u64;
+    let _ = SegmentHeader::parse(bytes);
+    let _ = SegmentFooter::parse(bytes);
+    let _ = StateSlot::parse(bytes);
+    let _ = SpoolHead::parse(bytes);
+    let _ = SpoolBatch::parse(bytes, [0; 16], 0);
+    for length in [length, file_bytes] {
+        let _ = RunHeader::parse(bytes, length);
+        let _ = MapHeader::parse(bytes, length);
+        if let Ok(mut header) = SettledHeader::parse(bytes, length) {
+            let tables = bytes.get(header.tables_at.get() as usize..);
+            if let Some(tables) = tables {
+                header.tables_crc = crate::crc32c(tables).into();
+                let _ = crate::parse_settled_tables(&header, tables);
+            }
+        }
+    }
+    let _ = crate::parse_kept(bytes);
+    let _ = crate::parse_keys(bytes);
+}
+
 proptest! {
     #[test]
     fn hostile_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..9000)) {
@@ -145,6 +175,26 @@ proptest! {
         let _ = MapHeader::parse(&bytes, bytes.len() as u64);
         let _ = crate::parse_map_page(&bytes, 0, 0, 3);
         let _ = SettledHeader::parse(&bytes, bytes.len() as u64);
+    }
+
+    /// The same of the heads of files, each behind its own magic and version.
+    #[test]
+    fn hostile_heads_never_panic(
+        magic in 0usize..MAGICS.len(),
+        patches in prop::collection::vec((10usize..4096, any::<u8>()), 0..40),
+        small in prop::collection::vec((10usize..400, 0u8..3), 0..20),
+        more in prop::collection::vec(any::<u8>(), 0..9000),
+        file_bytes in any::<u64>(),
+    ) {
+        let mut bytes = vec![0u8; 4096];
+        bytes[4..8].copy_from_slice(MAGICS[magic]);
+        bytes[8] = crate::VERSION as u8;
+        for (at, value) in patches.into_iter().chain(small) { bytes[at] = value; }
+        bytes.extend_from_slice(&more);
+        parse_heads(&mut bytes, 4096, file_bytes);
+        // What is shorter than a block has its checksum over all of it.
+        let whole = bytes.len();
+        parse_heads(&mut bytes, whole, file_bytes);
     }
 
     /// With a right checksum the fields themselves are hostile.

@@ -55,7 +55,7 @@ pub use keys::{KeysInfo, Secret, SecretKey, StoreKeys, VolumeKeys};
 pub use ladder::{Ladder, Nanoseconds, Rung, parse_span, show_span};
 pub use maps::MapJob;
 pub use point_names::{NamesJob, PointNames};
-pub use prune::{PrunedSegment, Sweep, Swept, Verdict};
+pub use prune::{PrunedSegment, Sweep, Swept, UnprovedSegment, Verdict, Written};
 pub use retention::{Plan, Policy, RetentionJob};
 pub use salvage::{Salvaged, salvage};
 pub use scrub::{Damage, ScrubJob, Scrubbed};

@@ -21,6 +21,7 @@ use crate::volume::Segments;
 use crate::{Compression, StoreError, StoredSegment, VolumeStore, durable, run_file};
 use roaring::RoaringBitmap;
 use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 use varve_format::{
@@ -161,6 +162,31 @@ pub enum Swept {
     Stays(SegmentSequence, u64),
     /// A segment's new file is there, proved.
     Pruned(Box<PrunedSegment>),
+}
+
+/// What became of the first half of a step.
+pub enum Written {
+    /// Nothing was written.
+    Nothing(Swept),
+    /// What a segment has left.
+    Segment(Box<UnprovedSegment>),
+}
+
+/// What a segment has left, written and neither flushed nor proved.
+pub struct UnprovedSegment {
+    source: SegmentFile,
+    written: File,
+    pruned: PrunedSegment,
+    /// While it is there, nobody deletes the history.
+    _lease: Arc<()>,
+}
+
+impl UnprovedSegment {
+    /// The file that is to be proved.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.pruned.new
+    }
 }
 
 /// A segment without what nobody needs.
@@ -304,11 +330,20 @@ impl Sweep {
 
     /// The next segment. After an error the sweep is to be given up.
     pub fn step(&mut self) -> Result<Swept, StoreError> {
-        let Some(_lease) = self.lease.upgrade() else {
-            return Ok(Swept::Done);
+        match self.write_next()? {
+            Written::Nothing(swept) => Ok(swept),
+            Written::Segment(unproved) => self.prove(*unproved),
+        }
+    }
+
+    /// The first half of a step: what a segment has left is written, and not proved yet.
+    pub fn write_next(&mut self) -> Result<Written, StoreError> {
+        let nothing = |swept| Ok(Written::Nothing(swept));
+        let Some(lease) = self.lease.upgrade() else {
+            return nothing(Swept::Done);
         };
         let Some((segment, is_dirty)) = self.next() else {
-            return self.full.take().map_or(Ok(Swept::Done), Err);
+            return self.full.take().map_or(nothing(Swept::Done), Err);
         };
         let deciding = deciding(&self.kept, &segment);
         let Some((hash, until)) = deciding.filter(|_| is_dirty) else {
@@ -316,17 +351,17 @@ impl Sweep {
             if let Ok(entries) = segment.entries() {
                 self.strike(&entries);
             }
-            return Ok(Swept::Read);
+            return nothing(Swept::Read);
         };
         let Ok(entries) = segment.entries() else {
-            return Ok(Swept::Stays(segment.sequence, hash));
+            return nothing(Swept::Stays(segment.sequence, hash));
         };
         let needed = self.strike(&entries);
         let verdict = verdict_of(&entries, &needed);
         if verdict.gone_bytes == 0
             || verdict.gone_bytes * WORTH_ONE_IN < verdict.gone_bytes + verdict.kept_bytes
         {
-            return Ok(Swept::Stays(segment.sequence, hash));
+            return nothing(Swept::Stays(segment.sequence, hash));
         }
         let mut flags = needed.iter();
         let kept: Vec<RunEntry> = entries
@@ -337,24 +372,63 @@ impl Sweep {
         let new = durable::unfinished(&segment.path());
         debug_assert!(new.starts_with(&self.directory));
         let written = self.write(&segment, kept, (hash, until), &new);
-        if written.is_err() {
+        let written = written.inspect_err(|_| {
             let _ = std::fs::remove_file(&new);
-        }
+        });
         match written {
-            Ok(pruned) => Ok(Swept::Pruned(Box::new(pruned))),
+            Ok((source, written, pruned)) => Ok(Written::Segment(Box::new(UnprovedSegment {
+                source,
+                written,
+                pruned,
+                _lease: lease,
+            }))),
+            Err(error) => self.failed(&segment, hash, error).map(Written::Nothing),
+        }
+    }
+
+    /// The second half: it is read back from the disk.
+    pub fn prove(&mut self, unproved: UnprovedSegment) -> Result<Swept, StoreError> {
+        let pruned = unproved.pruned;
+        let (segment, hash) = (Arc::clone(&pruned.before), pruned.head.pruned_for.get());
+        let (written, new) = (unproved.written, pruned.new.as_path());
+        let proved =
+            from_the_disk(written, new, &segment.keys).and_then(|(written, stored_bytes)| {
+                prove(&segment, &unproved.source, &written, &pruned.entries, new)?;
+                Ok(stored_bytes)
+            });
+        match proved {
+            Ok(stored_bytes) => {
+                let mut pruned = pruned;
+                pruned.after.stored_bytes = stored_bytes;
+                Ok(Swept::Pruned(Box::new(pruned)))
+            }
+            Err(error) => {
+                let _ = std::fs::remove_file(new);
+                self.failed(&segment, hash, error)
+            }
+        }
+    }
+
+    fn failed(
+        &mut self,
+        segment: &StoredSegment,
+        hash: u64,
+        error: StoreError,
+    ) -> Result<Swept, StoreError> {
+        match error {
             // A disk that does not take what is written: that goes for all of them.
-            Err(error @ (StoreError::ReadOnly(_) | StoreError::Proof(_))) => Err(error),
-            Err(error) if error.wants_key() => Err(error),
-            Err(StoreError::Io(path, error)) if path != segment.path() => {
+            error @ (StoreError::ReadOnly(_) | StoreError::Proof(_)) => Err(error),
+            error if error.wants_key() => Err(error),
+            StoreError::Io(path, error) if path != segment.path() => {
                 Err(StoreError::Io(path, error))
             }
             // An older one, of which less is left, may fit, and make room.
-            Err(error @ StoreError::Full(_)) => {
+            error @ StoreError::Full(_) => {
                 self.full = Some(error);
                 Ok(Swept::Read)
             }
             // What is wrong with the segment a scrub says. Whole or not, nothing of it is thrown away, and it holds up no other.
-            Err(_) => Ok(Swept::Stays(segment.sequence, hash)),
+            _ => Ok(Swept::Stays(segment.sequence, hash)),
         }
     }
 
@@ -423,7 +497,7 @@ impl Sweep {
         entries: Vec<RunEntry>,
         (hash, until): (u64, Lsn),
         new: &Path,
-    ) -> Result<PrunedSegment, StoreError> {
+    ) -> Result<(SegmentFile, File, PrunedSegment), StoreError> {
         let source = SegmentFile::open(segment)?;
         let events: Vec<RunEntry> = entries.iter().filter(|e| e.is_event()).copied().collect();
         let mut head = RunHeader::new(
@@ -444,22 +518,21 @@ impl Sweep {
         };
         let written =
             settled_file::write(&source, &entries, new, (self.compression, 1), Some(&kept))?;
-        let (written, stored_bytes) = from_the_disk(written, new, &segment.keys)?;
-        prove(segment, &source, &written, &entries, new)?;
         let after = StoredSegment::new(
             (&self.directory, &segment.keys),
             &head,
             events.clone(),
-            stored_bytes,
+            0, // It is known once it was flushed.
         );
-        Ok(PrunedSegment {
+        let pruned = PrunedSegment {
             before: Arc::clone(segment),
             after,
             new: new.to_path_buf(),
             head,
             entries,
             events,
-        })
+        };
+        Ok((source, written, pruned))
     }
 }
 

@@ -1,5 +1,6 @@
 //! What people do wrong, and what disks do: each gets a named error, nothing is lost, the origin is not touched.
 
+use crate::copies::fields;
 use crate::encrypted::restart;
 use crate::rewinds::begin;
 use crate::{Outcome, export};
@@ -226,7 +227,12 @@ fn second_daemon(varve: &Installation, root: &Path) -> Outcome {
             return Err(format!("a second {program}: {output:?}"));
         }
     }
-    varve.varve(&["doctor"]).map(|_| ()).or(Ok(()))
+    let told = varve.varve(&["--json", "doctor"]);
+    let told = told.unwrap_or_else(|told| told);
+    match told.contains("\"schema\"") && told.contains("ublk") {
+        true => Ok(()),
+        false => Err(format!("doctor says nothing: {told}")),
+    }
 }
 
 /// Instants that are none; commands whose terminal goes away.
@@ -346,6 +352,24 @@ fn full_and_read_only(varve: &Installation, root: &Path, files: &Path) -> Outcom
     };
     behind("S007-full")?;
     refused(varve, "S007-full", &["export", "now"])?;
+    // What it has it gives back, writable too.
+    let history = varve.varve(&["--json", "history"])?;
+    let last = fields(&history, "last_lsn").into_iter().next();
+    let last = format!("lsn:{}", last.unwrap_or_default());
+    for writable in [false, true] {
+        let image = export(varve, &last, writable)?;
+        let read = sh(&format!("cat {image} | wc -c"));
+        let written = sh(&format!(
+            "dd if=/dev/zero of={image} bs=4k count=1 oflag=direct"
+        ));
+        varve.varve(&["unexport", &image])?;
+        if read?.trim() != (16 * MIB).to_string() || written.is_ok() != writable {
+            return Err(format!(
+                "of a full store, writable: {writable}: {written:?}"
+            ));
+        }
+    }
+    refused(varve, "S007-full", &["rewind", &last, "--yes"])?;
     // The log fills, too: production goes on, unrecorded.
     fill(5)?;
     until("bypass", || {

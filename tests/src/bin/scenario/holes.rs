@@ -8,13 +8,79 @@ use varve_tests::stamps::read_stamps;
 const BLOCKS: u64 = 4096;
 
 fn until_said(varve: &Installation, what: &str) -> Outcome {
-    for _ in 0..300 {
+    for _ in 0..1200 {
         if varve.messages().contains(what) {
             return Ok(());
         }
         pause(100);
     }
     Err(format!("never said: {what}\n{}", varve.messages()))
+}
+
+/// Log and state file are restored from an older copy, as with a backup of the system's disk; the store and the device are not.
+fn put_back(varve: &Installation) -> Outcome {
+    let spec = varve.root().join("etc/varve/volumes/disk.toml");
+    let spec = std::fs::read_to_string(&spec).map_err(|e| format!("{}: {e}", spec.display()))?;
+    let path = |field: &str| {
+        let line = spec.lines().find(|line| line.starts_with(field));
+        let path = line.and_then(|line| line.split('"').nth(1));
+        path.map(str::to_owned)
+            .ok_or(format!("no {field} in {spec}"))
+    };
+    let files = [path("log")?, path("state")?];
+    let write = |seek: u32| {
+        let mapped = varve.device("disk")?;
+        run(
+            "sh",
+            &[
+                "-c",
+                &format!(
+                    "dd if=/dev/urandom of={mapped} bs=1M count=12 seek={seek} oflag=direct status=none"
+                ),
+            ],
+        )
+    };
+    let digest_of = |instant: &str| {
+        let image = export(varve, instant, false)?;
+        let found = digest(&image)?;
+        varve.varve(&["unexport", &image])?;
+        Ok::<_, String>(found)
+    };
+    varve.varve(&["down"])?;
+    for file in &files {
+        run("cp", &["--sparse=always", file, &format!("{file}.older")])?;
+    }
+    varve.varve(&["up"])?;
+    varve.wait_protected()?;
+    write(32)?;
+    varve.varve(&["mark", "before-the-restore"])?;
+    let before = digest_of("before-the-restore")?;
+    varve.varve(&["down"])?;
+    for file in &files {
+        run("mv", &[&format!("{file}.older"), file])?;
+    }
+    varve.varve(&["up"])?;
+    write(40)?;
+    until_said(
+        varve,
+        "the log is another one than the history was taken from",
+    )?;
+    varve.wait_protected()?;
+    write(48)?;
+    varve.varve(&["mark", "after-the-restore"])?;
+    varve.compare()?;
+    let mapped = varve.device("disk")?;
+    if digest_of("after-the-restore")? != digest(&mapped)? {
+        return Err("behind a log that was put back the history is not the device".to_owned());
+    }
+    if digest_of("before-the-restore")? != before {
+        return Err("a log that was put back has changed an instant".to_owned());
+    }
+    // What the damaged segment held is lost; nothing else.
+    match varve.varve(&["scrub"]) {
+        Err(told) if told.matches("DAMAGED").count() == 1 => Ok(()),
+        told => Err(format!("a log that was put back: {told:?}")),
+    }
 }
 
 /// Both losses, one after the other.
@@ -76,8 +142,10 @@ pub fn holes(varve: &Installation, device: &str) -> Outcome {
         return Err("the newest image is not the device".to_owned());
     }
 
-    // The whole store is gone.
     drop(writer);
+    put_back(varve)?;
+
+    // The whole store is gone.
     varve.varve(&["down"])?;
     run(
         "rm",

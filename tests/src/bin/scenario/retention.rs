@@ -126,15 +126,28 @@ pub fn retention(varve: &Installation, device: &str) -> Outcome {
     let history = loop {
         // The daemon dies again and again meanwhile.
         if rounds < 3 {
-            pause(2500);
-            let _ = run(
+            // Once pruning has begun: something has gone, or a file that is to replace another is there.
+            let unfinished = format!(
+                "ls {}/var/lib/varve/store/volumes/*/segments/*.new",
+                varve.root().display()
+            );
+            let begun = Instant::now();
+            let stored = || number(&varve.varve(&["--json", "history"])?, "stored_bytes");
+            let first = stored()?;
+            while run("sh", &["-c", &unfinished]).is_err()
+                && stored()? >= first
+                && begun.elapsed() < Duration::from_secs(10)
+            {
+                pause(20);
+            }
+            run(
                 "pkill",
                 &[
                     "-KILL",
                     "-f",
                     &format!("varved --root {}", varve.root().display()),
                 ],
-            );
+            )?;
             pause(200);
             varve.varve(&["up"])?;
             rounds += 1;
