@@ -159,7 +159,24 @@ pub fn holes(varve: &Installation, device: &str) -> Outcome {
         ],
     )?;
     varve.varve(&["up"])?;
-    until_said(varve, "nothing can be restored")?;
+    // Nothing is known of the device, until it was compared with nothing, and copied.
+    let mut tries = 0;
+    while varve
+        .varve(&["export", "now"])
+        .is_err_and(|told| told.contains("I001-none"))
+    {
+        tries += 1;
+        if tries > 600 {
+            return Err(format!("no history is made anew\n{}", varve.messages()));
+        }
+        pause(100);
+    }
+    if tries == 0 {
+        return Err("a store that is gone shows an instant".to_owned());
+    }
+    if !varve.messages().contains("nothing can be restored") {
+        return Err(format!("it is not said\n{}", varve.messages()));
+    }
     varve.wait_protected()?;
     let mapped = varve.device("disk")?;
     let stamps = read_stamps(&mapped, BLOCKS)?;
