@@ -32,6 +32,8 @@ check: setup ## format, lints, tidy, unit tests
 	cargo nextest run -p varve-tests --test tidy
 
 test: setup ## all rooms, with the small numbers (as root; about twenty minutes after the build, with test kernels)
+	@[[ -n "$$VARVE_TEST_KERNELS" ]] || echo "SKIPPED: what needs a real ublk (VARVE_TEST_KERNELS is not set; see README)"
+	@[[ -n "$$VARVE_TEST_SYSTEM" ]] || echo "SKIPPED: a whole system with systemd and udev (VARVE_TEST_SYSTEM is not set; see README)"
 	cargo build --workspace
 	$(NEXTEST)
 

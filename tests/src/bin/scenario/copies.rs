@@ -415,7 +415,7 @@ fn killed_while_freezing(
         let since = Instant::now();
         std::fs::write(format!("{live}/round"), format!("{round}")).map_err(|e| e.to_string())?;
         run("sync", &["-f", live])?;
-        if since.elapsed() > Duration::from_secs(8) {
+        if since.elapsed() > Duration::from_secs(15) {
             return Err(format!("round {round}: frozen for {:?}", since.elapsed()));
         }
         // Whatever copy came of it is whole, or is not there.
@@ -684,19 +684,25 @@ pub fn out(varve: &Installation, device: &str) -> Outcome {
 /// A copying out of a copy that somebody has made, interrupted, is not gone on with by a command for the device, which would end it.
 fn one_that_is_mine(varve: &Installation, to: &str) -> Outcome {
     hcp(varve, &["--skip-mount", "--name", "mine", "disk"])?;
-    let mut asking = std::process::Command::new(varve.program("hcp"))
-        .arg("--root")
-        .arg(varve.root())
-        .args(["--quiet", "--to", to, "mine"])
-        .spawn()
-        .map_err(|e| e.to_string())?;
     let progress = std::path::PathBuf::from(format!("{to}.varve-progress"));
-    let since = Instant::now();
-    while !progress.exists() && since.elapsed() < Duration::from_secs(10) {
-        std::thread::sleep(Duration::from_millis(1));
+    // It may be done before it can be interrupted.
+    for _ in 0..5 {
+        let mut asking = std::process::Command::new(varve.program("hcp"))
+            .arg("--root")
+            .arg(varve.root())
+            .args(["--quiet", "--to", to, "--overwrite", "mine"])
+            .spawn()
+            .map_err(|e| e.to_string())?;
+        let since = Instant::now();
+        while !progress.exists() && since.elapsed() < Duration::from_secs(10) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let _ = asking.kill();
+        let _ = asking.wait();
+        if progress.exists() {
+            break;
+        }
     }
-    let _ = asking.kill();
-    let _ = asking.wait();
     if !progress.exists() {
         return Err("the command was not interrupted in the middle".to_owned());
     }

@@ -128,7 +128,7 @@ impl Story<'_> {
             "fuser -k -TERM {socket} 2>/dev/null || pkill -TERM -x varved"
         ))?;
         let mut left = self.left_over()?;
-        for _ in 0..50 {
+        for _ in 0..300 {
             if left.is_empty() {
                 break;
             }

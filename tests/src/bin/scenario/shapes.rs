@@ -68,7 +68,7 @@ fn whole_disk(varve: &Installation, device: &str, bytes: u64, sector: u32) -> Ou
     ))?;
     let partition = |number: u32| -> Result<String, String> {
         let path = format!("{mapped}p{number}");
-        for _ in 0..40 {
+        for _ in 0..600 {
             if Path::new(&path).exists() {
                 return Ok(path);
             }
@@ -108,7 +108,7 @@ fn whole_disk(varve: &Installation, device: &str, bytes: u64, sector: u32) -> Ou
     varve.varve(&["rewind", "good", "--yes"])?;
     let mapped = varve.device("shape")?;
     let first = format!("{mapped}p1");
-    for _ in 0..40 {
+    for _ in 0..600 {
         if Path::new(&first).exists() {
             break;
         }

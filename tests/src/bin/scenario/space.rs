@@ -166,7 +166,7 @@ fn life(varve: &Installation) -> Outcome {
     varve.varve(&["pin", "pinned"])?;
     let since = Instant::now();
     let mut most = 0;
-    while turn.get() * MIB < 5 * SPACE / 2 && since.elapsed() < Duration::from_secs(60) {
+    while turn.get() * MIB < 5 * SPACE / 2 && since.elapsed() < Duration::from_secs(180) {
         write()?;
         pause(250);
         most = most.max(stored(varve)?);
