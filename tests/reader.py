@@ -3,11 +3,12 @@
 
   reader.py VOLUME_DIRECTORY LSN OUTPUT [KEYS KEY_FILE]
 
-KEYS is the store's file of keys, KEY_FILE what opens it, if the history is encrypted.
+KEYS is the store's file of keys, KEY_FILE what opens it (the key file, or a file that holds the passphrase and nothing else), if the history is encrypted.
 
 It reads segments, sealed, settled or pruned, and the lists of kept instants, and nothing else: no runs, no maps. It checks every checksum that lies
 on its way, and refuses an instant that does not resolve.
-Needs: Python 3.8; the `zstd` and `lz4` formats through libzstd and liblz4, AES through libcrypto (the shared libraries, by ctypes).
+Needs: Python 3.8; the `zstd` and `lz4` formats through libzstd and liblz4, AES through libcrypto, Argon2id through libargon2
+(the shared libraries, by ctypes).
 """
 
 import ctypes
@@ -81,6 +82,17 @@ def hkdf(secret, salt, info):
     return hmac.new(extracted, info + b"\x01", hashlib.sha256).digest()
 
 
+def argon2id(secret, salt, memory_kib, passes, lanes):
+    """Argon2id, version 0x13, to 32 bytes."""
+    out = ctypes.create_string_buffer(32)
+    size, number = ctypes.c_size_t, ctypes.c_uint32
+    done = library("argon2").argon2id_hash_raw(
+        number(passes), number(memory_kib), number(lanes), secret, size(len(secret)), salt, size(len(salt)), out, size(32)
+    )
+    must(done == 0, "keys: Argon2id refuses these numbers")
+    return out.raw
+
+
 def decrypt(key, nonce, about, stored, what):
     """AES-256-GCM; the tag is at the end."""
     crypto = library("crypto")
@@ -121,9 +133,15 @@ def keys_of(path, key_file):
     data = max(found, key=lambda data: struct.unpack_from("<Q", data, generation)[0])
     head(data, b"VKEY", "keys")
     fields, entry = FIELDS["keys header"], FIELDS["sealed key"]
-    must(data[fields["kind"]] == 2, "keys: only a key file is known here")
+    kind, salt = data[fields["kind"]], data[fields["salt"] :][:32]
+    must(kind in (1, 2), "keys: this kind is not known here")
     with open(key_file, "rb") as file:
-        sealing = hkdf(file.read(), data[fields["salt"] :][:32], b"varve key file 1")
+        secret = file.read()
+    if kind == 1:
+        costs = (struct.unpack_from("<I", data, fields[name])[0] for name in ("memory_kib", "passes", "lanes"))
+        sealing = argon2id(secret, salt, *costs)
+    else:
+        sealing = hkdf(secret, salt, b"varve key file 1")
     keys = {}
     for at in range(128, len(data), 104):
         one = data[at : at + 104]

@@ -550,23 +550,29 @@ fn what_was_plain_becomes_encrypted_pruned_or_not() {
     assert!(scrub(&store).damage.is_empty());
     assert_eq!(encrypt_all(&mut store), 0);
     drop(store);
-    // Somebody else reads it, by the documents alone.
-    let secret = root.join("secret");
-    std::fs::write(&secret, [5; 64]).unwrap();
-    let out = root.join("out");
-    let reader = Command::new("python3")
-        .arg(varve_tests::guest::repository().join("tests/reader.py"))
-        .arg(volume_directory(root, VOLUME))
-        .arg(end.to_string())
-        .arg(&out)
-        .arg(root.join("keys"))
-        .arg(&secret)
-        .output()
+    // Somebody else reads it, by the documents alone: with the key file, then with a passphrase.
+    let read_by_another = |secret: &[u8]| {
+        let (file, out) = (root.join("secret"), root.join("out"));
+        std::fs::write(&file, secret).unwrap();
+        let _ = std::fs::remove_file(&out);
+        let reader = Command::new("python3")
+            .arg(varve_tests::guest::repository().join("tests/reader.py"))
+            .arg(volume_directory(root, VOLUME))
+            .arg(end.to_string())
+            .arg(&out)
+            .arg(root.join("keys"))
+            .arg(&file)
+            .output()
+            .unwrap();
+        match reader.status.success() {
+            true => Ok(std::fs::read(&out).unwrap()),
+            false => Err(String::from_utf8_lossy(&reader.stderr).into_owned()),
+        }
+    };
+    assert!(read_by_another(&[5; 64]).unwrap() == wanted);
+    keys.rotate(&Secret::Passphrase(b"what nobody knows".to_vec().into()))
         .unwrap();
-    assert!(
-        reader.status.success(),
-        "{}",
-        String::from_utf8_lossy(&reader.stderr)
-    );
-    assert!(std::fs::read(&out).unwrap() == wanted);
+    assert!(read_by_another(b"what nobody knows").unwrap() == wanted);
+    let refused = read_by_another(b"what nobody knew").unwrap_err();
+    assert!(refused.contains("wrong key"), "{refused}");
 }

@@ -251,9 +251,16 @@ fn instants_and_clients(varve: &Installation, files: &Path) -> Outcome {
         "dd if=/dev/urandom of={mapped} bs=1M count=64 oflag=direct status=none"
     ))?;
     varve.varve(&["mark", "full"])?;
+    varve.varve(&["mark", "twin"])?;
     sh(&format!(
         "dd if=/dev/zero of={mapped} bs=1M count=64 oflag=direct status=none"
     ))?;
+    // Of points of one name the newest is meant.
+    varve.varve(&["mark", "twin"])?;
+    let twin = export(varve, "twin", false)?;
+    let newest = sh(&format!("cmp -n $((64 << 20)) {twin} /dev/zero"));
+    varve.varve(&["unexport", &twin])?;
+    newest?;
     for (code, instant) in [
         ("I002-before", "2001-01-01 00:00:00"),
         ("I005-future", "2101-01-01 00:00:00"),
