@@ -72,7 +72,7 @@ struct Cli {
     #[arg(long)]
     persist: bool,
     /// A copy of the past: a time, `5 minutes ago`, `lsn:N`, or a recovery point's name.
-    #[arg(long, value_name = "INSTANT", conflicts_with_all = ["persist", "changed_blocks", "group"])]
+    #[arg(long, value_name = "INSTANT", conflicts_with_all = ["persist", "changed_blocks", "group", "quota", "store_size", "name", "no_freeze"])]
     at: Option<String>,
     /// Copy several devices at one instant.
     #[arg(long, value_name = "DEVICE", num_args = 1.., conflicts_with_all = ["device", "mount_point", "name"])]
@@ -206,7 +206,16 @@ mod tests {
         ] {
             assert!(Cli::try_parse_from(line.split(' ')).is_ok(), "{line}");
         }
-        for line in ["hcp", "hcp -q 100 /dev/sdb1", "hcp -l -r x", "hcp --at now"] {
+        for line in [
+            "hcp",
+            "hcp -q 100 /dev/sdb1",
+            "hcp -l -r x",
+            "hcp --at now",
+            // What a copy of the past has none of is not passed over in silence.
+            "hcp --at now --name x /dev/sdb1",
+            "hcp --at now -q 10 /dev/sdb1",
+            "hcp --at now --no-freeze /dev/sdb1",
+        ] {
             assert!(Cli::try_parse_from(line.split(' ')).is_err(), "{line}");
         }
     }

@@ -79,6 +79,12 @@ struct Background {
     tried_unread: Instant,
 }
 
+/// Without that nothing would be compressed or pruned any more, and nobody would hear of it. systemd starts the daemon anew.
+fn proving_has_ended() -> ! {
+    eprintln!("varved: proving has ended unexpectedly; ending, to begin anew");
+    std::process::exit(1);
+}
+
 /// Works until the process ends.
 pub(crate) fn run(service: Arc<Service>) {
     // One being proved, one waiting: no more unproved files than that lie about.
@@ -284,8 +290,7 @@ impl Background {
         };
         while self.under_way.iter().any(|(volume, _)| volume == id) {
             let Ok((id, sequence, failed)) = self.proved.recv() else {
-                eprintln!("varved: proving has ended unexpectedly; ending, to begin anew");
-                std::process::exit(1);
+                proving_has_ended();
             };
             self.proved(id, sequence, failed);
         }
@@ -381,7 +386,13 @@ impl Background {
         match job.compress(self.threads) {
             Ok(settling) => {
                 self.under_way.insert((id.to_owned(), sequence));
-                let _ = self.proofs.send((id.to_owned(), sequence, settling));
+                if self
+                    .proofs
+                    .send((id.to_owned(), sequence, settling))
+                    .is_err()
+                {
+                    proving_has_ended();
+                }
             }
             Err(error) => self.failed(id, Some(sequence), &error),
         }
