@@ -591,15 +591,22 @@ impl Manager {
             // Its history is found by that. Before anything is ended: then nothing is half done.
             varve_control::save_former(&former, spec).map_err(|e| error("V011-config", e))?;
         }
-        let spec = self.stop(name).inspect_err(|_| {
+        let take_back = || {
             if let Some(spec) = &begun {
                 let _ = std::fs::remove_file(former.join(format!("{}.toml", spec.id)));
             }
-        })?;
-        if let Err(failed) = std::fs::remove_file(self.paths.volumes().join(format!("{name}.toml")))
-        {
-            let _ = self.reopen(spec);
-            return Err(failed.into());
+        };
+        let spec = self.stop(name).inspect_err(|_| take_back())?;
+        match std::fs::remove_file(self.paths.volumes().join(format!("{name}.toml"))) {
+            Err(failed) if failed.kind() != std::io::ErrorKind::NotFound => {
+                take_back();
+                match &begun {
+                    Some(_) => drop(self.reopen(spec)),
+                    None => drop(self.slots().insert(name.to_owned(), Slot::Waiting(spec))),
+                }
+                return Err(failed.into());
+            }
+            _ => {}
         }
         self.slots().remove(name);
         self.wipe_places(&spec, |_| true);

@@ -12,11 +12,18 @@ impl Service {
     /// Lets a volume go on behind its history. While it cannot (it is in bypass), that is tried again with the next look at its log.
     pub(crate) fn go_on_behind(&self, volume: &VolumeInfo) -> Result<(), ControlError> {
         let end = self.with_store(&volume.id, |store| {
+            // Where the history ends is not known then: what cannot be read now would be written over.
+            if store.is_partly_unknown() {
+                return Ok(None);
+            }
             let sequence = store.newest().unwrap_or_default();
             let lsn = store.timeline().end();
             let time = store.time_of(lsn).map_err(|e| store_error(&e))?;
-            Ok((sequence, lsn, time))
+            Ok(Some((sequence, lsn, time)))
         })?;
+        let Some(end) = end else {
+            return Ok(());
+        };
         let op = FilterOp::GoOnAbove {
             name: volume.name.clone(),
             sequence: end.0.0,

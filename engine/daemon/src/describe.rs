@@ -2,7 +2,10 @@
 
 use varve_control::{CheckInfo, DrillInfo, KeptInfo, PointInfo, VolumeHistory};
 use varve_format::{Lsn, PointDetail, WallTime};
-use varve_store::{Drill, Nearest, StoreError, VolumeStore};
+use varve_store::{Drill, Event, Nearest, StoreError, VolumeStore};
+
+/// So many names of points may be read under the lock of the stores.
+const READ_HERE: usize = 8;
 
 pub(crate) fn history(store: &VolumeStore) -> Result<VolumeHistory, StoreError> {
     let timeline = store.timeline();
@@ -36,14 +39,24 @@ pub(crate) fn history(store: &VolumeStore) -> Result<VolumeHistory, StoreError> 
         .iter()
         .map(|gap| (gap.entry.offset.get() as i64, gap.time.0))
         .collect();
+    // They were read before, without the lock; but for those that came since, and those that cannot be read.
+    let (mut names, mut unread) = (store.point_names(), 0);
+    let mut name_of = |point: &Event| {
+        store.known_name(point).or_else(|| {
+            unread += 1;
+            (unread <= READ_HERE)
+                .then(|| names.of(point).ok())
+                .flatten()
+        })
+    };
     answer.points = timeline
         .points
         .iter()
         // What the policy has pruned cannot be gone back to.
         .filter(|point| timeline.check(point.lsn).is_ok())
         .map(|point| PointInfo {
-            // They were read before, without the lock. A name that cannot be read does not hide the others.
-            name: store.known_name(point).unwrap_or_default(),
+            // A name that cannot be read does not hide the others.
+            name: name_of(point).unwrap_or_default(),
             lsn: point.lsn.0,
             time_ns: point.time.0,
             file_system_consistent: point.entry.detail & PointDetail::FILE_SYSTEM != 0,

@@ -126,8 +126,10 @@ pub fn clear_dead(paths: &Paths) {
         let process = name
             .strip_suffix(IMAGE_RECORD)
             .and_then(|name| name.strip_prefix(IMAGE)?.split('-').next());
-        // One that was started beside another is refused in a moment: what that shows is there.
-        if process.is_some_and(|process| !Path::new("/proc").join(process).exists()) {
+        // One that was started beside another is refused in a moment: what that shows is there. What has our own number is an earlier process's.
+        let own = std::process::id().to_string();
+        let is_dead = |process: &str| process == own || !Path::new("/proc").join(process).exists();
+        if process.is_some_and(is_dead) {
             let _ = std::fs::remove_file(record.path());
         }
     }

@@ -123,6 +123,7 @@ impl Points {
                 volume: name,
                 policy: policy.clone(),
                 begun,
+                before: (id.clone(), None),
             };
             self.known.entry(id).or_default().job = Some(std::thread::spawn(move || {
                 rest.run_rest();
@@ -231,6 +232,7 @@ impl Points {
             volume: volume.name.clone(),
             policy: policy.clone(),
             begun: self.service.begun_point(&volume.id),
+            before: (volume.id.clone(), Some(last)),
         };
         known.job = Some(std::thread::spawn(move || job.run()));
     }
@@ -323,7 +325,7 @@ impl Service {
         self.last_point(id).with_file_name("begun-point")
     }
 
-    fn note_last_point(&self, id: &str, now: i64) {
+    pub(crate) fn note_last_point(&self, id: &str, now: i64) {
         // Lost, the schedule begins anew.
         let _ = std::fs::write(self.last_point(id), now.to_string());
     }

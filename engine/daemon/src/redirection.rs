@@ -49,16 +49,7 @@ impl Service {
 
     /// What is noted of a rewind that began to `target`: the note's number, and where it goes.
     fn notes(&self, id: &str, target: Lsn) -> impl Iterator<Item = (u64, Lsn)> {
-        let note = move |path: PathBuf| {
-            let text = std::fs::read_to_string(path).ok()?;
-            let words: Vec<&str> = text.split_whitespace().collect();
-            match words.as_slice() {
-                [from, to, number, "end"] if from.parse() == Ok(target.0) => {
-                    Some((number.parse().ok()?, Lsn(to.parse().ok()?)))
-                }
-                _ => None,
-            }
-        };
+        let note = move |path: PathBuf| note(&std::fs::read_to_string(path).ok()?, target);
         self.redirections(id).into_iter().filter_map(note)
     }
 
@@ -71,6 +62,48 @@ impl Service {
     }
 }
 
+/// The number of a note, and where the rewind to `target` goes. Those of before they were numbered come first.
+fn note(text: &str, target: Lsn) -> Option<(u64, Lsn)> {
+    let words: Vec<&str> = text.split_whitespace().collect();
+    let (from, to, number) = match words.as_slice() {
+        [from, to, number, "end"] => (from, to, number.parse().ok()?),
+        [from, to, "end"] => (from, to, 0),
+        _ => return None,
+    };
+    (from.parse() == Ok(target.0)).then_some((number, Lsn(to.parse().ok()?)))
+}
+
 fn flush_directory_of(path: &Path) -> std::io::Result<()> {
     File::open(path.parent().unwrap_or(path))?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::note;
+    use varve_format::Lsn;
+
+    #[test]
+    fn the_last_note_counts_and_old_ones_are_understood() {
+        let notes = [
+            "7 40 3 end\n",
+            "7 50 12 end\n",
+            "7 60 end\n",
+            "8 70 99 end\n",
+        ];
+        let of = |target| notes.iter().filter_map(move |text| note(text, Lsn(target)));
+        assert_eq!(of(7).max(), Some((12, Lsn(50))));
+        assert_eq!(note("7 60 end\n", Lsn(7)), Some((0, Lsn(60))));
+        // Torn, or another rewind's.
+        for text in [
+            "",
+            "7",
+            "7 40",
+            "7 40 3",
+            "7 40 3 en",
+            "x 40 3 end",
+            "8 40 3 end",
+        ] {
+            assert_eq!(note(text, Lsn(7)), None, "{text}");
+        }
+    }
 }

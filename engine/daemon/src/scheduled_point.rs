@@ -27,12 +27,17 @@ pub(crate) struct ScheduledPoint {
     pub(crate) policy: PointPolicy,
     /// Where it is noted that it was begun.
     pub(crate) begun: PathBuf,
+    /// The volume's ID, and when the point before this one was due, if that is known.
+    pub(crate) before: (String, Option<i64>),
 }
 
 impl ScheduledPoint {
     /// Makes it; gives the volume's counter of writes afterwards, if it was made.
     pub(crate) fn run(&self) -> Option<u64> {
-        let _under_way = self.service.point_under_way()?;
+        let Some(_under_way) = self.service.point_under_way() else {
+            self.put_off();
+            return None;
+        };
         let mut point = Point {
             name: named(SCHEDULED),
             freeze: self.policy.freeze,
@@ -68,6 +73,9 @@ impl ScheduledPoint {
             }
         });
         let is_made = made.as_ref().is_ok_and(Option::is_some);
+        if !is_made && self.service.is_ending() {
+            self.put_off();
+        }
         match made {
             Ok(note) => note
                 .filter(|note| !note.is_empty())
@@ -79,6 +87,13 @@ impl ScheduledPoint {
         // What no point covers is due again, written or not.
         let info = self.service.info(&self.volume).ok().filter(|_| is_made);
         info.map(|info| info.writes)
+    }
+
+    /// The daemon ends before it is made: it is due once more when the next one has started.
+    fn put_off(&self) {
+        if let (id, Some(last)) = &self.before {
+            self.service.note_last_point(id, *last);
+        }
     }
 
     /// Notes which point is begun, and the first command while it runs, if there are commands.

@@ -80,13 +80,15 @@ impl Service {
         let mut nexts: Vec<(Thinning, String)> =
             self.open_ids().into_iter().filter_map(next).collect();
         nexts.sort_by_key(|(thinning, _)| thinning.oldest);
-        let mut held_up = None;
+        let (mut held_up, mut waits) = (None, false);
+        let have_next: Vec<String> = nexts.iter().map(|(_, id)| id.clone()).collect();
         for (thinning, id) in nexts {
             let older = undecided
                 .iter()
                 .find(|(first, other)| *other == id || *first <= thinning.oldest);
             held_up = older.map(|(_, id)| self.name_of(id));
-            if held_up.is_some() || !ready(&id) {
+            waits = !ready(&id);
+            if held_up.is_some() || waits {
                 break;
             }
             let thinned = self.if_open(&id, |store| store.thin(&thinning));
@@ -107,8 +109,10 @@ impl Service {
         }
         self.space_is_stuck.store(true, Relaxed);
         // Behind a hole nothing may go for now: there is nothing that is next.
-        let unknown = || undecided.first().map(|(_, id)| self.name_of(id));
-        *self.held_up_by() = held_up.or_else(unknown).unwrap_or_default();
+        let behind_a_hole = |(_, id): &&(WallTime, String)| !waits && !have_next.contains(id);
+        let unknown = undecided.iter().find(behind_a_hole);
+        let unknown = unknown.map(|(_, id)| self.name_of(id));
+        *self.held_up_by() = held_up.or(unknown).unwrap_or_default();
         Ok(None)
     }
 

@@ -87,3 +87,36 @@ impl<K: Copy + Eq + Hash, V: Clone> Cache<K, V> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::Cache;
+    use std::convert::Infallible;
+
+    #[test]
+    fn it_holds_no_more_than_it_may_and_the_newest_in_any_case() {
+        let cache: Cache<u32, Vec<u8>> = Cache::weighed(1000, Vec::len);
+        let get = |key: u32, length: usize| {
+            cache
+                .get(key, || Ok::<_, Infallible>(vec![key as u8; length]))
+                .unwrap()
+        };
+        for key in 0..500 {
+            get(key, 1 + key as usize % 90);
+            let weight: usize = (0..=key)
+                .filter(|key| cache.has(key))
+                .map(|key| 1 + key as usize % 90)
+                .sum();
+            assert!(weight <= 1000 && cache.has(&key), "{weight} at {key}");
+        }
+        // What came first went first.
+        assert!(cache.has(&499) && cache.has(&490) && !cache.has(&400));
+        get(600, 5000);
+        assert!(cache.has(&600) && !cache.has(&499));
+        get(601, 10);
+        assert!(cache.has(&601) && !cache.has(&600));
+        cache.forget(&601);
+        assert!(!cache.has(&601));
+        assert_eq!(get(601, 3), [89; 3]);
+    }
+}

@@ -37,7 +37,7 @@ pub fn private_directory(path: &Path) -> std::io::Result<()> {
     if let Ok(found) = std::fs::metadata(path) {
         let mode = found.permissions().mode();
         return match found.is_dir() && mode & 0o077 != 0 {
-            true => or_read_only(std::fs::set_permissions(
+            true => or_fixed(std::fs::set_permissions(
                 path,
                 Permissions::from_mode(0o700),
             )),
@@ -54,10 +54,15 @@ pub fn private_directory(path: &Path) -> std::io::Result<()> {
     File::open(parent)?.sync_all()
 }
 
-/// What cannot be changed can still be read.
-fn or_read_only(changed: std::io::Result<()>) -> std::io::Result<()> {
+/// What cannot be changed can be used all the same: a file system that is read-only, or keeps no modes.
+fn or_fixed(changed: std::io::Result<()>) -> std::io::Result<()> {
+    const FIXED: [ErrorKind; 3] = [
+        ErrorKind::ReadOnlyFilesystem,
+        ErrorKind::PermissionDenied,
+        ErrorKind::Unsupported,
+    ];
     match changed {
-        Err(error) if error.kind() == ErrorKind::ReadOnlyFilesystem => Ok(()),
+        Err(error) if FIXED.contains(&error.kind()) => Ok(()),
         other => other,
     }
 }

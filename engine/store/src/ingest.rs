@@ -37,10 +37,7 @@ pub fn ingest(
     let log_path = Path::new("the log");
     let mut headers = read_headers(&mut *log, segment_bytes, segment_count)
         .map_err(StoreError::segment(log_path))?;
-    // What lies before that was taken, or given up: nobody asks for it any more.
-    if let Some(held) = headers.last().map(|newest| newest.header.oldest_held.get()) {
-        headers.retain(|segment| segment.header.sequence.get() >= held);
-    }
+    leave_out_given_up(store, &mut headers);
     let mut done = Ingested {
         below: store
             .newest()
@@ -90,6 +87,37 @@ pub fn ingest(
     Ok(done)
 }
 
+/// Leaves out what lies before the segments that the log still holds for the store, and does not belong to the history: another log's that was given up. What
+/// goes on where the history ends is taken even if nobody holds it any more: a start in bypass does not know what the log has.
+fn leave_out_given_up(store: &VolumeStore, headers: &mut Vec<RingSegment>) {
+    let (Some(newest), Some(last)) = (store.newest(), headers.last()) else {
+        return;
+    };
+    let (held, end) = (last.header.oldest_held.get(), store.timeline().end());
+    let mut next = newest.0 + 1;
+    headers.retain(|segment| {
+        let header = &segment.header;
+        let sequence = header.sequence.get();
+        if sequence >= held {
+            return true;
+        }
+        if sequence <= newest.0 {
+            return is_known(store, segment) != Some(false);
+        }
+        let first = sequence == newest.0 + 1;
+        let goes_on = sequence == next && (!first || Lsn(header.previous_lsn_end.get()) == end);
+        next += u64::from(goes_on);
+        goes_on
+    });
+}
+
+/// Whether a segment of the log is the one that the history has under that number; none: it has none.
+fn is_known(store: &VolumeStore, segment: &RingSegment) -> Option<bool> {
+    let stored = store.segment(segment.header.sequence())?;
+    let (epoch, start) = (segment.header.epoch(), segment.header.lsn_start());
+    Some(stored.epoch == epoch && stored.lsn_start == start)
+}
+
 /// Refuses a log that does not go on where the history ends. It was put back to an older state (a backup of the system's disk, a snapshot of the machine), or
 /// was lost together with the state file: its numbers were all used before, and by them alone its segments would seem to be in the history already, or would
 /// be put behind it with LSNs that it has.
@@ -97,18 +125,13 @@ fn refuse_another(store: &VolumeStore, headers: &[RingSegment]) -> Result<(), St
     let (Some(newest), Some(last)) = (store.newest(), headers.last()) else {
         return Ok(());
     };
-    let is_known = |segment: &RingSegment| {
-        let stored = store.segment(segment.header.sequence());
-        stored.map(|stored| {
-            stored.epoch == segment.header.epoch() && stored.lsn_start == segment.header.lsn_start()
-        })
-    };
     let end = store.timeline().end();
     for segment in headers {
         let header = &segment.header;
         let is_another = match header.sequence() <= newest {
-            true => is_known(segment) == Some(false),
-            false => header.lsn_start() < end,
+            true => is_known(store, segment) == Some(false),
+            // One that cannot be read now, and may be whole, is not written over either.
+            false => header.lsn_start() < end || store.is_unread(header.sequence()),
         };
         if is_another {
             return Err(StoreError::OtherLog(header.sequence()));
@@ -116,7 +139,7 @@ fn refuse_another(store: &VolumeStore, headers: &[RingSegment]) -> Result<(), St
     }
     // The open segment lies behind the history; where its header cannot be read, the one before it is the history's last.
     let sequence = last.header.sequence();
-    match sequence <= newest && is_known(last).is_none() && !store.is_partly_unknown() {
+    match sequence <= newest && is_known(store, last).is_none() && !store.is_partly_unknown() {
         true => Err(StoreError::OtherLog(sequence)),
         false => Ok(()),
     }

@@ -174,6 +174,24 @@ fn destination(place: &Place, target: &Target) -> Result<PathBuf, ControlError> 
     Ok(to)
 }
 
+/// Whether nobody but us can change what lies in a directory.
+fn is_alone(directory: &File) -> std::io::Result<bool> {
+    let is = directory.metadata()?;
+    Ok(is.uid() == nix::unistd::geteuid().as_raw() && is.mode() & 0o022 == 0)
+}
+
+/// Whether a directory is the one that was made: ours, or, where root is nobody (NFS), nobody's, and closed to others. File systems that keep no owners know no
+/// links either: nothing can be put into its place there that leads elsewhere.
+fn is_ours(directory: &File) -> std::io::Result<bool> {
+    const NOBODY: u32 = 65534;
+    const EXFAT: i64 = 0x2011_bab0;
+    let is = directory.metadata()?;
+    let own = nix::unistd::geteuid().as_raw();
+    let kind = nix::sys::statfs::fstatfs(directory)?.filesystem_type();
+    let knows_no_links = kind == nix::sys::statfs::MSDOS_SUPER_MAGIC || kind.0 as i64 == EXFAT;
+    Ok([own, NOBODY].contains(&is.uid()) && is.mode() & 0o077 == 0 || knows_no_links)
+}
+
 /// What is copied is called so until it is whole.
 const PART: &str = "part";
 
@@ -199,15 +217,20 @@ impl Workshop {
         // `cp` gets it, too: it is not closed for children.
         let how = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW;
         let opened = openat(&parent, name.as_str(), how, Mode::empty());
-        let directory = File::from(opened.map_err(|errno| failed(errno.into()))?);
-        let is = directory.metadata().map_err(failed)?;
-        let ours = is.uid() == nix::unistd::geteuid().as_raw() && is.mode() & 0o077 == 0;
-        if !ours {
-            return Err(refused(format!(
-                "somebody puts other things in the place of what is made in {}. Nothing was written; choose a directory with --to that only you can write",
-                above.display()
-            )));
-        }
+        let opened = opened.map(File::from).map_err(|errno| failed(errno.into()));
+        let checked = opened.and_then(|directory| {
+            match is_alone(&parent).map_err(failed)? || is_ours(&directory).map_err(failed)? {
+                true => Ok(directory),
+                false => Err(refused(format!(
+                    "others can write {}, and what is made in it is not ours alone: they could put other things in its place. Nothing was written; choose a \
+                     directory with --to that only you can write",
+                    above.display()
+                ))),
+            }
+        });
+        let directory = checked.inspect_err(|_| {
+            let _ = std::fs::remove_dir(&path);
+        })?;
         Ok(Workshop {
             parent,
             directory,
