@@ -2,7 +2,7 @@
 
 use crate::simulated::{Cut, Script, Simulated};
 use blkfilter::{Law, Rules};
-use varve_log::{Disk, DiskFault};
+use varve_log::{CrashPlan, Disk, DiskFault};
 
 /// Runs the script, crashes at operation `crash_at`, restarts (crashing again at `again` operations into the restart, if given), and
 /// checks every promise. Returns whether the crash happened before the script's end, and how many instants between were compared.
@@ -18,6 +18,11 @@ pub fn crash_and_check<R: Rules>(
     if !finished {
         sim.cut(cut);
         if let Some(again) = again {
+            // What a process wrote that was killed lies in caches: then the power goes.
+            let cut = match cut {
+                Cut::Kill => Cut::Power(CrashPlan::Random),
+                other => other,
+            };
             let at = sim.machine.borrow().operations() + again;
             sim.machine.borrow_mut().crash_at(at);
             if !(sim.start() && sim.settle()) {

@@ -438,6 +438,26 @@ impl<R: Rules> Simulated<R> {
         self.settle()
     }
 
+    /// Writes until so many writes have gone past the log. False: it never comes to that.
+    pub fn run_in_bypass(&mut self, writes: u64) -> bool {
+        let mut past = 0;
+        for _ in 0..5000 {
+            if self.in_flight.len() < 6 {
+                let offset = self.random((VOLUME_BYTES / 4096) as u64 - 1) as usize * 4096;
+                self.issue(RequestKind::Write, offset, 4096, false);
+                let state = self.volume.as_ref().map(|volume| volume.state());
+                past += u64::from(state == Some(VolumeState::Bypass));
+            }
+            if !self.turn() {
+                return false;
+            }
+            if past > writes && self.in_flight.is_empty() || past > writes + 6 {
+                return true;
+            }
+        }
+        false
+    }
+
     /// Runs until every request is answered and the volume is protected again. False: crashed.
     pub fn settle(&mut self) -> bool {
         let fault = self.machine.borrow_mut().disk(Disk::Log).fault;
@@ -537,6 +557,30 @@ impl<R: Rules> Simulated<R> {
                 self.machine.borrow_mut().kill_process();
             }
         }
+    }
+
+    /// A write is answered; a flush that nobody asked for fails; then somebody asks for one. Whether he is told that all is well.
+    pub fn flush_after_one_that_failed_for_nobody(&mut self) -> bool {
+        let all_answered = |sim: &mut Self| {
+            while !sim.in_flight.is_empty() {
+                assert!(sim.turn());
+            }
+        };
+        self.issue(RequestKind::Write, 4096, 4096, false);
+        all_answered(self);
+        self.machine.borrow_mut().disk(Disk::Origin).fault = DiskFault::FailWrites;
+        let before = self.status().origin_errors;
+        for _ in 0..10_000 {
+            if self.status().origin_errors > before {
+                break;
+            }
+            assert!(self.turn());
+        }
+        assert!(self.status().origin_errors > before, "no flush has failed");
+        self.machine.borrow_mut().disk(Disk::Origin).fault = DiskFault::None;
+        self.issue(RequestKind::Flush, 0, 0, false);
+        all_answered(self);
+        self.issued.last().unwrap().ok
     }
 
     /// Seals the open segment, so that all of the log can be taken.

@@ -6,6 +6,7 @@
 )]
 
 use blkfilter::{AckPolicy, Law, Rules};
+use varve_format::VolumeState;
 use varve_log::{CrashPlan, Disk, DiskFault};
 use varve_tests::crashing::{self, crash_and_check, operations_of};
 use varve_tests::simulated::{Cut, Script, Simulated, VOLUME_BYTES};
@@ -271,6 +272,73 @@ fn a_header_that_lands_late_hides_nothing() {
             .unwrap_or_else(|broken| panic!("seed {seed}: {broken}"));
     }
     assert!(late > 6, "only {late} starts met a log that hung");
+}
+
+/// A disk tells of a flush that failed once: whoever flushes next must hear of it, although the flush that failed was our own.
+#[test]
+fn a_flush_that_failed_for_nobody_is_told_to_the_next() {
+    for seed in 0..6 {
+        let script = Script {
+            log_faults: false,
+            ack: AckPolicy::Async,
+            ..script(seed)
+        };
+        let mut sim = Simulated::<Law>::new(script);
+        assert!(sim.start() && sim.run(script));
+        assert!(!sim.flush_after_one_that_failed_for_nobody(), "seed {seed}");
+        assert!(sim.settle());
+        // Once.
+        assert!(sim.run(script));
+    }
+}
+
+/// The daemon is killed in a bypass that began within a span; the next one copies what changed, and the power goes in the midst of that.
+#[test]
+fn what_bypassed_the_log_within_a_span_is_read_again() {
+    let mut points = 0;
+    for seed in 0..10 {
+        let script = Script {
+            seed,
+            requests: 25,
+            log_faults: false,
+            ack: AckPolicy::Async,
+            copies: false,
+        };
+        for crash_after in (1..400).step_by(2) {
+            let mut sim = Simulated::<Law>::new(script);
+            assert!(sim.start() && sim.run(script));
+            let at = sim.machine.borrow().operations() + 60;
+            sim.machine.borrow_mut().crash_at(at);
+            if sim.run(script) {
+                break;
+            }
+            // Little is open, and is being read again.
+            sim.cut(Cut::Power(CrashPlan::Random));
+            assert!(sim.start());
+            if sim.state() != VolumeState::Healing {
+                break;
+            }
+            sim.machine.borrow_mut().disk(Disk::Log).fault = DiskFault::StalledWrites;
+            if !sim.run_in_bypass(20) {
+                break;
+            }
+            sim.cut(Cut::Kill);
+            sim.machine.borrow_mut().disk(Disk::Log).fault = DiskFault::None;
+            let at = sim.machine.borrow().operations() + crash_after;
+            sim.machine.borrow_mut().crash_at(at);
+            let finished = sim.start() && sim.run(script);
+            if finished {
+                break;
+            }
+            points += 1;
+            sim.cut(Cut::Power(CrashPlan::Random));
+            assert!(sim.start() && sim.run(script));
+            sim.check()
+                .unwrap_or_else(|broken| panic!("seed {seed}, crash {crash_after}: {broken}"));
+        }
+    }
+    println!("{points} crash points");
+    assert!(points > 300, "only {points} crash points");
 }
 
 /// The most that is read again after a power cut, wherever it comes once the first copy is whole, if so many regions may be open.

@@ -23,9 +23,15 @@ impl<R: Rules> Volume<R> {
         kernel: impl FnOnce() -> Fingerprint,
     ) -> Result<(), IoError> {
         if self.state == VolumeState::Bypass || !self.is_logging() {
-            return Ok(()); // The state file says so, and memory keeps the bitmap.
+            // The state file says so, and memory keeps the bitmap; memory does not last.
+            if self.healer.unmarked && !self.state_file.is_busy() {
+                let word = self.word(StateKind::Bypass);
+                self.state_file.write_blocking(medium, &word)?;
+            }
+            return Ok(());
         }
-        self.quiet_log(medium)?;
+        // Before regions are closed the log holds all of their records: a segment may begin in the midst of these, and its header would say that nothing is open.
+        self.settle_log(medium)?;
         run_blocking(medium, Disk::Origin, Operation::Flush)?;
         self.regions.clear();
         let next = self.writer.next_lsn();

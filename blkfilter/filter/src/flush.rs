@@ -18,6 +18,8 @@ pub struct OriginFlusher {
     covers: Lsn,
     /// Writes below this LSN are durable on the origin.
     flushed: Lsn,
+    /// A flush that nobody had asked for has failed: the next who asks is told, as he would have been without us. A disk says it once.
+    owed: Option<IoError>,
 }
 
 impl OriginFlusher {
@@ -76,17 +78,21 @@ impl<R: Rules> Volume<R> {
         result: Result<(), IoError>,
     ) {
         self.flusher.finished = self.flusher.started;
+        let finished = self.flusher.finished;
+        if let Some(error) = result.err().or(self.flusher.owed) {
+            self.flusher.owed = Some(error);
+            for active in &mut self.table {
+                if matches!(active.phase, Phase::Durable { origin, .. } if origin == finished) {
+                    active.error.get_or_insert(error);
+                    self.flusher.owed = None;
+                }
+            }
+        }
         match result {
             Ok(()) => self.flusher.flushed = self.flusher.flushed.max(self.flusher.covers),
-            Err(error) => {
+            Err(_) => {
                 // The origin may have dropped any write since the last flush: all open regions are read again.
                 self.counters.origin_errors += 1;
-                let finished = self.flusher.finished;
-                for active in &mut self.table {
-                    if matches!(active.phase, Phase::Durable { origin, .. } if origin == finished) {
-                        active.error.get_or_insert(error);
-                    }
-                }
                 self.doubt_again();
                 let open: Vec<(u64, u64)> = self.regions.touched_since(Lsn(0)).collect();
                 for (offset, length) in open {

@@ -269,8 +269,9 @@ impl<R: Rules> Volume<R> {
         };
         self.writer.stand_by(old.epoch, sequence, oldest_held, next);
         self.healer.gap_since = since;
-        // What the device and the history differ in is not known.
+        // What the device and the history differ in is not known: also to a daemon that takes over before this is over.
         self.healer.unmarked = true;
+        self.bitmap.set(0, self.config.volume_bytes);
         true
     }
 

@@ -116,6 +116,13 @@ impl<R: Rules> Volume<R> {
             ),
             Err(SegmentError::Format(error)) => return Err(StartError::Format("the log", error)),
         };
+        // What was found counts from here on: the new epoch's header says where it ends. A process that died may have written some of it and flushed nothing;
+        // a power cut must not take that from under the header.
+        let flushed = match &scan {
+            Some(_) => run_blocking(medium, Disk::Log, Operation::Flush),
+            None => Ok(()),
+        };
+        let log_error = log_error.or(flushed.err());
         let found = Found {
             slot,
             scan,
@@ -259,6 +266,10 @@ impl<R: Rules> Volume<R> {
             };
             opened.span = plan.span.map(|kind| (kind, old.next, 0));
         }
+        if plan.gap && matches!(plan.mark, Mark::Kept(_)) {
+            // What bypassed the log is known to memory alone; a span that goes on tells of other blocks. Until a checkpoint names them, everything is open.
+            opened.copy_cursor = 0;
+        }
         let opening = SegmentOpening {
             epoch: EpochId(medium.random_id()),
             parent_epoch: old.epoch,
@@ -280,6 +291,8 @@ impl<R: Rules> Volume<R> {
         }
         self.writer
             .begin_epoch(medium, opening, old.oldest_held, &opened);
+        // A segment may fill up with what survived: the next one's header must say as much as this one's.
+        (self.span, self.state) = (opened.span, opened.state);
         self.epoch_start = (opening.lsn_start, opening.sequence);
         self.flusher.reset(old.next);
         self.stable_lsn = old.next;
@@ -317,8 +330,26 @@ impl<R: Rules> Volume<R> {
         let word = self.word(StateKind::LogSpeaks);
         report.state_error = self.state_file.write_blocking(medium, &word).err();
         for survivor in plan.records.iter().filter(|survivor| !survivor.done) {
-            report.records_redone +=
-                u64::from(redo(medium, survivor).map_err(|e| StartError::Io("the device", e))?);
+            let failed = match redo(medium, survivor) {
+                Ok(done) => {
+                    report.records_redone += u64::from(done);
+                    continue;
+                }
+                // One that hangs may still land, behind whatever comes next.
+                Err(late @ IoError(libc::ETIMEDOUT)) => {
+                    return Err(StartError::Io("the device", late));
+                }
+                Err(failed) => failed,
+            };
+            // As while it runs: what the device holds there is read again, and the volume goes on.
+            eprintln!("blkfilter: writing again what was in flight: {failed}");
+            let (offset, length) = (survivor.record.offset.get(), survivor.record.length.get());
+            self.counters.origin_errors += 1;
+            self.bitmap.set(offset, length);
+            self.make_room(medium)?;
+            let failed = Record::new(RecordKind::Failed, offset, length, survivor.lsn.0);
+            self.append(medium, failed, &[]);
+            self.begin_span(medium, SpanKind::Resync, VolumeState::Healing);
         }
         report.reread_bytes = self.bitmap.bytes();
         self.ask_for_verification(medium.now().monotonic_ns);
@@ -507,8 +538,12 @@ fn redo(medium: &mut dyn Medium, survivor: &SurvivingRecord) -> Result<bool, IoE
         Ok(RecordKind::Discard) => Operation::Discard { offset, length },
         _ => return Ok(false),
     };
-    run_blocking(medium, Disk::Origin, operation)?;
-    Ok(true)
+    let may_do_nothing = matches!(operation, Operation::Discard { .. });
+    match run_blocking(medium, Disk::Origin, operation) {
+        // A discard promises nothing: its record is undefined content.
+        Err(IoError(libc::EOPNOTSUPP | libc::EINVAL)) if may_do_nothing => Ok(false),
+        done => done.map(|()| true),
+    }
 }
 
 /// The target of a rewind that the log has not seen the end of.

@@ -244,7 +244,8 @@ impl<R: Rules> Volume<R> {
         self.admit(medium);
         self.pump_hot(medium);
         self.writer.pump(medium);
-        if self.writer.wants_roll() {
+        // Not before a new epoch counts: its header says that everything is open, and writes go past the log.
+        if self.writer.wants_roll() && !self.healer.is_unsafe() {
             let checkpoint = self.checkpoint();
             self.writer.roll(medium, &checkpoint);
             self.writer.pump(medium);

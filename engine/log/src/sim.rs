@@ -22,7 +22,7 @@ pub enum DiskFault {
     FailWrites,
     /// Nothing completes.
     Stalled,
-    /// Reads complete, nothing else does.
+    /// Reads and flushes complete, writes do not.
     StalledWrites,
     /// Flushes answer at once and do nothing: a disk, or a build, that lies.
     IgnoreFlush,
@@ -321,7 +321,9 @@ impl Medium for SimMedium {
                 let flight = &machine.in_flight[*i];
                 match machine.disks[flight.disk as usize].fault {
                     DiskFault::Stalled => false,
-                    DiskFault::StalledWrites => matches!(flight.operation, Operation::Read { .. }),
+                    DiskFault::StalledWrites => {
+                        matches!(flight.operation, Operation::Read { .. } | Operation::Flush)
+                    }
                     DiskFault::None | DiskFault::FailWrites | DiskFault::IgnoreFlush => true,
                 }
             })
