@@ -190,7 +190,7 @@ fn clean_close_needs_no_reread_and_notices_a_foreign_write() {
     sim.tamper(4096, &[0xee; 512]);
     sim.forget_flushed();
     assert!(sim.start());
-    assert_eq!(sim.state(), varve_format::VolumeState::Unverified);
+    assert_eq!(sim.state(), VolumeState::Unverified);
     assert!(sim.settle());
     let image = sim.history().image(sim.history().end, VOLUME_BYTES);
     assert_eq!(
@@ -203,7 +203,7 @@ fn clean_close_needs_no_reread_and_notices_a_foreign_write() {
     sim.tamper_elsewhere(4096, &[0xdd; 512]);
     sim.forget_flushed();
     assert!(sim.start());
-    assert_eq!(sim.state(), varve_format::VolumeState::Unverified);
+    assert_eq!(sim.state(), VolumeState::Unverified);
     assert!(sim.settle());
     let image = sim.history().image(sim.history().end, VOLUME_BYTES);
     assert_eq!(image[4096..4608], [0xdd; 512]);
