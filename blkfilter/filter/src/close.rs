@@ -1,5 +1,6 @@
 //! Closing a volume cleanly, and the fingerprint by which the next start sees whether the origin was written meanwhile.
 //!
+//! Order: the log holds everything, durably; the origin is flushed; regions are closed; the clean end is durable in the log; the state file says `clean`.
 //! Crash: until the state file says `clean`, the log speaks and the next start resyncs what is open (nothing, if the last checkpoint is durable).
 
 use crate::config::Rules;

@@ -2,6 +2,9 @@
 //!
 //! Each flush has a generation. Whoever asks waits for a flush that is *submitted* after the question: one that is already in flight may have
 //! begun before the asker's write completed.
+//!
+//! Some flushes are our own, for checkpoints. If one of them fails, the disk has told of it, once, and nobody who wrote has heard it: the next who asks for a
+//! flush is told.
 
 use crate::config::Rules;
 use crate::volume::{Phase, TOKEN_ORIGIN_FLUSH, Volume};

@@ -5,6 +5,10 @@
 //! * New epoch durable, state file not yet: the log's epoch is a child of the state file's; its checkpoint carries all that was open.
 //! * Memory stays as it survived, and claimed by the old epoch, until the log holds its records and the origin was given what it lacked: a kill in
 //!   between finds it again (claimed by the parent of the log's newest epoch), and doing all of it twice is harmless, because nobody wrote meanwhile.
+//! * Killed, then the power goes: what the dead process wrote into the log may lie in a cache only. The log is flushed before a header says where the old epoch
+//!   ended; else the header could outlive what it speaks of, and the store would give up that segment.
+//! * Killed in a bypass within a span: the checkpoint that was found tells of the span's blocks, memory of those that bypassed the log. Until both are in a
+//!   checkpoint of the new epoch its headers say that everything is open; and each header that is written on the way says as much as the first.
 //! * Records that survived are made durable in the log before they are written to the origin again (invariant 2).
 
 use crate::bitmap::Bitmap;
