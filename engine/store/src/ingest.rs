@@ -130,8 +130,7 @@ fn refuse_another(store: &VolumeStore, headers: &[RingSegment]) -> Result<(), St
         let header = &segment.header;
         let is_another = match header.sequence() <= newest {
             true => is_known(store, segment) == Some(false),
-            // One that cannot be read now, and may be whole, is not written over either.
-            false => header.lsn_start() < end || store.is_unread(header.sequence()),
+            false => header.lsn_start() < end,
         };
         if is_another {
             return Err(StoreError::OtherLog(header.sequence()));

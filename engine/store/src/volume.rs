@@ -714,11 +714,6 @@ impl VolumeStore {
         self.waits_for_key || !self.unread.is_empty()
     }
 
-    /// Whether a segment is there and could not be read when the history was opened.
-    pub(crate) fn is_unread(&self, sequence: SegmentSequence) -> bool {
-        self.unread.contains(&sequence)
-    }
-
     /// When its oldest instant may have been: the beginning of time, if what is not known may lie before all that is.
     #[must_use]
     pub fn oldest_time(&self) -> WallTime {
