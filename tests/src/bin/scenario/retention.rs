@@ -177,8 +177,20 @@ pub fn retention(varve: &Installation, device: &str) -> Outcome {
         ),
     );
     let mut last = 0;
-    for lsn in &kept {
-        let count = stamps_at(varve, &format!("lsn:{lsn}"))?;
+    let listed = kept.clone();
+    for lsn in &listed {
+        let count = match stamps_at(varve, &format!("lsn:{lsn}")) {
+            Ok(count) => count,
+            // The ladder goes on with the time: another instant of the same step is kept instead.
+            Err(told) if told.contains("I007-pruned") => {
+                let now = varve.varve(&["--json", "history"])?;
+                match self::kept(&now).contains(lsn) {
+                    true => return Err(told),
+                    false => continue,
+                }
+            }
+            Err(told) => return Err(told),
+        };
         if count < last {
             return Err(format!("lsn:{lsn} holds less than one before it"));
         }
