@@ -9,7 +9,10 @@ use crate::{StoreError, StoredSegment, VolumeStore, durable, run_file};
 use std::fs::File;
 use std::io::{self, BufWriter, Seek, Write};
 use std::path::Path;
-use varve_format::{Lsn, RunEntry, SEGMENT_FOOTER_BYTES, SegmentFooter, SegmentSequence, WallTime};
+use varve_format::{
+    Lsn, RecordKind, RunEntry, SEGMENT_FOOTER_BYTES, SegmentFooter, SegmentSequence, SpanKind,
+    WallTime,
+};
 use varve_log::{ReadAt, RingSegment, SegmentError, SegmentReader, read_headers};
 
 /// Bytes that are written at a time.
@@ -53,6 +56,7 @@ pub fn ingest(
         }
     }
     refuse_another(store, &headers)?;
+    let proves_nothing = compared_before_the_hole(store, log, &headers, segment_bytes, below);
     for (index, segment) in headers.iter().enumerate() {
         let sequence = segment.header.sequence();
         if sequence >= below || store.newest().is_some_and(|newest| sequence <= newest) {
@@ -61,6 +65,13 @@ pub fn ingest(
         let Some(next) = headers.get(index + 1) else {
             break;
         };
+        if proves_nothing.is_some_and(|last| sequence <= last) {
+            done.problems.push(format!(
+                "segment {sequence} of the log goes on where this history has a hole, and tells of a comparison with another one: it is not taken"
+            ));
+            done.below = SegmentSequence(sequence.0 + 1);
+            continue;
+        }
         if store
             .newest()
             .is_some_and(|newest| newest.0 + 1 != sequence.0)
@@ -109,6 +120,50 @@ fn leave_out_given_up(store: &VolumeStore, headers: &mut Vec<RingSegment>) {
         next += u64::from(goes_on);
         goes_on
     });
+}
+
+/// Behind a hole (the store was lost, or is an older one) nothing resolves until a comparison has made up for it: one with the history that has the hole. The log
+/// may tell of comparisons that were made with the history before it was lost; what was equal then was not copied, and is not here. So what lies before the
+/// last of these is not taken: nothing of it would resolve in any case. Gives that segment.
+fn compared_before_the_hole(
+    store: &VolumeStore,
+    log: &mut dyn ReadAt,
+    headers: &[RingSegment],
+    segment_bytes: u64,
+    below: SegmentSequence,
+) -> Option<SegmentSequence> {
+    let is_new = |segment: &&RingSegment| {
+        let sequence = segment.header.sequence();
+        sequence < below && store.newest().is_none_or(|newest| sequence > newest)
+    };
+    let mut new = headers.iter().filter(is_new).peekable();
+    let end = store.timeline().end().max(Lsn::FIRST);
+    let first = new.peek()?;
+    if Lsn(first.header.previous_lsn_end.get()) == end {
+        return None;
+    }
+    let mut last = None;
+    for segment in new {
+        if compares(log, segment, segment_bytes) {
+            last = Some(segment.header.sequence());
+        }
+    }
+    last
+}
+
+/// Whether a comparison begins in a segment of the log, as far as it can be read.
+fn compares(log: &mut dyn ReadAt, segment: &RingSegment, segment_bytes: u64) -> bool {
+    let Ok(mut reader) = SegmentReader::open(log, segment.base, segment_bytes) else {
+        return false;
+    };
+    let mut compares = false;
+    while let Ok(true) = reader.advance() {
+        let _ = reader.each_record(|found| {
+            let is_comparison = found.record.detail == SpanKind::Verify as u8;
+            compares |= found.kind == RecordKind::SpanBegin && is_comparison;
+        });
+    }
+    compares
 }
 
 /// Whether a segment of the log is the one that the history has under that number; none: it has none.
