@@ -138,3 +138,42 @@ fn a_log_that_was_made_anew_is_not_taken_for_what_the_history_has() {
         put_back(seed, &|early| early.map(|disk| vec![0; disk.len()]));
     }
 }
+
+/// The log tells of a comparison with a history that is lost since: what was equal to that is not in the log. Nothing resolves by it.
+#[test]
+fn a_comparison_with_a_history_that_is_lost_makes_up_for_nothing() {
+    for seed in 20..26 {
+        let mut sim = Simulated::<Law>::new(script(seed));
+        assert!(sim.start());
+        for _ in 0..3 {
+            assert!(sim.run(script(seed)));
+        }
+        sim.seal();
+        let lost = sim.status().log.sequence;
+        sim.close();
+        sim.tamper(4096, &[0xee; 512]);
+        sim.forget_flushed();
+        assert!(sim.start() && sim.run(script(seed)));
+        assert!(sim.found_equal > 0, "nothing was compared");
+        sim.seal();
+        // All that was sealed before the comparison is gone from the log, and so is the store.
+        let geometry = SEGMENT_BYTES as usize;
+        for sequence in 0..=lost.0 {
+            let place = (sequence % SEGMENT_COUNT) as usize * geometry;
+            sim.machine
+                .borrow_mut()
+                .disk(Disk::Log)
+                .tamper(place, &[0; 4096]);
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let mut store = VolumeStore::open(directory.path(), VolumeId([9; 16])).unwrap();
+        let taken = take(&mut store, &sim).unwrap();
+        assert!(!taken.problems.is_empty());
+        if let Some(last) = store.timeline().last() {
+            let found = image(&store, last);
+            let device = sim.machine.borrow().content(Disk::Origin).to_vec();
+            assert!(found == device, "seed {seed}: {last} is another image");
+            panic!("seed {seed}: {last} resolves");
+        }
+    }
+}
