@@ -148,7 +148,6 @@ fn a_comparison_with_a_history_that_is_lost_makes_up_for_nothing() {
         for _ in 0..3 {
             assert!(sim.run(script(seed)));
         }
-        sim.seal();
         let lost = sim.status().log.sequence;
         sim.close();
         sim.tamper(4096, &[0xee; 512]);
